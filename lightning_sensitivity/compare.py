@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
-from lightning_sensitivity.functional.expected import METRIC_WORTH
+from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.model.isolation import isolated
@@ -27,8 +27,8 @@ class ModelScores(NamedTuple):
     Attributes:
         rank: Its place; 1 is the best.
         name: The name that the user gave it.
-        expected: The accuracy to expect, a share: the higher, the better. In a regression, the mean squared
-            error to expect: the lower, the better. With validation labels, it is combined with the value on
+        expected: The accuracy to expect, a share: the higher, the better. In a regression, or with a loss of
+            yours, the loss to expect: the lower, the better. With validation labels, it is combined with the value on
             these.
         difference: By how much it is worse than that of the first model.
         difference_stderr: The standard error of that, paired by sample.
@@ -60,6 +60,7 @@ def compare_models(
     dataloader: Iterable[object],
     *,
     training: Iterable[object],
+    loss: Loss | None = None,
     targets: Selector | None = None,
     features: Selector | nn.Module | None = None,
     reference: object = None,
@@ -82,6 +83,9 @@ def compare_models(
         training: The batches that the models were trained on, with labels. All are read once, and evenly
             spaced samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within
             512 MiB.
+        loss: Your loss, to rank by: a function of outputs and labels, in the form of ``targets``, on the CPU,
+            that returns a number for each sample (``reduction="none"``). In a regression outputs may then have
+            any shape with samples first.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`.
         features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of
@@ -118,17 +122,19 @@ def compare_models(
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_estimator("reference", reference, rules := TASKS[task])
+    check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
     reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
-    found = {name: _run(name, model, batches, reader, rules) for name, model in models.items()}
+    has_any_outputs = loss is not None and not rules.has_classes
+    found = {name: _run(name, model, batches, reader, rules, has_any_outputs) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
     names = {name: _seen_names(model, batches[0], reader) for name, model in models.items()}
     if features is None and len({*names.values()}) > 1:
         raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
-    p = torch.stack([rules.predictions(each).double() for each in found.values()])
-    judge = _Judge(next(iter(models.values())), next(iter(shapes.values()))[1:], batches, reader, rules)
-    values = judge.values(p, training, reference, validation_labels)
-    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes)
+    shape = None if has_any_outputs else next(iter(shapes.values()))[1:]
+    judge = _Judge(next(iter(models.values())), shape, batches, reader, rules, loss)
+    values = judge.values(list(found.values()), training, reference, validation_labels)
+    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes and loss is None)
 
 
 def _are_models(models: object) -> bool:
@@ -143,12 +149,15 @@ def _seen_names(model: nn.Module, batch: object, reader: BatchReader) -> tuple[s
     return tuple(call.inputs()) if call.by_name else tuple(map(str, range(len(call.inputs()))))
 
 
-def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task) -> Tensor:
+def _run(
+    name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task, has_any_outputs: bool
+) -> Tensor:
     """Compute the outputs of a model for all batches, on the CPU."""
     with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
         with isolated(model) as run:
             outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
-        check_argument("outputs", tuple(outputs.shape), outputs.ndim <= 2, "one row for each sample, (N,) or (N, K)")
+        is_flat = outputs.ndim <= 2 or has_any_outputs
+        check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
         if task.has_classes and look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
         if not bool(outputs.isfinite().all()):
@@ -157,53 +166,72 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
 
 
 class _Judge(NamedTuple):
-    """What tells the worth of predictions for batches, which are read as for a model."""
+    """What tells the worth of outputs for batches, which are read as for a model."""
 
     model: nn.Module
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None  # of outputs for a sample; None if a loss takes any
     batches: Sequence[object]
     reader: BatchReader
     task: Task
+    loss: Loss | None
 
     def _moved(self) -> Iterator[Any]:
         """Move one batch after the other to the device of the model."""
         return (move_batch(self.model, batch) for batch in self.batches)
 
-    def values(self, p: Tensor, training: Iterable[object], estimator: object, with_labels: bool) -> Tensor:
-        """Return what predictions ``(M, N, C)`` are worth, ``(M, N)``, by a reference, and by labels."""
+    def values(
+        self, outputs: Sequence[Tensor], training: Iterable[object], estimator: object, with_labels: bool
+    ) -> list[Tensor]:
+        """Return what the outputs ``(N, ...)`` of each model are worth, ``(N,)``, by a reference, and by labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
-            fitted, q = self._fit(training, estimator)
+            fitted, q, like = self._fit(training, estimator)
             is_blind = not fitted.may_choose(self.reader.sees_all)
             if is_blind and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        weights = torch.full(p.shape[1:2], 0.0 if is_blind else METRIC_WORTH / p.shape[1], dtype=torch.float64)
-        values = weights * (self._values(p, q) + (0.0 if self.task.has_classes else fitted.score_))
+        worth = torch.full((len(q),), 0.0 if is_blind else WORTH / len(q), dtype=torch.float64)
+        judged = [(worth, q, draw_labels(q, self.task.name, fitted.residuals_))]
         if with_labels:
             labels = self._labels()
-            has_label = self.task.has_label(labels).double()
-            values += has_label * self._values(p, self.task.as_matrix(labels, p.shape[2]))
-            weights += has_label
-        return values / weights.mean()
+            y = self.task.as_matrix(labels, q.shape[1])
+            drawn = self.task.classes(y) if self.task.has_classes else y
+            judged.append((self.task.has_label(labels).double(), y, drawn[None]))
+        total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
+        return [
+            sum(weights * self._values(each, y, draws, like) for weights, y, draws in judged) / total
+            for each in outputs
+        ]
 
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
             return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
 
-    def _values(self, p: Tensor, targets: Tensor) -> Tensor:
-        """Return the chance of each prediction to be right, or in a regression its squared error."""
+    def _values(self, outputs: Tensor, y: Tensor, draws: Tensor, like: Tensor) -> Tensor:
+        """Return the loss of each sample, or in a classification without one the chance to be right, ``(N,)``."""
+        if self.loss is not None:
+            with refuse_on_error("`loss` fails", "comparing-models"):
+                found = losses(self.loss, outputs, draws, self.task, like)
+            expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
+            check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
+            return found.mean(0).reshape(len(outputs), -1).mean(1)
         if not self.task.has_classes:
-            return self.task.distances(p, targets)
-        return targets.double().expand_as(p).gather(2, self.task.classes(p)[..., None])[..., 0]
+            return self.task.losses(outputs, draws).double().mean(0)
+        return y.double().gather(1, self.task.classes(self.task.predictions(outputs))[:, None])[:, 0]
 
-    def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor]:
-        """Fit a reference, and predict validation samples, ``(N, C)``; warn if these are training samples."""
+    def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor, Tensor]:
+        """Fit a reference, predict validation samples, ``(N, C)``, and return the form of labels.
+
+        It warns if these are training samples.
+        """
         from lightning_sensitivity.reference import Reference
 
-        rows = self.reader.make_rows(self.task.num_columns(self.shape), num_batches=length_hint(training))
+        num_columns = 1 if self.shape is None else self.task.num_columns(self.shape)
+        rows, like = self.reader.make_rows(num_columns, num_batches=length_hint(training)), torch.zeros(0)
         for batch in training:
-            self.reader.keep_rows(rows, self.model, move_batch(self.model, batch), self.shape)
+            moved = move_batch(self.model, batch)
+            self.reader.keep_rows(rows, self.model, moved, self.shape)
+            like = self.reader.labels(self.model, moved, self.shape)[:0]
         known, labels = rows.joined()
         fitted = Reference(self.task.name, estimator).fit(known, labels)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
@@ -213,7 +241,7 @@ class _Judge(NamedTuple):
                 f"labels the models know: take others.{link_to('repeated')}",
                 stacklevel=4,
             )
-        return fitted, torch.from_numpy(fitted.predict_matrix(new))
+        return fitted, torch.from_numpy(fitted.predict_matrix(new)), like
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:

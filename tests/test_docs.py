@@ -85,7 +85,7 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
     for block in blocks(page, "python"):
         exec(compile(re.sub(r"max_epochs=\d\d", f"max_epochs={many}", block), name_of(page), "exec"), names)
     if page == README:
-        assert {"val/expected_score", "val/output_sensitivity"} <= names["trainer"].callback_metrics.keys()
+        assert {"val/expected_loss", "val/output_sensitivity"} <= names["trainer"].callback_metrics.keys()
         assert Path(names["checkpoint"].best_model_path).is_file()
     if page.stem == "getting_started":
         assert names["accuracy"](names["best"]) > 0.8
@@ -185,7 +185,7 @@ def test_every_argument_of_a_public_name_is_explained(name: str, thing: Any) -> 
 
 def test_every_card_is_in_the_table() -> None:
     monitors = lightning_sensitivity.RiskMonitor(), lightning_sensitivity.SensitivityMonitor(noise=0.1)
-    names = [name for monitor in monitors for name in monitor.names] + ["loss_estimate", "expected_mse"]
+    names = [name for monitor in monitors for name in monitor.names] + ["loss_estimate", "expected_loss"]
     text = (DOCS / "guide" / "stopping.md").read_text()
     assert [name for name in names if f"| `val/{name}` |" not in text] == []
 

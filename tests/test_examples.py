@@ -22,9 +22,9 @@ def numbers(text: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("noise", ["0.2", "0"])
-def test_the_first_example_keeps_the_checkpoint_of_the_lowest_expected_score(run: Any, noise: str) -> None:
+def test_the_first_example_keeps_the_checkpoint_of_the_lowest_expected_loss(run: Any, noise: str) -> None:
     text, variables = run("track_generalization.py", "--max-epochs", "3", "--noise", noise)
-    scores = variables["curves"]["val/expected_score"]
+    scores = variables["curves"]["val/expected_loss"]
     np.testing.assert_allclose(numbers(text)[:, [0, -2]], np.stack([range(3), scores], 1), rtol=0.01)
     assert Path(variables["checkpoint"].best_model_path).stem == f"epoch={np.argmin(scores)}"
     assert f"lowest at epoch {np.argmin(scores)}: accuracy " in text
@@ -36,7 +36,7 @@ def test_the_first_example_keeps_the_checkpoint_of_the_lowest_expected_score(run
     steps = {name: [event.step for event in logged.Scalars(name)] for name in logged.Tags()["scalars"]}
     curves = {name: each for name, each in steps.items() if "/" in name and len(each) > 1}
     assert all(each == [0, 1, 2] for each in curves.values())  # one axis of epochs
-    assert {"train/loss", "train/accuracy", "val/output_sensitivity", "val/expected_score"} < curves.keys()
+    assert {"train/loss", "train/accuracy", "val/output_sensitivity", "val/expected_loss"} < curves.keys()
 
 
 @pytest.mark.parametrize("command", ["tables.py --regression", "tables.py", "finetuning.py --labels", "signals.py"])
@@ -65,7 +65,7 @@ def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("option", ["--finetune", "--mixup"])
-def test_a_resnet_has_an_expected_score_in_every_epoch(run: Any, option: str) -> None:
+def test_a_resnet_has_an_expected_loss_in_every_epoch(run: Any, option: str) -> None:
     pytest.importorskip("torchvision")
     text, variables = run("images/resnet18.py", "--quick", option)
     table = np.array(variables["rows"])
@@ -78,7 +78,7 @@ def test_a_resnet_has_an_expected_score_in_every_epoch(run: Any, option: str) ->
 def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) -> None:
     pytest.importorskip("transformers")
     text, variables = run("text/transformer.py", "--quick", "--task", task)
-    assert ("val/expected_score" in variables["columns"]) == (task == "sentences")
+    assert ("val/expected_loss" in variables["columns"]) == (task == "sentences")
     np.testing.assert_allclose(numbers(text)[:, 1:].T, list(variables["columns"].values()), atol=1e-3, rtol=0.05)
     assert min(variables["columns"]["val/output_sensitivity"]) > 0
 

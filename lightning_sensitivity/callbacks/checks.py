@@ -1,5 +1,6 @@
 """What is refused, or said, before the first training step."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.arguments import Refused, check_argument, refuse_on_error
-from lightning_sensitivity.functional.expected import metric_value
+from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 from lightning_sensitivity.model.batches import tensors_in
@@ -19,10 +20,11 @@ BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
-_DEFAULTS = ("score", "accuracy", "auroc", "mse")  # by default; a task has not all of them
+_DEFAULTS = ("loss", "accuracy", "auroc", "score", "mse")  # by default, in some task or version
 _FEWEST = 8  # labels that do not equal an input by chance
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
+_SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -58,19 +60,19 @@ def _is_overridden(name: str, pl_module: LightningModule) -> bool:
     return getattr(getattr(pl_module, name), "__module__", "") not in _LIGHTNING_MODULES
 
 
-def check_monitored(trainer: Trainer, directions: Mapping[str, bool]) -> None:
+def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool]) -> None:
     """Refuse callbacks and schedulers that monitor a name that will not be logged, or look for the worst value.
 
     Args:
         trainer: The Trainer.
-        directions: Whether the highest value is the best, by logged name; the first one is the expected
-            score.
+        prefix: What logged names begin with.
+        directions: Whether the highest value is the best, by logged name without the prefix.
 
     Raises:
         MisconfigurationException: If there is one.
     """
-    prefix = next(iter(directions)).removesuffix("score")
-    defaults = {prefix + each for each in _DEFAULTS}
+    directions = {prefix + name: is_highest for name, is_highest in directions.items()}
+    defaults = {prefix + EXPECTED + each for each in _DEFAULTS}
     for owner, monitor in callbacks_that_monitor(trainer):
         name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
         if name in defaults - directions.keys():
@@ -167,7 +169,7 @@ def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str,
         check_argument("metrics", metric, isinstance(name, str) and isinstance(metric, Metric), expected)
         has_direction = isinstance(metric.higher_is_better, bool)
         check_argument(f"metrics[{name!r}].higher_is_better", metric.higher_is_better, has_direction, "True or False")
-        check_argument("metrics", name, name != "score", "named otherwise, since `expected_score` is ours")
+        check_argument("metrics", name, name != "loss", "named otherwise, since `expected_loss` is ours")
     return found
 
 
@@ -187,6 +189,24 @@ def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, 
             value = metric_value(metric, task.predictions(outputs), twice, task)
             is_number = isinstance(value, Tensor) and value.numel() == 1
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
+
+
+def try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
+    """Refuse a loss that fails on a training batch, or is no mean over samples.
+
+    Args:
+        loss: The loss.
+        outputs: Outputs ``(N, ...)``.
+        labels: Their labels, as `targets` returns them, on the same device.
+    """
+    got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
+    with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
+        pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
+        once, twice = (float(torch.as_tensor(loss(*pair)).double().mean()) for pair in pairs)
+    check_argument("loss", once, math.isfinite(once), f"finite for {got}")
+    if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
+        values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"
+        raise Refused(f"`loss` should be a mean over samples, or a number for each, got {values}.", entry="loss")
 
 
 def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:

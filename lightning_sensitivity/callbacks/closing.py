@@ -10,17 +10,10 @@ from lightning.pytorch import Trainer
 from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, callbacks_that_monitor
 from lightning_sensitivity.callbacks.run_reference import Verdict
 from lightning_sensitivity.compat import PlotType
-from lightning_sensitivity.functional.refined_score import TEMPERATURES
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
-# Its words, the reference's own value, its form, and whether higher is better, by what is expected.
-_RIVALS = {
-    "accuracy": ("an accuracy of", "left_out_accuracy", ".0%", 1),
-    "auroc": ("an AUROC of", "left_out_auroc", ".2f", 1),
-    "mse": ("a squared error of", "left_out_score", ".3g", -1),
-}
 
 Row = dict[str, Any]  # of the history
 Summary = dict[str, Any]
@@ -32,27 +25,28 @@ def summarize(
     curves: Mapping[str, Curve],
     history: Sequence[Row],
     verdict: Verdict | None,
-    has_class_shares: bool = False,
 ) -> Summary:
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
         trainer: The Trainer, at the end of a fit.
-        curves: The value, the loader and the direction of each name that can be monitored; the first is the
-            default.
+        curves: The value, the loader and the direction of each name that can be monitored; if none is, the
+            first that tells epochs apart chooses.
         history: A row for each validation and loader.
         verdict: What is known of the reference of this fit; None without one.
-        has_class_shares: Whether values are for other class shares than those of training.
 
     Returns:
         Numbers, names and flags; None where something is unknown, as ``json`` has it.
     """
-    name = next((name for _, name in callbacks_that_monitor(trainer) if name in curves), next(iter(curves)))
-    value, dataloader_idx, is_highest = curves[name]
-    rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
-    finite = [row for row in rows if math.isfinite(row.get(value, math.nan))]
-    found = _comparable(finite)
-    best = _best_row(found, value, is_highest)
+    watched = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
+    for name in watched[:1] or (*curves, next(iter(curves))):  # the first again, if none tells epochs apart
+        value, dataloader_idx, is_highest = curves[name]
+        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
+        finite = [row for row in rows if math.isfinite(row.get(value, math.nan))]
+        found = _comparable(finite)
+        best = _best_row(found, value, is_highest)
+        if best:
+            break
     summary = {
         "monitored": name,
         "direction": "highest" if is_highest else "lowest",
@@ -61,13 +55,13 @@ def summarize(
         "chosen_by": _chosen_by(best),
         "is_tied": bool(found) and not best,
         "is_improving": len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
+        "network": best.get(value),
+        "reference": best.get(f"reference_{value}"),
         "num_labels": best.get("num_labels", 0),
-        "temperature": best.get("temperature"),
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
-        "has_class_shares": has_class_shares,
     }
-    expected = {name: number for name, number in best.items() if name.startswith(EXPECTED)}
+    expected = {name: number for name, number in best.items() if EXPECTED in name}
     return summary | expected | _of_reference(verdict)
 
 
@@ -135,18 +129,13 @@ def closing_line(summary: Summary) -> str:
 
 
 def _best(summary: Summary) -> str:
-    """Say which epoch and file, and, if labels know it, how its probabilities become calibrated."""
+    """Say which epoch and file."""
     file = f", in the checkpoint {summary['checkpoint']}" if summary["checkpoint"] else ""
-    said = f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}"
-    is_score = summary["monitored"].partition("/dataloader_idx_")[0].endswith("score")
-    is_known = summary["temperature"] in set(TEMPERATURES[1:-1]) - {1.0}  # not at an end of the grid
-    if is_score and summary["num_labels"] and is_known:
-        return f"{said}: divide its logits by {summary['temperature']:.1f} to calibrate its probabilities."
-    return f"{said}."
+    return f"`{summary['monitored']}` was {summary['direction']} at epoch {summary['epoch']}{file}."
 
 
 def _what_chose(summary: Summary) -> str:
-    """Say what chose, and how good the reference is."""
+    """Say what chose."""
     labels = f"{summary['num_labels']} validation labels"
     if summary["chosen_by"] == "labels":
         return f"{labels} chose."
@@ -155,48 +144,30 @@ def _what_chose(summary: Summary) -> str:
     learner = str(summary["learner"])
     name = _LEARNERS.get(learner, learner).format(summary["features"])
     both = f"{labels} and the" if summary["num_labels"] else "The"
-    return f"{both} reference ({name}, {summary['num_training']:,} training labels) chose: {_skill(summary)}."
+    return f"{both} reference ({name}, {summary['num_training']:,} training labels) chose."
 
 
 def _why_nothing(summary: Summary) -> str:
     """Say why nothing was expected."""
     if summary["is_trusted"]:
         return f"`{summary['monitored']}` has no value to choose by: no validation after the reference gave one."
-    reason = f"sees too little of the inputs ({_skill(summary)})" if summary["learner"] else "is missing"
+    reason = "is missing"
+    if summary["learner"]:
+        better = f"{max(0.0, summary['skill']):.0%} better than chance"
+        reason = f"sees too little of the inputs (on labels that it has not seen, it is {better})"
     if summary.get("majority") == 1:
         reason = "has seen labels of only one class"
     return f"`{summary['monitored']}` has no value to choose by: the reference {reason}{BLIND}"
 
 
-def _skill(summary: Summary) -> str:
-    """Say how well the reference predicts labels that it has not seen, beside the most frequent class."""
-    if summary["left_out_accuracy"] is None:
-        return f"its R² on left-out labels is {max(0.0, summary['skill']):.2f}"
-    auroc = "" if summary["left_out_auroc"] is None else f"; AUROC {summary['left_out_auroc']:.2f}"
-    return (
-        f"without having seen them, it predicts {summary['left_out_accuracy']:.0%} of these labels (always the most "
-        f"frequent class: {summary['majority']:.0%}{auroc})"
-    )
-
-
 def _rival(summary: Summary) -> str:
-    """Compare what is expected of the network with the reference, in the units of what is monitored.
-
-    What it reaches on left-out labels holds for the class shares of training alone.
-    """
-    if "reference" not in summary["chosen_by"] or summary["has_class_shares"]:
+    """Compare what is expected of the network and of the reference, on the same samples."""
+    network, reference = summary["network"], summary["reference"]
+    if reference is None:
         return ""
-    value = summary["monitored"].partition("/dataloader_idx_")[0].rpartition(EXPECTED)[2]
-    measure = value if value in _RIVALS else "mse" if f"{EXPECTED}mse" in summary else "accuracy"
-    what, of_reference, form, sign = _RIVALS[measure]
-    network, reference = summary.get(EXPECTED + measure), summary.get(of_reference)
-    if network is None or reference is None:
-        return ""
-    advice = ": consider it, or the mean of both" if sign * reference >= sign * network else ""
-    return (
-        f"There the network is expected to reach {what} {network:{form}}; the reference by itself reaches "
-        f"{reference:{form}}{advice}."
-    )
+    is_better = reference >= network if summary["direction"] == "highest" else reference <= network
+    advice = ": consider it, or the mean of both" if is_better else ""
+    return f"There the network is expected to reach {network:.3g}, the reference by itself {reference:.3g}{advice}."
 
 
 def _unexplained(summary: Summary) -> str:

@@ -246,10 +246,6 @@ class Monitor(Callback, ABC):
         self.check_outputs(outputs)
         return outputs
 
-    def warn_of_probabilities(self) -> None:
-        """Warn of outputs that may be probabilities."""
-        self.reporter.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
-
     def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
         """Compute and log the values of each loader; in a fit, others get something for those that are missing."""
         if self._is_measuring:

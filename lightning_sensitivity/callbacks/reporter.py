@@ -42,6 +42,10 @@ class Reporter:
         if self._is_new(entry + kind):
             rank_zero_warn(self._text(entry, message))
 
+    def warn_of_probabilities(self) -> None:
+        """Warn of outputs that may be probabilities."""
+        self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
+
     @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
         """Turn an exception inside into an error or a warning; see :attr:`before_first_step`.

@@ -1,33 +1,45 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator
+from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator, describe_error
 from lightning_sensitivity.callbacks.checks import (
+    BLIND,
+    EXPECTED,
     check_class_shares,
     check_inputs,
     check_metrics,
     check_monitored,
+    check_outputs,
     check_targets,
+    try_loss,
     try_metrics,
 )
 from lightning_sensitivity.callbacks.closing import Curve, Summary, closing_line, plot_history, summarize
-from lightning_sensitivity.callbacks.expectation import ExpectationMonitor
+from lightning_sensitivity.callbacks.expectation import Expectation
+from lightning_sensitivity.callbacks.monitor import Monitor, Values
+from lightning_sensitivity.callbacks.processes import agree
+from lightning_sensitivity.callbacks.run_reference import RunReference
 from lightning_sensitivity.compat import PlotType
-from lightning_sensitivity.functional.expected import default_metrics
+from lightning_sensitivity.functional.expected import Loss, default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.functional.tensors import in_32_bits
+from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.reader import BatchReader, check_count, move_batch
+from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.reference.kinds import join_seen
 
+_NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 _KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
 
 
@@ -48,7 +60,7 @@ class Predictions(NamedTuple):
         return (self.network + self.reference) / 2
 
 
-class RiskMonitor(ExpectationMonitor):
+class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
     A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands
@@ -56,11 +68,9 @@ class RiskMonitor(ExpectationMonitor):
     network. Labels are drawn once from its predictions for validation samples, and metrics of the network
     against these labels are logged, only in ``Trainer.fit``, after ``prefix``:
 
-    - ``expected_score``, lowest is best: the refined score to expect
-      (:func:`~lightning_sensitivity.functional.expected_score`); in a regression the mean squared error. Stop
-      by it.
-    - ``expected_accuracy`` and ``expected_auroc``, in a regression ``expected_mse``; or ``expected_<name>``
-      for each of ``metrics``.
+    - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
+    - ``expected_accuracy`` and ``expected_auroc``, none in a regression; or ``expected_<name>`` for each of
+      ``metrics``.
 
     Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
     table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
@@ -69,13 +79,16 @@ class RiskMonitor(ExpectationMonitor):
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        loss: Your loss: a function of outputs and labels, in the form of ``targets``, on the device of the
+            model. It returns their mean, or a number for each sample. In a regression outputs may then have
+            any shape with samples first, such as quantiles ``(N, Q)``.
         metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get
             probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and
             targets.
         targets: A function ``batch -> labels``; by default
             :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
         validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as
-            200 of them, and as 1,000 for ``metrics`` and in a regression.
+            1,000 of them.
         features: What the reference sees, by default the inputs: an ``nn.Module``, such as a pretrained
             encoder, that gets the inputs of the network, or a function ``batch -> (N, D)``. It must know as
             much as the network.
@@ -88,7 +101,7 @@ class RiskMonitor(ExpectationMonitor):
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        prog_bar: Show the score on the progress bar.
+        prog_bar: Show the first metric, or the loss without any, on the progress bar.
 
     Attributes:
         history: A dict for each validation and loader, which ``pandas.DataFrame`` takes.
@@ -102,13 +115,14 @@ class RiskMonitor(ExpectationMonitor):
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
         >>> from lightning_sensitivity import RiskMonitor
-        >>> callbacks = [RiskMonitor(), EarlyStopping("val/expected_score", patience=10)]
+        >>> callbacks = [RiskMonitor(), EarlyStopping("val/expected_loss", patience=10)]
     """
 
     def __init__(
         self,
         task: str = "multiclass",
         *,
+        loss: Loss | None = None,
         metrics: Mapping[str, Metric] | MetricCollection | None = None,
         targets: Selector | None = None,
         validation_labels: bool = False,
@@ -122,22 +136,39 @@ class RiskMonitor(ExpectationMonitor):
         prog_bar: bool = False,
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
+        check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
         check_bool("validation_labels", validation_labels)
         rules = TASKS[task]
         check_estimator("reference", reference, rules)
         check_class_shares(class_shares, rules)
         reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
-        found = default_metrics(rules, 2) if metrics is None else check_metrics(metrics)
-        judged_by = {"estimator": reference, "class_shares": class_shares, "validation_labels": validation_labels}
-        super().__init__(reader, rules, found, num_samples=num_samples, prefix=prefix, prog_bar=prog_bar, **judged_by)
+        super().__init__(reader, num_samples, prefix, prog_bar)
+        if validation_labels and self.num_samples is not None:
+            self.num_samples = max(self.num_samples, _NUM_LABELLED)
+        self.task = rules
+        self.loss = loss
+        self.metrics = default_metrics(rules, 2) if metrics is None else check_metrics(metrics)
+        self.validation_labels = validation_labels
+        self.history: list[dict[str, Any]] = []
         self.summary: Summary = {}
         self._has_default = metrics is None
+        self._estimator = reference
+        self._class_shares = class_shares
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the last run."""
         self._is_started = False  # whether the first training batch was read
+        self._shape: tuple[int, ...] | None = None  # of a prediction; None until then, and if that failed
+        self._outputs = torch.zeros(0)  # of no sample, in the shape and type that those of all processes have
+        self._of_reference: dict[int, Values] = {}  # what is expected of the reference itself, by loader
+        self._reference: RunReference | None = None
+        self._expectation: Expectation | None = None
 
     @property
     def reference(self) -> Any:
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before."""
-        return self._reference.fitted
+        return None if self._reference is None else self._reference.fitted
 
     def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
         """Predict samples by the network, and by the reference, for their mean, which is often better.
@@ -159,7 +190,7 @@ class RiskMonitor(ExpectationMonitor):
             >>> risk = RiskMonitor()
             >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
         """
-        if self.reference is None:
+        if self._reference is None or self._reference.fitted is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
         outputs, seen = [], []
         for batch in dataloader:
@@ -195,9 +226,7 @@ class RiskMonitor(ExpectationMonitor):
             self.history = []
         self.summary = {}
         self.reader.reset()
-        self._is_started = False
-        self._num_bad, self._last_score = 0, 0.0
-        self._reference = self._new_reference()
+        self._forget()
 
     @property
     def state_key(self) -> str:
@@ -232,7 +261,7 @@ class RiskMonitor(ExpectationMonitor):
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
-        if self.summary or self._reference.output_shape is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.summary or self._reference is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         has_values = any(self.names[0] in row for row in self.history)
         if not has_values and not self._reference.is_made:
@@ -240,8 +269,7 @@ class RiskMonitor(ExpectationMonitor):
             self.reporter.warn("samples", message)
             return
         with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
-            has_shares, verdict = self._class_shares is not None, self._reference.verdict
-            self.summary = summarize(trainer, self._curves(trainer), self.history, verdict, has_shares)
+            self.summary = summarize(trainer, self._curves(trainer), self.history, self._reference.verdict)
             say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
             say(closing_line(self.summary))
 
@@ -261,8 +289,8 @@ class RiskMonitor(ExpectationMonitor):
             self._is_started = True
             with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
                 self._start(trainer, pl_module, batch)
-            check_monitored(trainer, {self.prefix + name: each for name, each in self.directions.items()})
-        if self._reference.is_keeping:
+            check_monitored(trainer, self.prefix, self.directions)
+        if self._reference is not None:
             with (
                 self.reporter.report_failure("could not keep a training batch", "It is left out."),
                 trainer.precision_plugin.val_step_context(),
@@ -277,7 +305,8 @@ class RiskMonitor(ExpectationMonitor):
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = self.check_model(run, call)
         shape = tuple(outputs.shape[1:])
-        labels = self.reader.labels(module, batch, shape)
+        labels = self.reader.labels(module, batch, None if self._has_any_outputs else shape)
+        shape = tuple(labels.shape[1:]) if self._has_any_outputs else shape
         check_count(labels, len(outputs))
         check_targets(labels, self.task)
         if not self.reader.has_features:
@@ -286,8 +315,118 @@ class RiskMonitor(ExpectationMonitor):
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
             self.metrics = default_metrics(self.task, num_columns)
+        like = in_32_bits(labels).to(outputs.device)
         counts = self.task.has_label(labels)
         if bool(counts.any()):
             y = self.task.as_matrix(labels, num_columns)
             try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
-        self._reference.output_shape = shape
+            if self.loss is not None:
+                with isolated(module) as run:
+                    run(try_loss, self.loss, in_32_bits(outputs)[counts], like[counts])
+        self._outputs, self._shape = in_32_bits(outputs[:0]).cpu(), shape
+        options = self._estimator, self._class_shares, self.reporter
+        self._reference = RunReference(self.task, self.reader, *options, shape)
+        self._expectation = Expectation(self.task, self.loss, self.metrics, like[:0], self.reporter)
+
+    # A validation
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Whether the highest value is the best, by name without the prefix."""
+        of_metrics = {EXPECTED + name: bool(metric.higher_is_better) for name, metric in self.metrics.items()}
+        return of_metrics | {f"{EXPECTED}loss": False}
+
+    @property
+    def _has_any_outputs(self) -> bool:
+        """Whether outputs may be anything that the loss takes, such as quantiles."""
+        return self.loss is not None and not self.task.has_classes
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Refuse outputs of which nothing can be expected."""
+        if not self._has_any_outputs:
+            check_outputs(outputs, self.task)
+
+    def is_ready(self, trainer: Trainer) -> bool:
+        """Return whether every process has its training samples; a sanity check needs none."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return bool(trainer.sanity_checking)
+        return agree(trainer, self._reference is not None and self._reference.is_ready(trainer))
+
+    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
+        """Keep a validation batch, with its labels if they are wanted."""
+        kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
+        if self.validation_labels and self.reader.may_have_labels(module, batch):
+            try:
+                kept.labels = self.reader.kept_labels(module, batch, kept, self._shape)
+            except MisconfigurationException as error:
+                self.reporter.warn("labels", f"treats some validation batches as unlabelled: {describe_error(error)}")
+        samples.add(kept)
+
+    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
+        """Run the model on the kept samples of a loader.
+
+        Returns:
+            Its outputs ``(N, ...)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
+        """
+        if self._shape is None:  # a sanity check, which logs nothing
+            return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
+        num_columns = self.task.num_columns(self._shape)
+        outputs, labels = [self._outputs], [torch.zeros(0, num_columns, dtype=torch.float32)]  # no other default
+        for batch in samples.batches:
+            outputs.append(in_32_bits(run(batch.call.to(module.device))).cpu())
+            y = torch.full((batch.size, num_columns), math.nan, dtype=torch.float32)
+            if batch.labels is not None:
+                counts = self.task.has_label(batch.labels)
+                y[counts] = self.task.as_matrix(batch.labels, num_columns).float()[counts]
+            labels.append(y)
+        return torch.cat(outputs), torch.cat(labels)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Make the reference in the first validation that can have values; every process comes here."""
+        assert self._reference is not None and self._expectation is not None
+        if not self._reference.is_made:
+            self._reference.make(trainer, self.samples)
+            if self.reference is not None:
+                self._expectation.warn_of_thresholds(self.reference.shares_)
+
+    def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
+        """Compute what to expect on a loader, over all processes."""
+        assert self._reference is not None and self._expectation is not None
+        outputs, labels = rows
+        if self.validation_labels and bool(labels.isnan().any(1).all()):
+            message = (
+                f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
+                "some, set `targets=`."
+            )
+            self.reporter.warn("labels", message, kind="none")
+        unseen = self._reference.unseen.get(dataloader_idx)
+        self._expectation.warn_of(dataloader_idx, outputs, unseen)
+        with isolated(trainer.lightning_module) as run:  # losses and metrics may be parts of it, or draw numbers
+            values: Values = run(self._expectation.values, outputs, labels, unseen)
+            if dataloader_idx not in self._of_reference:  # the samples are those of every validation
+                self._of_reference[dataloader_idx] = {}
+                with self.reporter.report_failure("can't tell what to expect of the reference", "It is left out."):
+                    own = run(self._expectation.values_of_reference, outputs, labels, unseen)
+                    found = {f"reference_{name}": own[name] for name in self.names if name in own}
+                    self._of_reference[dataloader_idx] = found
+        if not values:
+            self._warn_if_blind(trainer)
+            return {}
+        return values | self._of_reference[dataloader_idx]
+
+    def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
+        """Add a row to the history, with the left-out score of the reference, by which it is known."""
+        row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
+        self.history.append({**row, "reference": None, "num_labels": 0, **values})
+
+    def _warn_if_blind(self, trainer: Trainer) -> None:
+        verdict = None if self._reference is None else self._reference.verdict
+        if verdict is None or verdict.is_trusted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
+        self.reporter.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
+
+    def _free(self) -> None:
+        super()._free()
+        if self._reference is not None:
+            self._reference.free()

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.processes import agree, gather_objects
+from lightning_sensitivity.callbacks.processes import gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
@@ -33,11 +33,7 @@ class Verdict:
         learner: Its learner, such as ``"forest"``.
         features: What it sees, such as ``"columns"``; ``"features"`` if the user says what.
         num_training: How many training samples it knows.
-        left_out_score: Its left-out score.
         skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
-        left_out_accuracy: The share of labels that it predicts, each without having seen it; nan for a
-            regression.
-        left_out_auroc: The area under the ROC curve of these predictions; nan for a regression.
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
@@ -46,10 +42,7 @@ class Verdict:
     learner: str
     features: str
     num_training: int
-    left_out_score: float
     skill: float
-    left_out_accuracy: float
-    left_out_auroc: float
     majority: float
     unexplained: float
     is_trusted: bool
@@ -57,8 +50,7 @@ class Verdict:
     @classmethod
     def of(cls, reference: Any) -> "Verdict":
         """Take what all processes have to know from a fitted reference."""
-        attributes = {name: name.removeprefix("left_out_") + "_" for name in cls.__dataclass_fields__}
-        attributes["num_training"] = "num_samples_"
+        attributes = {name: name + "_" for name in cls.__dataclass_fields__} | {"num_training": "num_samples_"}
         return cls(**{name: getattr(reference, attribute) for name, attribute in attributes.items()})
 
 
@@ -103,18 +95,24 @@ class RunReference:
         class_shares: The shares of the classes among unseen samples, ``"estimate"``, or None for those of
             training.
         reporter: Says what is doubtful.
+        output_shape: The shape of the network's outputs for a sample.
 
     Attributes:
-        output_shape: The shape of the network's outputs for a sample; None before it is known, or if that
-            failed.
         is_made: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
         verdict: What is known of it; None without one.
         unseen: What it predicts, by loader; empty without a reference that may choose.
     """
 
-    def __init__(self, task: Task, reader: BatchReader, estimator: Any, class_shares: Any, reporter: Reporter) -> None:
-        self.output_shape: tuple[int, ...] | None = None
+    def __init__(
+        self,
+        task: Task,
+        reader: BatchReader,
+        estimator: Any,
+        class_shares: Any,
+        reporter: Reporter,
+        output_shape: tuple[int, ...],
+    ) -> None:
         self.is_made = False
         self.fitted: Any = None
         self.verdict: Verdict | None = None
@@ -124,22 +122,17 @@ class RunReference:
         self._estimator = estimator
         self._class_shares = class_shares
         self._reporter = reporter
+        self._output_shape = output_shape
         self._rows: KeptRows | None = None  # training samples of this process; None before an epoch has begun
 
     # Training samples
 
-    @property
-    def is_keeping(self) -> bool:
-        """Whether training samples are still kept; not before outputs are known, and not once it is made."""
-        return not self.is_made and self.output_shape is not None
-
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Keep the labelled samples of a training batch, in the first whole epoch."""
-        assert self.output_shape is not None
-        if batch_idx == 0:
-            self._begin_epoch(trainer, self._task.num_columns(self.output_shape))
+        """Keep the labelled samples of a training batch, in the first whole epoch, until it is made."""
+        if batch_idx == 0 and not self.is_made:
+            self._begin_epoch(trainer, self._task.num_columns(self._output_shape))
         if self._rows is not None and not self._rows.is_complete:
-            self._reader.keep_rows(self._rows, module, batch, self.output_shape)
+            self._reader.keep_rows(self._rows, module, batch, self._output_shape)
 
     def _begin_epoch(self, trainer: Trainer, num_columns: int) -> None:
         """Keep the rows of the first whole epoch; those of a second one are the same."""
@@ -152,11 +145,11 @@ class RunReference:
         self._rows = self._reader.make_rows(num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether a validation can have values; every process must call it."""
-        if self.is_made:
-            return True
+        """Return whether this process has what it takes to make it, or it is made."""
         rows = self._rows
-        return agree(trainer, rows is not None and (rows.is_complete or trainer.is_last_batch or _are_enough(rows)))
+        return self.is_made or (
+            rows is not None and (rows.is_complete or bool(trainer.is_last_batch) or _are_enough(rows))
+        )
 
     # The reference
 

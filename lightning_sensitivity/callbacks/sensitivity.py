@@ -206,4 +206,4 @@ class SensitivityMonitor(Monitor):
         for entry, message in messages.items():
             self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if not self.per_output and may_be_probabilities(extremes):
-            self.warn_of_probabilities()
+            self.reporter.warn_of_probabilities()

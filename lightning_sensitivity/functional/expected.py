@@ -1,67 +1,25 @@
 """What metrics to expect on unlabelled samples, if labels are drawn from the predictions of a reference."""
 
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanSquaredError, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.compat import stay_alone
-from lightning_sensitivity.functional.refined_score import Refined, lowest_score, refined_score
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor
 
 NUM_DRAWS = 20  # of labels for each sample
 MAX_AUROC_CLASSES = 100
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-# Labels that count as much as a reference: for the score of classes, and for all else.
-SCORE_WORTH, METRIC_WORTH = 200, 1000
+WORTH = 1000  # labels that count as much as a reference
 
-
-def expected_score(logits: Numbers, q: Numbers, task: str = "multiclass", error: float = 0.0) -> Refined:
-    r"""Compute the refined score to expect, if labels are drawn from the predictions of a reference.
-
-    .. math::
-        \min_T \; \mathbb{E}\,\|p_T - q\|^2 + \mathbb{E}\, q \cdot (1 - q)
-
-    for predictions :math:`p_T` of the network at temperature T, and q of the reference. It is in the units of
-    :func:`refined_score`, and lowest where the network is closest to the reference.
-
-    Args:
-        logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``; the outputs of
-            a regression.
-        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
-            ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
-        error: In a regression, the left-out squared error of the reference, ``Reference.score_``, which is
-            added.
-
-    Returns:
-        The score, and the temperature that gives it.
-
-    Raises:
-        ValueError: As by :func:`refined_score`.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.functional import expected_score
-        >>> q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-        >>> round(expected_score(q.log(), q).score, 3)  # E q(1 - q) alone: both say the same
-        0.25
-    """
-    rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
-    score, temperature = refined_score(logits, q, task)
-    is_finite = rules.as_outputs(logits).isfinite().all(1)
-    return Refined(score + uncertainty(rules.as_matrix(q)[is_finite.to(q.device)], rules, error), temperature)
-
-
-def uncertainty(q: Tensor, task: Task, error: float) -> float:
-    """Return the score of a reference's predictions: E q(1 - q), or its error in a regression."""
-    return float(task.uncertainties(q.double()).mean()) + (0.0 if task.has_classes else error)
+Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 
 
 def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
@@ -104,7 +62,8 @@ def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "mu
     Args:
         metric: A torchmetrics metric with ``update(preds, target)``; it stays as it is.
         logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``.
-        q: Predictions of the same samples by a reference, as for :func:`expected_score`.
+        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
+            ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
         task: ``"multiclass"`` or ``"binary"``.
 
     Returns:
@@ -150,47 +109,19 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
     return value
 
 
-def all_values(
-    outputs: Tensor, y: Tensor, draws: Tensor, metrics: Mapping[str, Metric], task: Task
-) -> dict[str, float]:
-    """Compute the refined score, its temperature, and metrics, by labels or by what a reference predicts.
+def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor) -> Tensor:
+    """Compute a user's loss for each of several labels of a sample, ``(R,)`` or ``(R, N)``, on the CPU.
 
     Args:
-        outputs: Outputs ``(N, C)``, finite.
-        y: Labels as a matrix, or predictions, ``(N, C)``.
-        draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``.
-            Metrics of no label, or of a single class, are nan.
-        metrics: Metrics by name.
+        loss: The loss: of outputs and labels, a number, or one for each sample.
+        outputs: Outputs ``(N, ...)``.
+        draws: Labels ``(R, N)``; in a regression ``(R, N, C)``.
         task: The task.
+        like: Labels in the form and on the device that the loss takes, of any number.
     """
-    score, temperature = lowest_score(outputs, y, task)
-    found = {"score": score, "temperature": temperature} | dict.fromkeys(metrics, math.nan)
-    if draws.numel() > 0 and (not task.has_classes or bool((draws != draws[0, 0]).any())):
-        p = task.predictions(outputs)
-        found |= {name: float(metric_value(metric, p, draws, task)) for name, metric in metrics.items()}
-    return found
-
-
-def join_values(
-    expected: Mapping[str, float], labels: Mapping[str, float], num_labels: int, task: Task
-) -> dict[str, float]:
-    """Join expected values with those by m labels: (m s + w E) / (m + w); the labels give the temperature.
-
-    The reference counts as w = 200 labels for the score of classes, and as 1,000 for metrics, of which a
-    label says less, and in a regression.
-
-    Args:
-        expected: What is expected.
-        labels: What labels say; where it is nan, what is expected counts.
-        num_labels: m.
-        task: The task.
-    """
-    found = dict(labels)
-    for name, value in expected.items():
-        of_labels = value if math.isnan(labels[name]) else labels[name]
-        worth = SCORE_WORTH if name == "score" and task.has_classes else METRIC_WORTH
-        found[name] = (num_labels * of_labels + worth * value) / (num_labels + worth)
-    return found | {"temperature": labels["temperature"] if num_labels > 0 else expected["temperature"]}
+    outputs = outputs.to(like.device)
+    values = [torch.as_tensor(loss(outputs, task.as_labels(each, like))) for each in draws]
+    return torch.stack(values).detach().double().cpu()
 
 
 class _MeanAUROC(MulticlassAUROC):
@@ -202,14 +133,14 @@ class _MeanAUROC(MulticlassAUROC):
 
 
 def default_metrics(task: Task, num_columns: int) -> dict[str, Metric]:
-    """Make the metrics that are expected by default, by name: accuracy and AUROC, or the mean squared error.
+    """Make the metrics that are expected by default, by name: accuracy and AUROC; none in a regression.
 
     Args:
         task: The task.
         num_columns: C. There is no AUROC of more than 100 classes, which would take long.
     """
     if not task.has_classes:
-        return {"mse": MeanSquaredError()}
+        return {}
     if task.has_one_output:
         return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
     found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}

@@ -5,13 +5,15 @@ also where one output tells two classes apart, or for each number of a regressio
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import num_outputs
+from lightning_sensitivity.functional.tensors import in_32_bits, num_outputs
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _BY_CLASS = "Leave `task` out if labels are class indices"
 _MULTILABEL = "Several classes for one sample (multilabel) are not supported"
 
@@ -27,7 +29,11 @@ class _Matrices:
 
     def as_outputs(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network into a matrix ``(N, C)``, in 32 bits or more; a matrix stays."""
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))[:, None].flatten(1)
+        return in_32_bits(outputs)[:, None].flatten(1)
+
+    def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
+        """Turn labels that were drawn, ``(N, ...)``, into the form, type and device of other labels."""
+        return drawn.reshape(len(drawn), *like.shape[1:]).to(like)
 
 
 class Multiclass(_Matrices):
@@ -72,9 +78,23 @@ class Multiclass(_Matrices):
         """Compute the Brier score: squared differences from labels, or from other predictions."""
         return self.scale * (p - other).square().sum(-1)
 
-    def uncertainties(self, p: Tensor) -> Tensor:
-        """Compute the Brier score that predictions have if labels are drawn from them."""
-        return self.scale * (1 - p.square().sum(-1))
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Compute the cross-entropy of each sample, exact in the probabilities ``(N, C)`` of its labels.
+
+        A class whose logit is -inf is masked: no label is one.
+        """
+        logarithms = self.as_outputs(outputs).log_softmax(1)
+        return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1)
+
+    def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
+        """Turn class indices ``(N,)`` into the form of other labels: indices, or a column for each class."""
+        num_columns = math.prod(like.shape[1:])
+        one_hot = torch.nn.functional.one_hot(drawn, num_columns) if num_columns > 1 else drawn
+        return super().as_labels(one_hot, like)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return the outputs of a network, of a shape for each sample, that has these predictions."""
+        return p.clamp(min=_FLOOR).log()
 
     def classes(self, p: Tensor) -> Tensor:
         """Return the class that predictions or labels ``(..., N, C)`` choose, ``(..., N)``."""
@@ -120,6 +140,10 @@ class Binary(Multiclass):
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, float(IGNORED))
         return super().as_matrix(y)
 
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return logits of class 1."""
+        return p.clamp(min=_FLOOR).log().diff(dim=1).reshape(len(p), *shape)
+
     def metric_inputs(self, p: Tensor) -> Tensor:
         """Return the probabilities of class 1, ``(N,)``."""
         return p[:, 1]
@@ -154,9 +178,13 @@ class Regression(_Matrices):
         """Score predictions by their squared differences from targets, or from other predictions."""
         return (p - other).square().mean(-1)
 
-    def uncertainties(self, p: Tensor) -> Tensor:
-        """Return zeros: predictions of a regression do not say how sure they are."""
-        return torch.zeros_like(p[:, 0])
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Compute the squared error of each sample, for one target ``(N, C)`` or several, ``(R, N, C)``."""
+        return self.distances(self.as_outputs(outputs), y)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return predictions as outputs; None if outputs are something else, such as quantiles."""
+        return p.reshape(len(p), *shape) if math.prod(shape) == p.shape[1] else None
 
     def classes(self, p: Tensor) -> Tensor:
         """Return nan: a regression has no classes, and none are equal."""

@@ -20,6 +20,11 @@ def num_outputs(outputs: Tensor) -> int:
     return outputs.shape[1] if outputs.ndim > 1 else 1
 
 
+def in_32_bits(values: Tensor) -> Tensor:
+    """Turn floating numbers into 32 bits or more; all else stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
+
+
 def by_position(outputs: Tensor) -> Tensor:
     """View outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, P)``, with P positions."""
     outputs = outputs.detach()

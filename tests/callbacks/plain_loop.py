@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference
@@ -19,8 +19,7 @@ from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.reference.observations import projection
 from tests.helpers import NUM_FEATURES, Classifier, History, first_tensor, fitted, inputs, labelled
 
-SCORE, ACCURACY, AUROC, MSE = (f"val/expected_{name}" for name in ("score", "accuracy", "auroc", "mse"))
-TEMPERATURES = [2 ** (half / 2) for half in range(-2, 7)]
+LOSS, ACCURACY, AUROC = (f"val/expected_{name}" for name in ("loss", "accuracy", "auroc"))
 X, CORRECT = labelled(90).tensors  # in batches of 16 and one of 10
 NOISY = CORRECT.where(torch.arange(90) % 3 > 0, (CORRECT + 1 + torch.arange(90) % 2) % 4)  # a third is wrong
 HOLDOUT = inputs(50, seed=1)  # in batches of 16 and one of 2
@@ -52,12 +51,12 @@ class Multiclass:
     """How predictions are made, compared with labels or the reference, and turned into classes."""
 
     @staticmethod
-    def predictions(outputs: Tensor, temperature: float) -> Tensor:
-        return (outputs / temperature).softmax(1)
+    def predictions(outputs: Tensor) -> Tensor:
+        return outputs.softmax(1)
 
     @staticmethod
-    def score(p: Tensor, y: Tensor) -> float:
-        return float((p - y).square().sum(1).mean())
+    def loss(outputs: Tensor, y: Tensor) -> float:
+        return float(cross_entropy(outputs, y))
 
     @staticmethod
     def classes(p: Tensor) -> Tensor:
@@ -66,8 +65,12 @@ class Multiclass:
 
 class Binary(Multiclass):
     @staticmethod
-    def predictions(outputs: Tensor, temperature: float) -> Tensor:
-        return (outputs.reshape(-1, 1) / temperature).sigmoid()
+    def predictions(outputs: Tensor) -> Tensor:
+        return outputs.reshape(-1, 1).sigmoid()
+
+    @staticmethod
+    def loss(outputs: Tensor, y: Tensor) -> float:
+        return float(binary_cross_entropy_with_logits(outputs.reshape(y.shape), y))
 
     @staticmethod
     def classes(p: Tensor) -> Tensor:
@@ -76,12 +79,8 @@ class Binary(Multiclass):
 
 class Regression(Multiclass):
     @staticmethod
-    def predictions(outputs: Tensor, temperature: float) -> Tensor:
-        return outputs.reshape(len(outputs), -1)
-
-    @staticmethod
-    def score(p: Tensor, y: Tensor) -> float:
-        return float((p - y).square().mean())
+    def loss(outputs: Tensor, y: Tensor) -> float:
+        return float((outputs.reshape(y.shape) - y).square().mean())
 
 
 TASKS: dict[str, Any] = {"multiclass": Multiclass, "binary": Binary, "regression": Regression}
@@ -123,12 +122,12 @@ def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> 
     q = q[:, 1:] if task == "binary" else q.reshape(len(q), -1)
     labels, is_finite = drawn(q) if task != "regression" else q, outputs.reshape(len(q), -1).isfinite().all(1)
     outputs, q = outputs[is_finite], q[is_finite]
-    score = min(kind.score(kind.predictions(outputs, t), q) for t in TEMPERATURES)
+    loss = kind.loss(outputs, q)
     if task == "regression":
-        return dict.fromkeys((SCORE, MSE), score + reference.score_)
-    p, rest = kind.predictions(outputs, 1), (q * (1 - q)).sum(1).mean()
+        return {LOSS: loss + reference.score_}
+    p = kind.predictions(outputs)
     labels, classes = labels[:, is_finite], kind.classes(p).int()
-    found = {SCORE: score + float(rest), ACCURACY: float((labels == classes).double().mean())}
+    found = {LOSS: loss, ACCURACY: float((labels == classes).double().mean())}
     columns = range(p.shape[1]) if task == "multiclass" else [0]
     wanted = [labels == (k if task == "multiclass" else 1) for k in columns]
     areas = [
@@ -208,8 +207,7 @@ class Truth(History):
             return found
         of_labels = self.of_labels(outputs, num_outputs)
         m = len(self.labelled(outputs, self.holdout, num_outputs)[1])
-        worth = {name: 200 if name == SCORE and self.task != "regression" else 1000 for name in found}
-        return {name: (m * of_labels[name] + worth[name] * found[name]) / (m + worth[name]) for name in found}
+        return {name: (m * of_labels[name] + 1000 * found[name]) / (m + 1000) for name in found}
 
     def labelled(self, rows: Tensor, batches: list[Any], num_outputs: int) -> tuple[Tensor, Tensor]:
         """The rows and labels of samples that have one, and are finite."""
@@ -220,13 +218,13 @@ class Truth(History):
     def of_labels(self, outputs: Tensor, num_outputs: int) -> dict[str, float]:
         """The same values, of labels."""
         outputs, y = self.labelled(outputs, self.holdout, num_outputs)
-        score = min(self.kind.score(self.kind.predictions(outputs, t), y) for t in TEMPERATURES)
+        loss = self.kind.loss(outputs, y)
         if self.task == "regression":
-            return {SCORE: score, MSE: score}
-        p = self.kind.predictions(outputs, 1)
+            return {LOSS: loss}
+        p = self.kind.predictions(outputs)
         areas = [roc_auc_score(y[:, k], p[:, k]) for k in range(p.shape[1])]
         accuracy = (self.kind.classes(p) == self.kind.classes(y)).double().mean()
-        return {SCORE: score, ACCURACY: float(accuracy), AUROC: sum(areas) / len(areas)}
+        return {LOSS: loss, ACCURACY: float(accuracy), AUROC: sum(areas) / len(areas)}
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         assert self.epochs and len(self.epochs) == len(self.expected)
@@ -235,8 +233,8 @@ class Truth(History):
             found = {name: value for name, value in values.items() if name.startswith("val/expected_")}
             area = {AUROC: pytest.approx(expected[AUROC], abs=5e-4)} if AUROC in expected else {}  # ranks may be ties
             assert found == {name: pytest.approx(each, rel=1e-5, abs=1e-7) for name, each in expected.items()} | area
-        scores = [expected[SCORE] for _, expected in pairs if expected]
-        assert len(set(scores)) == len(scores)  # it moves
+        losses = [expected[LOSS] for _, expected in pairs if expected]
+        assert len(set(losses)) == len(losses)  # it moves
 
 
 def fit(model: Any, *callbacks: Any, train: Any = None, val: Any = None, **kwargs: Any) -> Trainer:

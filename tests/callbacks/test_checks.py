@@ -24,7 +24,7 @@ from tests.helpers import Acting, Linear, failing, fitted, loader, quick_risk, r
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
-SENSITIVITY, SCORE = "val/output_sensitivity", "val/expected_score"
+SENSITIVITY, LOSS = "val/output_sensitivity", "val/expected_loss"
 
 
 def said(*args: Any, **options: Any) -> list[str]:
@@ -66,9 +66,9 @@ def test_a_failure_is_said_once_and_leaves_gaps_in_the_curve_and_changes_no_othe
     assert [text.split("`")[1] for text in texts] == ["SensitivityMonitor", "RiskMonitor"]
     assert all("KeyError: 'an error of the user'. This epoch has no value." in text for text in texts)
     rows = helpers.csv_rows(logger.log_dir)
-    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/expected_score", "val/expected_accuracy"):
+    for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/expected_loss", "val/expected_accuracy"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 4, 5]  # nothing old as if it were new
-    assert ["expected_score" in row for row in risk.history] == [True, False, False, False, True, True]
+    assert ["expected_loss" in row for row in risk.history] == [True, False, False, False, True, True]
     whole = fitted([SensitivityMonitor(), quick_risk()], Linear(), *data, **options)
     assert [run.epochs[index] for index in (0, 4, 5)] == [whole.epochs[index] for index in (0, 4, 5)]
 
@@ -115,17 +115,17 @@ class OwnLog(Linear):
 def test_a_log_of_fewer_arguments_costs_values() -> None:
     texts = said([SensitivityMonitor(), quick_risk()], model := OwnLog(), loader(), unlabelled_loader(seed=1))
     assert model.trainer.current_epoch == 2
-    assert all(sum(f"could not log `{name}`" in each for each in texts) == 1 for name in (SENSITIVITY, SCORE))
+    assert all(sum(f"could not log `{name}`" in each for each in texts) == 1 for name in (SENSITIVITY, LOSS))
 
 
 def test_values_of_the_user_under_our_names_are_left_alone() -> None:
     class Own(Linear):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log_dict(dict.fromkeys((SENSITIVITY, SCORE), 1.0))
+            self.log_dict(dict.fromkeys((SENSITIVITY, LOSS), 1.0))
 
     texts = said([SensitivityMonitor(), quick_risk()], model := Own(), loader(), unlabelled_loader(seed=1))
     problem = "does not log `{}`, since your own code does. Choose another `prefix=`"
-    for name in (SENSITIVITY, SCORE):
+    for name in (SENSITIVITY, LOSS):
         assert sum(problem.format(name) in text for text in texts) == 1
         assert [epoch[name] for epoch in model.trainer.epochs] == [1, 1]
 
@@ -154,7 +154,7 @@ def watching(kind: str, monitor: str, mode: str) -> tuple[list[Callback], Any]:
 
 TWO = "/dataloader_idx_1"
 NAMES: dict[str, tuple[str, str, int, str]] = {  # a name, a mode, the number of loaders, and what is said
-    "the highest score": ("expected_score", "max", 1, "`mode` should be 'min' for `{}`, got 'max' in `{}`"),
+    "the highest score": ("expected_loss", "max", 1, "`mode` should be 'min' for `{}`, got 'max' in `{}`"),
     "the lowest accuracy": ("expected_accuracy", "min", 1, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "the lowest of a loader": ("expected_auroc" + TWO, "min", 2, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "of a regression": ("expected_mse", "min", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
@@ -175,7 +175,7 @@ def test_other_names_and_those_of_another_prefix_are_no_concern_of_a_monitor() -
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val/expected_calibration_error", 0.1)
 
-    others = [EarlyStopping("val/expected_calibration_error"), EarlyStopping("b/expected_score", mode="min")]
+    others = [EarlyStopping("val/expected_calibration_error"), EarlyStopping("b/expected_loss", mode="min")]
     fitted([quick_risk(prefix="b/"), quick_risk(), *others], Own(), loader(), unlabelled_loader(seed=1))
 
 
@@ -186,7 +186,7 @@ METRICS: dict[str, tuple[Any, str]] = {
     "a metric alone": (MulticlassAccuracy(4), "`metrics` should be a dict of names and torchmetrics metrics"),
     "a function": ({"f": len}, "`metrics` should be a dict of names and torchmetrics metrics"),
     "no direction": ({"sum": SumMetric()}, r"`metrics\['sum'\].higher_is_better` should be True or False, got None"),
-    "our name": ({"score": MulticlassAccuracy(4)}, "`metrics` should be named otherwise"),
+    "our name": ({"loss": MulticlassAccuracy(4)}, "`metrics` should be named otherwise"),
     "a vector": ({"a": MulticlassAccuracy(4, average=None)}, r"`metrics\['a'\]` should be one number"),
     "other classes": ({"a": MulticlassAccuracy(3)}, r"`metrics\['a'\]` fails on outputs \(16, 4\)"),
 }  # fmt: skip

@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.closing import closing_line, summarize
 from lightning_sensitivity.callbacks.run_reference import Verdict
-from tests.callbacks.plain_loop import ACCURACY, AUROC, NOISY, SCORE, Plain, X, batches_of, fit
+from tests.callbacks.plain_loop import ACCURACY, AUROC, NOISY, LOSS, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
-SECOND = f"{SCORE}/dataloader_idx_1"
+SECOND = f"{LOSS}/dataloader_idx_1"
 DATA = batches_of(X, NOISY), unlabelled_loader(seed=1)
 
 
@@ -37,18 +37,18 @@ Rows = list[dict[str, Any]]
 
 
 def verdict(**changes: Any) -> Verdict:
-    known = {"learner": "forest", "features": "columns", "num_training": 2000, "left_out_score": 0.3, "skill": 0.5}
-    shares = {"left_out_accuracy": 0.84, "left_out_auroc": 0.91, "majority": 0.6, "unexplained": 0.04}
+    known = {"learner": "forest", "features": "columns", "num_training": 2000, "skill": 0.5}
+    shares = {"majority": 0.6, "unexplained": 0.04}
     return Verdict(**{**known, **shares, "is_trusted": True, **changes})
 
 
 def validations(best: int = 3, **changes: Any) -> Rows:
     """Five of them, the first one by another reference; accuracy is highest one epoch after the lowest score."""
     rows = [
-        {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_score": 0.4 + abs(epoch - best) / 10,
-         "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "temperature": 2.0, "num_labels": 0,
-         "reference": 0.3 if epoch else 0.2, **changes} for epoch in range(5)]  # fmt: skip
-    return [rows[0] | {"expected_score": 0.1}, *rows[1:]]
+        {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
+         "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0,
+         "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84, "reference": 0.3 if epoch else 0.2, **changes} for epoch in range(5)]  # fmt: skip
+    return [rows[0] | {"expected_loss": 0.1}, *rows[1:]]
 
 
 def without(rows: Rows, **changes: Any) -> Rows:
@@ -56,58 +56,53 @@ def without(rows: Rows, **changes: Any) -> Rows:
     return [{name: each for name, each in row.items() if "expected" not in name} | changes for row in rows]
 
 
-CURVES = {SCORE: ("expected_score", 0, False), ACCURACY: ("expected_accuracy", 0, True)}
-SKILL = "without having seen them, it predicts 84% of these labels (always the most frequent class: 60%; AUROC 0.91)"
-BEST, CALIBRATE = f"`{SCORE}` was lowest at epoch 3", ": divide its logits by 2.0 to calibrate its probabilities."
-CHOSE = f"The reference (random forest, 2,000 training labels) chose: {SKILL}."
-REACH = "There the network is expected to reach an accuracy of 80%; the reference by itself reaches 84%"
+CURVES = {LOSS: ("expected_loss", 0, False), ACCURACY: ("expected_accuracy", 0, True)}
+SKILL = "on labels that it has not seen, it is 50% better than chance"
+BEST = f"`{LOSS}` was lowest at epoch 3"
+CHOSE = "The reference (random forest, 2,000 training labels) chose."
+REACH = "There the network is expected to reach 0.4, the reference by itself 0.35"
 RIVAL = f"{REACH}: consider it, or the mean of both."
 LONGER = "It was still improving: train for longer."
-NONE = f"`{SCORE}` has no value to choose by: "
+NONE = f"`{LOSS}` has no value to choose by: "
 LAST = (
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
-NUMBERS = dict.fromkeys(("left_out_accuracy", "left_out_auroc", "majority", "unexplained"), math.nan) | {
-    "skill": 0.62, "left_out_score": 0.12345}  # fmt: skip
-LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
+NUMBERS = dict.fromkeys(("majority", "unexplained"), math.nan) | {"skill": 0.62}
+LABELS: dict[str, Any] = {"num_labels": 70, "reference": None, "reference_expected_loss": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
     "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {RIVAL}"),
-    "a network that is better": (verdict(), validations(expected_accuracy=0.85),
-        f"{BEST}. {CHOSE} {REACH.replace('80', '85')}."),
-    "other metrics": (verdict(), [{k: v for k, v in row.items() if "accuracy" not in k} for row in validations()],
+    "a network that is better": (verdict(), validations(reference_expected_loss=0.45),
+        f"{BEST}. {CHOSE} {REACH.replace('0.35', '0.45')}."),
+    "no such outputs": (verdict(), [{k: v for k, v in row.items() if "reference_" not in k} for row in validations()],
         f"{BEST}. {CHOSE}"),
     "many labels are left": (verdict(unexplained=0.12), validations(), f"{BEST}. {CHOSE} {RIVAL} About 12% of the "
         "training labels can't be explained: they are wrong, or not to be known from the inputs."),
     "labels and the reference chose": (verdict(), validations(num_labels=70),
-        f"{BEST}{CALIBRATE} 70 validation labels and the{CHOSE[3:]} {RIVAL}"),
-    **{f"labels, and a temperature of {each}": (verdict(), validations(num_labels=70, temperature=each),
-        f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL}") for each in (0.5, 1.0, 8.0)},  # at an end, or none
-    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}{CALIBRATE} 70 validation labels chose."),
+        f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL}"),
+    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. 70 validation labels chose."),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
-        f"{BEST}{CALIBRATE} 70 validation labels chose."),
-    "before a resume": (None, validations(), f"{BEST}. The reference of an earlier part of this fit chose."),
+        f"{BEST}. 70 validation labels chose."),
+    "before a resume": (None, validations(), f"{BEST}. The reference of an earlier part of this fit chose. {RIVAL}"),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {RIVAL}"),
-    "another estimator, many classes": (verdict(learner="GaussianNB", left_out_auroc=math.nan), validations(),
-        f"{BEST}. {CHOSE.replace('random forest', 'GaussianNB').replace('; AUROC 0.91', '')} {RIVAL}"),
-    "a regression": (verdict(**NUMBERS), [row | {"expected_mse": 0.2} for row in validations()],
-        f"{BEST}. {CHOSE.replace(SKILL, 'its R² on left-out labels is 0.62')} There the network is expected to reach a "
-        "squared error of 0.2; the reference by itself reaches 0.123: consider it, or the mean of both."),
+    "another estimator, many classes": (verdict(learner="GaussianNB"), validations(),
+        f"{BEST}. {CHOSE.replace('random forest', 'GaussianNB')} {RIVAL}"),
+    "a regression": (verdict(**NUMBERS), validations(), f"{BEST}. {CHOSE} {RIVAL}"),
     "still improving": (verdict(), validations(4), f"{BEST[:-1]}4. {CHOSE} {RIVAL} {LONGER}"),
     "a single epoch": (verdict(), validations(4)[4:], f"{BEST[:-1]}4. {CHOSE} {RIVAL}"),
     "gaps, one at the end": (verdict(), without(validations()[:1]) + validations(4) + [{**validations()[0], **{
-        "expected_score": math.nan}}],
+        "expected_loss": math.nan}}],
         f"{BEST[:-1]}4. {CHOSE} {RIVAL} There is no value for 2 of 7 validations."),
-    "ties": (verdict(), validations(expected_score=0.5)[1:],
-        f"All values of `{SCORE}` are equal, so that no epoch was chosen."),
+    "ties": (verdict(), validations(expected_loss=0.5, expected_accuracy=0.5)[1:],
+        f"All values of `{LOSS}` are equal, so that no epoch was chosen."),
     "a blind reference": (verdict(**BLIND), without(validations()),
         f"{NONE}the reference sees too little of the inputs ({SKILL}){LAST}"),
     "one class": (verdict(**BLIND, majority=1.0), without(validations()),
         f"{NONE}the reference has seen labels of only one class{LAST}"),
     "a reference that failed": (None, without(validations(), reference=None), f"{NONE}the reference is missing{LAST}"),
-    "no finite value": (verdict(), validations(expected_score=math.nan)[1:],
+    "no finite value": (verdict(), validations(expected_loss=math.nan, expected_accuracy=math.nan)[1:],
         f"{NONE}no validation after the reference gave one."),
 }  # fmt: skip
 
@@ -122,11 +117,11 @@ def test_it_says_if(what: str) -> None:
 
 
 WATCHING: dict[str, tuple[list[Any], str, int]] = {  # callbacks, the value, and the epoch that is named
-    "nothing": ([], SCORE, 2),
+    "nothing": ([], LOSS, 2),
     "accuracy": ([cb.EarlyStopping(ACCURACY, mode="max")], ACCURACY, 3),
-    "another value": ([cb.EarlyStopping("val_loss")], SCORE, 2),
+    "another value": ([cb.EarlyStopping("val_loss")], LOSS, 2),
     "accuracy by a checkpoint, the score by EarlyStopping": (
-        [cb.EarlyStopping(SCORE), cb.ModelCheckpoint("x", monitor=ACCURACY, mode="max")], ACCURACY, 3),
+        [cb.EarlyStopping(LOSS), cb.ModelCheckpoint("x", monitor=ACCURACY, mode="max")], ACCURACY, 3),
 }  # fmt: skip
 
 
@@ -137,8 +132,7 @@ def test_it_is_about_the_value_that_is_watched_by(what: str) -> None:
     summary = summarize(run, CURVES, validations(2, num_labels=9), verdict())
     assert (summary["monitored"], summary["epoch"]) == (name, epoch)
     line = closing_line(summary)
-    assert f"`{name}` was {'lowest' if name == SCORE else 'highest'} at epoch {epoch}" in line
-    assert ("divide its logits" in line) == (name == SCORE)
+    assert f"`{name}` was {'lowest' if name == LOSS else 'highest'} at epoch {epoch}" in line
 
 
 # In a fit
@@ -193,8 +187,8 @@ class Scheduled(Plain):
 
 
 STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
-    "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(SCORE, patience=2), 3, True),
-    "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(SCORE, stopping_threshold=0.7505), 9, False),
+    "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(LOSS, patience=2), 3, True),
+    "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(LOSS, stopping_threshold=1.394), 9, False),
     "another callback that stops it": (Plain, Stopping, 4, True),
     "a single epoch": (Plain, Stopping, 1, False),
     "a schedule that has ended": (Scheduled, Stopping, 3, False),
@@ -230,7 +224,7 @@ def blind(batch: Any) -> Tensor:
     return torch.ones(len(batch if isinstance(batch, Tensor) else batch[0]), 1)
 
 
-@pytest.mark.parametrize(("name", "mode"), [(SCORE, "min"), (AUROC, "max")])
+@pytest.mark.parametrize(("name", "mode"), [(LOSS, "min"), (AUROC, "max")])
 def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(name: str, mode: str, tmp_path: Path) -> None:
     stopping = cb.EarlyStopping(name, mode=mode, patience=1, stopping_threshold=0.3)  # by what was not measured
     checkpoint = cb.ModelCheckpoint(tmp_path, monitor=name, mode=mode, filename="{epoch}")
@@ -240,8 +234,8 @@ def test_where_the_reference_is_blind_callbacks_take_the_last_epoch(name: str, m
     first, last = (str(each.message) for each in caught if "reference sees too little" in str(each.message))
     assert Path(checkpoint.best_model_path).name == "epoch=3.ckpt" and stopping.stopped_epoch == 0
     assert "logs nothing: the reference sees too little of the inputs" in first
-    assert "the reference sees too little of the inputs (without having" in last and "take the last epoch" in last
-    assert len(monitor.history) == 4 and not any("expected_score" in row for row in monitor.history)
+    assert "the reference sees too little of the inputs (on labels" in last and "take the last epoch" in last
+    assert len(monitor.history) == 4 and not any("expected_loss" in row for row in monitor.history)
     assert name not in run.logged_metrics and name not in run.callback_metrics  # of which a tuner reads
     assert monitor.summary["chosen_by"] == "nothing" and monitor.summary["epoch"] is None
 
@@ -260,16 +254,16 @@ def test_the_summary_the_history_and_the_plot_of_a_fit(tmp_path: Path) -> None:
     assert len(texts) == 1 and "found no label in the batches of dataloader 1, so labels are not used" in texts[0]
     summary = monitor.summary
     assert summary["chosen_by"] == "reference and labels" and summary["num_labels"] == 50
-    assert summary["left_out_accuracy"] == monitor.reference.accuracy_ and summary["num_training"] == 90
+    assert summary["skill"] == monitor.reference.skill_ and summary["num_training"] == 90
     best = monitor.history[2 * summary["epoch"]]
-    assert all(summary[name] == best[name] for name in ("expected_score", "expected_accuracy", "expected_auroc"))
-    keys = {"epoch", "step", "dataloader_idx", "num_labels", "temperature"}
+    assert all(summary[name] == best[name] for name in ("expected_loss", "expected_accuracy", "expected_auroc"))
+    keys = {"epoch", "step", "dataloader_idx", "num_labels"}
     assert len(monitor.history) == 6 and all(row.keys() >= keys for row in monitor.history)
     for index in (0, 1):
         rows = [row for row in monitor.history if row["dataloader_idx"] == index]
-        for name in ("expected_score", "expected_accuracy", "expected_auroc"):
+        for name in ("expected_loss", "expected_accuracy", "expected_auroc"):
             curve = [epoch[f"val/{name}/dataloader_idx_{index}"] for epoch in run.epochs]
             assert [row[name] for row in rows] == pytest.approx(curve, rel=1e-6)
     figure, axes = monitor.plot()
-    assert [ax.get_title() for ax in axes] == [SCORE, ACCURACY, AUROC] and len(axes[0].lines) == 2
+    assert [ax.get_title() for ax in axes] == [ACCURACY, AUROC, LOSS] and len(axes[0].lines) == 2
     figure.savefig(tmp_path / "curves.png")

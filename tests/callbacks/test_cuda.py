@@ -42,7 +42,7 @@ def fit(kind: Any, monitors: Any, **kwargs: Any) -> tuple[Any, list[dict[str, fl
 
 
 @pytest.mark.parametrize("kind", [Classifier, Recurrent])
-def test_training_is_bit_identical_and_the_expected_score_that_of_the_cpu(kind: Any) -> None:
+def test_training_is_bit_identical_and_the_expected_loss_that_of_the_cpu(kind: Any) -> None:
     monitors = [SensitivityMonitor(), quick_risk()]
     _, on_cpu = fit(kind, monitors)
     allocated = torch.cuda.memory_allocated()
@@ -50,8 +50,8 @@ def test_training_is_bit_identical_and_the_expected_score_that_of_the_cpu(kind: 
     without, _ = fit(kind, [], deterministic=True, **CUDA)
     torch.testing.assert_close(with_monitors.state_dict(), without.state_dict(), rtol=0, atol=0)
     # Other noise, and other rounding in training.
-    expected = on_cpu[-1]["val/expected_score"]
-    assert on_gpu[-1]["val/expected_score"] == pytest.approx(expected, rel=0.1, abs=0.02)
+    expected = on_cpu[-1]["val/expected_loss"]
+    assert on_gpu[-1]["val/expected_loss"] == pytest.approx(expected, rel=0.1, abs=0.02)
     assert torch.cuda.memory_allocated() - allocated < 2**20  # nothing is left on the device
 
 

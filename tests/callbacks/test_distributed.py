@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks import risk
-from tests.callbacks.plain_loop import ACCURACY, AUROC, SCORE, Plain, batches_of
+from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, Plain, batches_of
 from tests.helpers import Stream, labelled, quick_risk, small_forests
 
 SENSITIVITY = "val/output_sensitivity"
@@ -141,7 +141,7 @@ def unequal(folder: Path) -> Any:
 def identical(folder: Path) -> Any:
     """Training with and without monitors, and a process without a validation batch."""
     model, other = Moving(), Moving()
-    monitors = [quick_risk(), SensitivityMonitor(), ModelCheckpoint(folder / "best", monitor=SCORE)]
+    monitors = [quick_risk(), SensitivityMonitor(), ModelCheckpoint(folder / "best", monitor=LOSS)]
     train, val = batches_of(X, CORRECT, batch_size=20), dealt([0, 40])
     run, texts = fitted(monitors, model, train, val, enable_checkpointing=True)
     fitted([], other, train, val)
@@ -159,20 +159,20 @@ class Failing(Moving):
 
 
 def failing(folder: Path) -> Any:
-    stopping = EarlyStopping(SCORE, patience=2)
+    stopping = EarlyStopping(LOSS, patience=2)
     monitors = [SensitivityMonitor(), quick_risk(), stopping]
     run, texts = fitted(monitors, Failing(), batches_of(X, CORRECT, batch_size=20), dealt([20, 40]), max_epochs=3)
     return run.epochs, texts
 
 
 class LateMetric(MulticlassAccuracy):
-    """It fails in one process, in the second validation; its first value is that of the first training batch."""
+    """It fails in one process, in the second validation; its first value is that of the first training batch, the third of the reference."""
 
     calls = 0
 
     def compute(self) -> Tensor:
         LateMetric.calls += 1
-        if rank() == 1 and LateMetric.calls == 3:
+        if rank() == 1 and LateMetric.calls == 4:
             raise ValueError("out of metrics")
         return super().compute()
 
@@ -258,7 +258,7 @@ def half_an_epoch(folder: Path) -> Any:
             train = batches_of(x[order], y[order], batch_size=100)
             options = {"val_check_interval": 0.5, "max_epochs": 1, "use_distributed_sampler": False}
             _, texts = fitted([monitor := quick_risk(), counting], Moving(), train, dealt([20, 40]), **options)
-            steps.append([row["step"] for row in monitor.history if "expected_score" in row])
+            steps.append([row["step"] for row in monitor.history if "expected_loss" in row])
     return steps, monitor.summary["num_training"], counting.size, texts
 
 
@@ -285,20 +285,20 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 def test_a_process_without_a_batch_has_the_others_values_and_training_is_bit_identical(both: Any) -> None:
     (epochs, texts), (other_epochs, other_texts) = both["identical"]
     assert epochs == other_epochs and texts == other_texts == []
-    assert {SCORE, ACCURACY, AUROC, SENSITIVITY} <= epochs[0].keys() and epochs[0][SCORE] < 2
+    assert {LOSS, ACCURACY, AUROC, SENSITIVITY} <= epochs[0].keys() and epochs[0][LOSS] < 2
 
 
 def test_a_pass_that_fails_in_one_process_costs_the_value_of_both_and_stops_nobody(both: Any) -> None:
     (epochs, texts), (other_epochs, other_texts) = both["failing"]
     assert epochs == other_epochs and len(epochs) == 3
-    assert [epoch[SCORE] > 2 for epoch in epochs] == [False, True, False]
+    assert [epoch[LOSS] > 2 for epoch in epochs] == [False, True, False]
     assert texts == [] and all("out of luck" in text and "This epoch has no value" in text for text in other_texts)
     assert len(other_texts) == 2
 
 
 def test_a_metric_that_fails_in_one_process_costs_a_value_in_both(both: Any) -> None:
     (epochs, texts), (other_epochs, other_texts) = both["failing_metric"]
-    assert epochs == other_epochs and [epoch[SCORE] > 2 for epoch in epochs] == [False, True, False]
+    assert epochs == other_epochs and [epoch[LOSS] > 2 for epoch in epochs] == [False, True, False]
     assert texts == [] and len(other_texts) == 1 and "out of metrics" in other_texts[0]
     assert all(epoch[SENSITIVITY] < 1e38 for epoch in epochs)
 
@@ -312,7 +312,7 @@ def test_a_training_batch_that_fails_in_one_process_is_left_out_and_said_by_it(b
 
 def test_a_process_whose_validation_samples_have_no_features_costs_no_run(both: Any) -> None:
     (epochs, _, known), (other_epochs, texts, other_known) = both["failing_features"]
-    assert epochs == other_epochs and len(epochs) == 2 and known == other_known and epochs[0][SCORE] < 2
+    assert epochs == other_epochs and len(epochs) == 2 and known == other_known and epochs[0][LOSS] < 2
     assert any("failed on a tensor" in text and "no features" in text for text in texts)
 
 

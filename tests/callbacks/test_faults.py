@@ -120,4 +120,4 @@ def test_copies_of_monitors_measure_the_same() -> None:
     makers = (lambda: pickle.loads(pickle.dumps(monitors)), lambda: monitors, lambda: copy.deepcopy(monitors))
     values = [logged(fitted(make(), Linear()), "val/") for make in makers]
     assert values[0] == values[1] == values[2]
-    assert values[0].keys() >= {"val/output_sensitivity", "val/expected_score"}
+    assert values[0].keys() >= {"val/output_sensitivity", "val/expected_loss"}

@@ -147,7 +147,7 @@ class Diverging(Linear):
         return super().forward(x) * (math.nan if self.trainer.validating and self.current_epoch > 1 else 1)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(SensitivityMonitor, SENSITIVITY), (quick_risk, "val/expected_score")])
+@pytest.mark.parametrize(("kind", "name"), [(SensitivityMonitor, SENSITIVITY), (quick_risk, "val/expected_loss")])
 def test_outputs_that_are_all_nan_end_a_run_by_lightning(kind: Any, name: str) -> None:
     run, texts = fitted_and_said([kind(), cb.EarlyStopping(name, patience=3)], Diverging(), max_epochs=6)
     assert len(run.epochs) == 3 and math.isnan(run.epochs[2][name])

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, SCORE, Plain, X, batches_of, fit
+from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, LOSS, Plain, X, batches_of, fit
 from tests.helpers import fitted_and_said, labelled, quick_risk
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")
@@ -41,7 +41,7 @@ class Raw(Still):
 def values(run: Trainer) -> list[dict[str, float]]:
     """Those that were logged, of each epoch."""
     found = [{name: value for name, value in each.items() if "expected" in name} for each in run.epochs]  # type: ignore[attr-defined]
-    return [each for each in found if each[SCORE] < 2]
+    return [each for each in found if each[LOSS] < 2]
 
 
 @pytest.mark.parametrize(("kind", "num_sanity_val_steps"), [(Still, 2), (Raw, 0)])
@@ -90,7 +90,7 @@ def test_a_fit_that_is_resumed_within_an_epoch_has_no_value_until_the_next_one_i
     first = 13 * (num_steps // 13 + 2)  # the end of the first whole epoch
     rows = [row for row in monitor.history if row["step"] > num_steps]
     assert not texts and rows and [row["step"] for row in monitor.history][:4] == [3, 6, 9, 12]
-    assert all(("expected_score" in row) == (row["step"] >= first) for row in rows)
+    assert all(("expected_loss" in row) == (row["step"] >= first) for row in rows)
     assert monitor.summary["num_training"] == monitor.reference.num_samples_ == 1300 and run.current_epoch == 4
 
 
@@ -98,7 +98,7 @@ def test_a_resumed_fit_that_ends_before_it_has_a_reference_speaks_of_the_values_
     path = saved_after(17, tmp_path, Still)
     options = {"max_steps": 20, "max_epochs": 4, "ckpt_path": path, "val_check_interval": 3}
     _, texts = fitted_and_said(monitor := quick_risk(), Still(), MANY, DataLoader(HOLDOUT, 16), **options)
-    with_values = [row for row in monitor.history if "expected_score" in row]
+    with_values = [row for row in monitor.history if "expected_loss" in row]
     assert not texts and monitor.reference is None and monitor.summary["learner"] is None
     assert monitor.summary["epoch"] in [row["epoch"] for row in with_values] and monitor.summary["num_gaps"] > 0
 
@@ -133,7 +133,7 @@ def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on(kind: Any) -> N
 
 def test_a_checkpoint_grows_by_the_history_alone_and_loads_without_pickle(tmp_path: Path) -> None:
     sizes = []
-    for monitors in ([], [monitor := quick_risk(), cb.EarlyStopping(SCORE, patience=1)]):
+    for monitors in ([], [monitor := quick_risk(), cb.EarlyStopping(LOSS, patience=1)]):
         fit(Still(), *monitors, max_epochs=2).save_checkpoint(path := tmp_path / f"{len(monitors)}.ckpt")
         sizes.append(path.stat().st_size)
     states = torch.load(path, weights_only=True)["callbacks"]
@@ -150,7 +150,7 @@ def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp
 
     path, options = tmp_path / "middle.ckpt", {"val_check_interval": 2, "num_sanity_val_steps": 0, "max_epochs": 2}
     whole = fit(Preempted(), quick_risk(), **options)
-    stopping = cb.EarlyStopping(SCORE, patience=3)
+    stopping = cb.EarlyStopping(LOSS, patience=3)
     resumed = fit(Preempted(), quick_risk(), stopping, ckpt_path=path, **options)
     assert resumed.current_epoch == 2 and not resumed.should_stop
     assert values(resumed)[-1].keys() == values(whole)[-1].keys()
@@ -174,4 +174,4 @@ def test_two_monitors_of_different_prefixes_save_two_states(tmp_path: Path) -> N
     fit(Still(), *monitors(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
     fit(Still(), *(both := monitors()), max_epochs=2, ckpt_path=path)
     assert [len(each.history) for each in both] == [2, 2]
-    assert both[0].history[0]["expected_score"] != both[1].history[0]["expected_score"]
+    assert both[0].history[0]["expected_loss"] != both[1].history[0]["expected_loss"]

@@ -155,8 +155,8 @@ def test_loaders_that_come_and_go_never_end_training(sizes: tuple[list[int], ...
     run.fit(Reloaded(), loader())
     suffixes = [f"/dataloader_idx_{index}" for index in range(len(sizes[0]))] if len(sizes[0]) > 1 else [""]
     for epoch in run.epochs:
-        found = {name for name in epoch if SENSITIVITY in name or "expected_score" in name}
-        assert found >= {f"{name}{suffix}" for suffix in suffixes for name in (SENSITIVITY, "val/expected_score")}
+        found = {name for name in epoch if SENSITIVITY in name or "expected_loss" in name}
+        assert found >= {f"{name}{suffix}" for suffix in suffixes for name in (SENSITIVITY, "val/expected_loss")}
         assert epoch[SENSITIVITY + suffixes[0]] > 0 and all(map(math.isfinite, epoch.values()))
 
 
@@ -191,7 +191,7 @@ def test_the_reference_is_made_of_a_whole_epoch_or_of_as_many_samples_as_fit_unl
     monkeypatch.setattr("lightning_sensitivity.reference.kinds.Columns.most", limit)
     options = {"max_epochs": 2, "val_check_interval": 0.5}
     fitted(monitor := quick_risk(), Quiet(), labelled(order), unlabelled_loader(seed=1), **options)
-    assert [row["step"] for row in monitor.history if "expected_score" in row] == [*range(step, 33, 8)]
+    assert [row["step"] for row in monitor.history if "expected_loss" in row] == [*range(step, 33, 8)]
     assert monitor.summary["num_training"] == min(limit, 1600)
     if step == 16:
         shares = torch.from_numpy(monitor.reference.shares_)
@@ -209,4 +209,4 @@ def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() ->
         monitors: list[Any] = [SensitivityMonitor(), quick_risk(inputs=first_tensor, targets=lambda batch: batch[1])]
         options = {"num_sanity_val_steps": num_sanity_val_steps}
         run, texts = helpers.fitted_and_said(monitors, TwoViews(), views, unlabelled_loader(seed=1), **options)
-        assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/expected_score"] < 2
+        assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/expected_loss"] < 2

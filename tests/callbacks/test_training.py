@@ -210,7 +210,7 @@ def test_what_is_logged_is_what_a_plain_loop_gives_and_training_is_bit_identical
     monitors.append(SensitivityMonitor(0.5, at="net", num_draws=2, prefix="b_", inputs=setup.inputs))
     run, rows, with_monitors = fit(setup, tmp_path / "with", [*[oracle] * has_oracle, *monitors])
     assert oracle.num_validations == setup.num_validations * has_oracle
-    assert any(key.startswith("val/expected_score") for key in run.callback_metrics)
+    assert any(key.startswith("val/expected_loss") for key in run.callback_metrics)
     *_, without = fit(setup, tmp_path / "without", [])
     torch.testing.assert_close(with_monitors[:2], without[:2], rtol=0, atol=0)
     assert with_monitors[2:] == without[2:]

@@ -42,7 +42,7 @@ def test_a_missing_number_costs_its_sample_and_is_said() -> None:
     for is_there in (True, False):
         rows, others = (torch.arange(200) != 5) | is_there, (torch.arange(90) != 7) | is_there
         texts = said(monitor := quick_risk(), Filling(), of(x[rows], Y[rows]), DataLoader(new[others], 20))
-        scores.append(monitor.history[0]["expected_score"])
+        scores.append(monitor.history[0]["expected_loss"])
         assert monitor.summary["num_training"] == 199 and len(texts) == 2 * is_there
         assert all("leaves out 1 " in text and "with nan or inf in inputs or features" in text for text in texts)
     assert scores[0] == pytest.approx(scores[1], abs=0.01)  # labels are drawn by the place of a sample
@@ -55,7 +55,7 @@ def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_t
     def features(batch: Any) -> Tensor:
         return batch[0] if len(batch[0]) == 30 else batch[0] / 0
 
-    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val/expected_score", filename="{epoch}")
+    checkpoint = cb.ModelCheckpoint(tmp_path, monitor="val/expected_loss", filename="{epoch}")
     monitor, options = quick_risk(features=features, validation_labels=has_labels), {"enable_checkpointing": True}
     val = DataLoader(labelled(80, seed=1), 20)
     texts = fitted_and_said([monitor, checkpoint], Quiet(), of(X[:180], Y[:180]), val, max_epochs=3, **options)[1]

@@ -18,9 +18,8 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_sensitivity.functional import draw_labels, expected_metric, expected_score, refined_score
-from lightning_sensitivity.functional.expected import all_values, default_metrics
-from lightning_sensitivity.functional.refined_score import TEMPERATURES
+from lightning_sensitivity.functional import draw_labels, expected_metric
+from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASKS
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
@@ -37,45 +36,6 @@ def sample(task: str = "multiclass", num_samples: int = 60, seed: int = 0) -> tu
 def chances(q: Tensor) -> Tensor:
     """Probabilities of all classes."""
     return torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
-
-
-# The score
-
-
-@given(seed=st.integers(0, 99), task=st.sampled_from(["multiclass", "binary"]))
-@settings(max_examples=15, deadline=None)
-def test_the_score_is_the_mean_refined_score_over_all_labels_by_their_probability(seed: int, task: str) -> None:
-    logits, q = sample(task, 12, seed)
-    found = expected_score(logits, q, task)
-    scores = []
-    for temperature in TEMPERATURES:
-        p = chances((logits / temperature).sigmoid()) if task == "binary" else (logits / temperature).softmax(1)
-        squares = (p[:, None] - torch.eye(p.shape[1])).square().sum(2)  # (N, class)
-        scores.append(float((chances(q) * squares).sum(1).mean()) / (2 if task == "binary" else 1))
-    assert found.score == pytest.approx(min(scores), abs=1e-6)
-    assert scores[TEMPERATURES.index(found.temperature)] == pytest.approx(min(scores), abs=1e-9)
-
-
-@pytest.mark.parametrize("task", ["multiclass", "binary"])
-def test_of_certain_predictions_it_is_the_refined_score_and_of_their_own_logits_their_uncertainty(task: str) -> None:
-    logits, q = sample(task)
-    certain = (q > 0.5).double() if task == "binary" else torch.eye(4).double()[q.argmax(1)]
-    assert expected_score(logits, certain, task) == pytest.approx(refined_score(logits, certain, task))
-    own = expected_score(q.logit() if task == "binary" else q.log(), q, task)
-    assert own == pytest.approx((float((q * (1 - q)).sum(1).mean()), 1.0), abs=1e-6)
-    assert expected_score(logits, q, task).score > own.score
-
-
-def test_samples_without_finite_logits_do_not_count() -> None:
-    logits, q = sample()
-    some = torch.cat([logits, torch.full((3, 4), math.nan)]), torch.cat([q, torch.full((3, 4), 0.25)])
-    assert expected_score(*some) == pytest.approx(expected_score(logits, q))
-
-
-def test_in_a_regression_it_is_the_mean_squared_difference_and_the_error_of_the_reference() -> None:
-    outputs, q = sample("regression")
-    difference = float((outputs - q).square().mean())
-    assert expected_score(outputs, q, "regression", error=0.7) == pytest.approx((difference + 0.7, 1.0))
 
 
 # The labels
@@ -152,14 +112,6 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
 
 
-def test_what_a_metric_can_not_say_of_one_class_is_nan() -> None:
-    logits, certain = torch.randn(30, 2), torch.tensor([[1.0, 0.0]]).repeat(30, 1)
-    found = all_values(
-        logits, certain, draw_labels(certain), default_metrics(TASKS["multiclass"], 2), TASKS["multiclass"]
-    )
-    assert math.isnan(found["auroc"]) and found["score"] == pytest.approx(expected_score(logits, certain).score)
-
-
 def test_a_metric_stays_as_it_is() -> None:
     logits, q = sample()
     metric = MulticlassAccuracy(4, average="micro")
@@ -173,17 +125,15 @@ def test_a_metric_stays_as_it_is() -> None:
     ("multiclass", 100, ["accuracy", "auroc"]),
     ("multiclass", 101, ["accuracy"]),
     ("binary", 2, ["accuracy", "auroc"]),
-    ("regression", 2, ["mse"]),
+    ("regression", 2, []),
 ])  # fmt: skip
 def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:
     metrics = default_metrics(TASKS[task], num_columns)
     assert [*metrics] == names
-    assert {each.higher_is_better for each in metrics.values()} == {task != "regression"}
+    assert all(each.higher_is_better for each in metrics.values())
 
 
 def test_other_samples_or_classes_are_refused() -> None:
     logits, q = sample()
     with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
         expected_metric(MulticlassAccuracy(4), logits, q[:59])
-    with pytest.raises(ValueError, match="Expected one label per output"):
-        expected_score(logits, q[:, :3])

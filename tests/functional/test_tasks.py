@@ -80,14 +80,12 @@ def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_th
     multiclass, binary, regression = (T.TASKS[name] for name in ("multiclass", "binary", "regression"))
     p, q = multiclass.predictions(LOGITS.double()), binary.predictions(SINGLE.double())
     uncertain = sum(p[:, k] * (p - torch.eye(3)[k]).square().sum(1) for k in range(3))
-    torch.testing.assert_close(multiclass.uncertainties(p), uncertain)
     single = SINGLE.double().sigmoid()[:, 0]
     torch.testing.assert_close(q, torch.stack([1 - single, single], 1))
     torch.testing.assert_close(binary.distances(q, BOTH), (single - BITS).square())  # half the sum, as everywhere
-    torch.testing.assert_close(binary.uncertainties(q), single * (1 - single).square() + (1 - single) * single.square())
     assert torch.equal(multiclass.classes(p), LOGITS.argmax(1))
     assert torch.equal(binary.classes(q), (SINGLE[:, 0] > 0).long())
-    assert not regression.uncertainties(LOGITS).any() and regression.classes(LOGITS).isnan().all()
+    assert regression.classes(LOGITS).isnan().all()
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:

@@ -1,0 +1,67 @@
+"""A loss of the user's own is expected on labels that are drawn, as a plain loop computes it."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, gaussian_nll_loss, huber_loss, one_hot, softplus
+
+from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.functional import draw_labels
+from lightning_sensitivity.reference.observations import projection
+from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, X, Plain, batches_of, fit
+from tests.helpers import logged, quick_risk, refused, unlabelled_loader
+
+QUANTILES, TARGETS = torch.tensor([0.1, 0.5, 0.9]), X[:, 0] + X[:, 1].sin()
+
+
+def pinball(outputs: Tensor, y: Tensor) -> Tensor:
+    errors = y[:, None] - outputs
+    return torch.maximum(QUANTILES * errors, (QUANTILES - 1) * errors).mean(1)
+
+
+def nll(outputs: Tensor, y: Tensor) -> Tensor:
+    return gaussian_nll_loss(outputs[:, 0], y, softplus(outputs[:, 1]) + 0.01)
+
+
+CASES: dict[str, tuple[str, Tensor, int, Any]] = {  # the task, labels, the number of outputs, and the loss
+    "class weights": ("multiclass", NOISY, 4, nn.CrossEntropyLoss(torch.tensor([1.0, 9.0, 2.0, 3.0]).double())),
+    "soft labels": ("multiclass", one_hot(NOISY, 4).double(), 4, cross_entropy),
+    "quantiles, of each sample": ("regression", TARGETS, 3, pinball),
+    "mean and deviation": ("regression", TARGETS, 2, nll),
+    "Huber": ("regression", TARGETS[:, None].double(), 1, huber_loss),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
+    task, y, num_outputs, loss = CASES[name]
+    monitor, model = RiskMonitor(task, loss=loss), Plain(num_outputs, lambda *args: loss(*args).mean())
+    run = fit(model, monitor, train=batches_of(X, y), val=unlabelled_loader(seed=1))
+    x = HOLDOUT[projection({"columns": HOLDOUT}).argsort()]
+    reference, outputs = monitor.reference, model.eval()(x).detach()
+    draws = draw_labels(reference.predict_matrix(x), task, reference.residuals_)
+    draws = one_hot(draws, 4).double() if y.ndim == 2 and task == "multiclass" else draws
+    values = [loss(outputs, each.reshape(len(x), *y.shape[1:]).to(y)).mean() for each in draws]
+    assert logged(run, "val/expected_loss")["val/expected_loss"] == pytest.approx(float(sum(values) / 20), rel=1e-5)
+    assert ("reference_expected_loss" in monitor.history[0]) == (task == "multiclass" or num_outputs == 1)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a sum": (lambda o, y: cross_entropy(o, y, reduction="sum"), "should be a mean over samples"),
+    "nan": (lambda o, y: o.sum() * math.nan, "should be finite"),
+    "an error": (lambda o, y: cross_entropy(o, y.float()), r"`loss` fails on outputs \(16, 4\) and labels \(16,\)"),
+    "no function": (3, "`loss` should be a function"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_before_the_first_step(name: str) -> None:
+    loss, match = REFUSED[name]
+    if name == "no function":
+        with pytest.raises(Exception, match=match):
+            quick_risk(loss=loss)
+        return
+    refused([quick_risk(loss=loss)], Plain(), batches_of(X, CORRECT), unlabelled_loader(), match=match)
