@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import look_like_probabilities
+from lightning_sensitivity.messages import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
 from lightning_sensitivity.reference.kinds import join_seen
@@ -193,7 +193,7 @@ class _Judge(NamedTuple):
         judged = [(worth, q, draw_labels(q, self.task.name, fitted.residuals_))]
         if with_labels:
             labels = self._labels()
-            y = self.task.as_matrix(labels, q.shape[1])
+            y = self.task.label_matrix(labels, q.shape[1])
             drawn = self.task.classes(y) if self.task.has_classes else y
             judged.append((self.task.has_label(labels).double(), y, drawn[None]))
         total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
@@ -227,10 +227,10 @@ class _Judge(NamedTuple):
         from lightning_sensitivity.reference import Reference
 
         num_columns = 1 if self.shape is None else self.task.num_columns(self.shape)
-        rows, like = self.reader.make_rows(num_columns, num_batches=length_hint(training)), torch.zeros(0)
+        rows, like = self.reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
         for batch in training:
             moved = move_batch(self.model, batch)
-            self.reader.keep_rows(rows, self.model, moved, self.shape)
+            self.reader.keep_observations(rows, self.model, moved, self.shape)
             like = self.reader.labels(self.model, moved, self.shape)[:0]
         known, labels = rows.joined()
         fitted = Reference(self.task.name, estimator).fit(known, labels)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
 from lightning_sensitivity.compare import Comparison, ModelScores, _rank
-from lightning_sensitivity.model import samples
+from lightning_sensitivity.model import kept
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
 
 NEW = 50  # unseen samples, in batches of 16, 16, 16 and 2
@@ -106,7 +106,7 @@ def test_a_model_may_be_the_best_if_the_interval_of_its_difference_holds_0(sign:
 
 
 def test_the_reference_knows_as_many_training_samples_as_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "max_samples", lambda kinds, num_columns: 70)
+    monkeypatch.setattr(kept, "max_samples", lambda kinds, num_columns: 70)
     fit = Mock(wraps=Reference.fit)
     monkeypatch.setattr(Reference, "fit", lambda *args: fit(*args))
     compare(training=[(X, Y)])

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, RefinedScore
 from lightning_sensitivity.functional import output_sensitivity, refined_score
-from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_rows, sensitivity_rows
+from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_sums, sensitivity_sums
 from tests.helpers import run_processes
 
 SIZES = 16, 9, 1, 20, 13
@@ -36,7 +36,7 @@ def filled(metric: Any, batches: Iterable[int] = range(NUM_BATCHES), called: boo
 
 def expected(*batches: int, per_output: bool = False) -> SensitivityEstimate:
     rows = torch.cat([ROWS[i] for i in batches or range(NUM_BATCHES)])
-    return sensitivity_from_rows(sensitivity_rows(ALL_CLEAN[rows], ALL_NOISY[rows]), per_output)
+    return sensitivity_from_sums(sensitivity_sums(ALL_CLEAN[rows], ALL_NOISY[rows]), per_output)
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -260,7 +260,7 @@ class AppleGPU(TorchFunctionMode):
 
 @pytest.mark.parametrize("task", ["multiclass", "binary", "regression"])
 def test_no_float64_is_moved_to_an_apple_gpu(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("functional.refined_score", "metric.refined_score", "metric.double_precision"):
+    for room in ("functional.refined_score", "metric.refined_score", "metric.base"):
         module = sys.modules[f"lightning_sensitivity.{room}"]
         monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
     x = torch.randn(20, 1)

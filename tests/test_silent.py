@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.model import noise_generator
-from tests.callbacks.plain_loop import as_matrix, by_kind, expected_by, fit_reference
+from tests.callbacks.plain_loop import by_kind, expected_by, fit_reference, label_matrix
 from tests.helpers import Linear, inputs, quick_estimator, quick_risk, said, trainer
 
 RIGHT = "=plain loop"  # else "!", an error before the first step, or a "?" for each warning, and what the first says
@@ -153,9 +153,10 @@ CASES = {
         "y": y}, forward=lambda m, x, flag, n: m.net(x) * (1 + flag[:, None]) + n[:, None],
         step=lambda m, b, noise: m(noise(b["x"]), b["flag"], b["n"]),
         seen=lambda b: torch.cat([b["x"], b["flag"][:, None], b["n"][:, None]], 1)),
-    "numbers beside a text": Case(batch=lambda x, y: {"x": x, "words": 200 * ids(x), "y": y},
-        forward=lambda m, x, words: m.net(x + m.embedding(words // 200).mean(1)),
-        step=lambda m, b, noise: m(noise(b["x"]), b["words"]),
+    "numbers beside a text": Case(
+        batch=lambda x, y: {"x": x, "words": 200 * ids(x), "attention_mask": torch.ones_like(ids(x)), "y": y},
+        forward=lambda m, x, words, attention_mask: m.net(x + m.embedding(words // 200).mean(1)),
+        step=lambda m, b, noise: m(noise(b["x"]), b["words"], b["attention_mask"]),
         seen=lambda b: {"columns": b["x"], "tokens": b["words"]}, r_options=DEFAULT),
     "a column of names": Case(r="?can't show the reference all of `n`", batch=lambda x, y: {"x": x, "y": y,
         "n": torch.stack([(9999 * x[:, 0]).long(), ids(x)[:, 1]], 1)}, forward=lambda m, x, n: m.net(x) + n[:, 1:],
@@ -247,7 +248,7 @@ def plain_risk(case: Case, model: Model, training: Any, batches: Any, labels: Te
     task, num_outputs = case.r_options.get("task", "multiclass"), unseen.shape[-1]
     counts = labels.reshape(len(labels), -1)[:, 0] != -100
     seen, new = (join([by_kind(case.seen(b)) for b in part]) for part in (training, batches))  # type: ignore[misc]
-    y = as_matrix(labels[counts], task, num_outputs)
+    y = label_matrix(labels[counts], task, num_outputs)
     known = {kind: x[counts] for kind, x in seen.items()}
     reference = fit_reference(known, y, task, case.r_options.get("reference", quick_estimator(task)))
     return expected_by(reference, unseen, new)

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
+from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.model.batches import tensors_in
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs

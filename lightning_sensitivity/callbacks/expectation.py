@@ -61,8 +61,8 @@ class Expectation:
         by_labels = self._measure(outputs[counts], y, (self._task.classes(y) if self._task.has_classes else y)[None])
         expected: Values = {}
         if unseen is not None:
-            rows = is_finite[unseen.rows]
-            expected = self._measure(outputs[unseen.rows][rows], unseen.q[rows], unseen.draws[:, rows])
+            rows = is_finite[unseen.indices]
+            expected = self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
         if not expected and not by_labels:
             return {}
         known = {name: _mean(name, (expected, WORTH), (by_labels, num_labels)) for name in expected | by_labels}
@@ -74,7 +74,7 @@ class Expectation:
         if own is None or unseen is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
-        outputs[unseen.rows] = own.to(outputs)
+        outputs[unseen.indices] = own.to(outputs)
         return self.values(outputs, labels, unseen)
 
     def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
@@ -124,8 +124,8 @@ class Expectation:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
             self._reporter.warn("nan", message, kind=str(dataloader_idx))
         if dataloader_idx == 0 and unseen is not None and not self._task.has_classes:
-            rows = is_finite[unseen.rows]
-            self._warn_of_targets(self._task.as_outputs(outputs[unseen.rows][rows]), unseen.q[rows])
+            rows = is_finite[unseen.indices]
+            self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])
 
     def _warn_of_targets(self, outputs: Tensor, q: Tensor) -> None:
         """Warn if a regression is worse than its mean in several validations, and does not improve."""

@@ -11,15 +11,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
 from lightning_sensitivity.callbacks.first_step import FirstStep
-from lightning_sensitivity.callbacks.processes import agree, gather_rows
+from lightning_sensitivity.callbacks.processes import agree, gather_tensors
 from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.kept import MAX_BYTES, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import MAX_BYTES, KeptSamples
 
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
@@ -268,7 +268,7 @@ class Monitor(Callback, ABC):
         own = self.measured[dataloader_idx]
         if not agree(trainer, own is not None) or own is None:
             return {}
-        rows = [gather_rows(trainer, each) for each in own]
+        rows = [gather_tensors(trainer, each) for each in own]
         self._warn_of_few_samples(trainer, dataloader_idx, len(rows[0]))
         values: Values | None = None
         with self.reporter.report_failure(f"could not compute the values of dataloader {dataloader_idx}", NO_VALUE):

@@ -13,7 +13,7 @@ def agree(trainer: Trainer, condition: bool) -> bool:
     return bool(trainer.strategy.reduce_boolean_decision(condition))
 
 
-def gather_rows(trainer: Trainer, rows: Tensor) -> Tensor:
+def gather_tensors(trainer: Trainer, rows: Tensor) -> Tensor:
     """Concatenate the rows of all processes, ``(N, ...)``, on the CPU; their numbers may differ."""
     if trainer.world_size == 1:
         return rows

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
-from lightning_sensitivity.arguments import Refused, describe_error, link_to
+from lightning_sensitivity.messages import Refused, describe_error, link_to
 
 _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_estimator, describe_error
 from lightning_sensitivity.callbacks.checks import (
     BLIND,
     EXPECTED,
@@ -25,18 +24,19 @@ from lightning_sensitivity.callbacks.checks import (
     try_loss,
     try_metrics,
 )
-from lightning_sensitivity.callbacks.closing import Curve, Summary, closing_line, plot_history, summarize
 from lightning_sensitivity.callbacks.expectation import Expectation
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.callbacks.processes import agree
 from lightning_sensitivity.callbacks.run_reference import RunReference
+from lightning_sensitivity.callbacks.summary import Curve, Summary, closing_line, plot_history, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss, default_metrics
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import in_32_bits
+from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
+from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.reader import BatchReader, check_count, move_batch
-from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.reference.kinds import join_seen
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
@@ -318,8 +318,8 @@ class RiskMonitor(Monitor):
         like = in_32_bits(labels).to(outputs.device)
         counts = self.task.has_label(labels)
         if bool(counts.any()):
-            y = self.task.as_matrix(labels, num_columns)
-            try_metrics(self.metrics, self.task.as_outputs(outputs.cpu())[counts], y[counts], self.task)
+            y = self.task.label_matrix(labels, num_columns)
+            try_metrics(self.metrics, self.task.output_matrix(outputs.cpu())[counts], y[counts], self.task)
             if self.loss is not None:
                 with isolated(module) as run:
                     run(try_loss, self.loss, in_32_bits(outputs)[counts], like[counts])
@@ -377,7 +377,7 @@ class RiskMonitor(Monitor):
             y = torch.full((batch.size, num_columns), math.nan, dtype=torch.float32)
             if batch.labels is not None:
                 counts = self.task.has_label(batch.labels)
-                y[counts] = self.task.as_matrix(batch.labels, num_columns).float()[counts]
+                y[counts] = self.task.label_matrix(batch.labels, num_columns).float()[counts]
             labels.append(y)
         return torch.cat(outputs), torch.cat(labels)
 

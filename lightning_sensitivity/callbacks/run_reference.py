@@ -14,10 +14,10 @@ from lightning_sensitivity.callbacks.processes import gather_objects
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptRows, KeptSamples
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, of_rows
+from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, take
 from lightning_sensitivity.reference.observations import largest_difference, projection, repeated_share
 
 _SORTED = 5.0  # standard errors between the labels of two halves
@@ -59,14 +59,14 @@ class Unseen:
     """What the reference predicts for the kept samples of a loader, of all processes.
 
     Attributes:
-        rows: Which samples it can read, in an order that does not depend on the number of processes,
+        indices: Which samples it can read, in an order that does not depend on the number of processes,
             ``(N,)``.
         q: Its predictions for them, ``(N, C)``.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
     """
 
-    rows: Tensor
+    indices: Tensor
     q: Tensor
     draws: Tensor
     score: float
@@ -123,7 +123,7 @@ class RunReference:
         self._class_shares = class_shares
         self._reporter = reporter
         self._output_shape = output_shape
-        self._rows: KeptRows | None = None  # training samples of this process; None before an epoch has begun
+        self._kept: KeptObservations | None = None  # training samples of this process; None before an epoch has begun
 
     # Training samples
 
@@ -131,24 +131,24 @@ class RunReference:
         """Keep the labelled samples of a training batch, in the first whole epoch, until it is made."""
         if batch_idx == 0 and not self.is_made:
             self._begin_epoch(trainer, self._task.num_columns(self._output_shape))
-        if self._rows is not None and not self._rows.is_complete:
-            self._reader.keep_rows(self._rows, module, batch, self._output_shape)
+        if self._kept is not None and not self._kept.is_complete:
+            self._reader.keep_observations(self._kept, module, batch, self._output_shape)
 
     def _begin_epoch(self, trainer: Trainer, num_columns: int) -> None:
-        """Keep the rows of the first whole epoch; those of a second one are the same."""
-        if self._rows is not None:
-            self._rows.complete()
+        """Keep the samples of the first whole epoch; those of a second one are the same."""
+        if self._kept is not None:
+            self._kept.complete()
             return
-        # Where no validation comes earlier, rows are spread over the whole epoch, and none is read in vain.
+        # Where no validation comes earlier, samples are spread over the whole epoch, and none is read in vain.
         is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
         num_batches = trainer.num_training_batches if is_last else 0
-        self._rows = self._reader.make_rows(num_columns, trainer.world_size, num_batches)
+        self._kept = self._reader.make_kept(num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether this process has what it takes to make it, or it is made."""
-        rows = self._rows
+        kept = self._kept
         return self.is_made or (
-            rows is not None and (rows.is_complete or bool(trainer.is_last_batch) or _are_enough(rows))
+            kept is not None and (kept.is_complete or bool(trainer.is_last_batch) or _are_enough(kept))
         )
 
     # The reference
@@ -166,18 +166,18 @@ class RunReference:
                 self._fit(parts)
         self.is_made = True
         self.verdict, self.unseen = trainer.strategy.broadcast((self.verdict, self.unseen))
-        self._rows = None
+        self._kept = None
 
     def free(self) -> None:
         """Free the samples at the end of a run."""
-        self._rows, self.unseen = None, {}
+        self._kept, self.unseen = None, {}
 
     def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join what this process has kept."""
-        assert self._rows is not None
-        known, labels = Seen(), torch.zeros(0, self._rows.num_columns)
-        if self._rows.size > 0:
-            known, labels = self._rows.joined()
+        assert self._kept is not None
+        known, labels = Seen(), torch.zeros(0, self._kept.num_columns)
+        if self._kept.size > 0:
+            known, labels = self._kept.joined()
         unseen: dict[int, Seen | None] = {samples.dataloader_idx: None for samples in kept if samples.size > 0}
         for samples in kept:
             if samples.size > 0:
@@ -194,8 +194,8 @@ class RunReference:
         if len(labels) == 0:
             raise ValueError("No training sample has a label")
         known = join_seen([part.known for part in parts if part.known])
-        rows = self._finite_rows(known, "training samples")
-        known, labels = of_rows(known, rows), labels[rows]
+        indices = self._finite_samples(known, "training samples")
+        known, labels = take(known, indices), labels[indices]
         fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
         missing = (fitted.shares_ == 0).nonzero()[0]
         is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
@@ -222,7 +222,7 @@ class RunReference:
                 found[index] = self._predict(index, known, places, join_seen([each for each in seen if each]))
         return found
 
-    def _finite_rows(self, seen: Seen, what: str) -> Tensor:
+    def _finite_samples(self, seen: Seen, what: str) -> Tensor:
         """Return the samples without nan and inf, ``(N,)``."""
         is_finite = are_finite(seen)
         if not bool(is_finite.all()):
@@ -236,18 +236,18 @@ class RunReference:
 
     def _predict(self, dataloader_idx: int, known: Seen, known_places: Tensor, seen: Seen) -> Unseen:
         """Predict the kept samples of a loader, and draw labels for them; places are projections."""
-        rows = self._finite_rows(seen, f"validation samples of dataloader {dataloader_idx}")
-        if len(rows) == 0:
+        indices = self._finite_samples(seen, f"validation samples of dataloader {dataloader_idx}")
+        if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
-        places, order = projection(of_rows(seen, rows)).sort()
-        rows = rows[order]
-        seen = of_rows(seen, rows)
+        places, order = projection(take(seen, indices)).sort()
+        indices = indices[order]
+        seen = take(seen, indices)
         q = self.predict(seen)
         if self._task.has_classes and self._class_shares is None:
             self._warn_of_shares(dataloader_idx, q)
         self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
-        return Unseen(rows, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_), self.fitted.score_)
+        return Unseen(indices, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_), self.fitted.score_)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
@@ -302,11 +302,11 @@ class RunReference:
             self._reporter.warn("repeated", message, kind=str(dataloader_idx))
 
 
-def _are_enough(rows: KeptRows) -> bool:
-    """Return whether no more rows fit, and labels are alike in both halves, as those to come will be."""
-    if rows.size == 0 or not rows.is_full:
+def _are_enough(kept: KeptObservations) -> bool:
+    """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
+    if kept.size == 0 or not kept.is_full:
         return False
-    y = rows.labels.double()
+    y = kept.labels.double()
     first, second = y.tensor_split(2)
     variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
     return not bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())

@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.arguments import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.functional.sensitivity import (
@@ -14,14 +13,15 @@ from lightning_sensitivity.functional.sensitivity import (
     SensitivityEstimate,
     diagnostics,
     loss_estimate,
-    sensitivity_from_rows,
-    sensitivity_rows,
+    sensitivity_from_sums,
+    sensitivity_sums,
 )
 from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, num_outputs, wide_dtype
+from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
+from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptSamples
 
 _NUM_TRIED = 8  # samples on which noise is tried
 
@@ -138,7 +138,7 @@ class SensitivityMonitor(Monitor):
         try:
             call = self.reader.call(module, batch)
             rows = call.spread(_NUM_TRIED)
-            call = call if rows is None else call.of_rows(rows)
+            call = call if rows is None else call.take(rows)
             with isolated(module) as run:
                 run(call)
         except Exception:  # training batches may be of another kind than validation batches
@@ -158,7 +158,7 @@ class SensitivityMonitor(Monitor):
         """Run the model on the kept samples of a loader, clean and with noise.
 
         Returns:
-            A row for each sample, by ``sensitivity_rows``, and its lowest and highest output, ``(N, 7)``; the
+            A row for each sample, by ``sensitivity_sums``, and its lowest and highest output, ``(N, 7)``; the
             sum of squares of the perturbed elements, and their number, ``(1, 2)``, which is 0 if nobody needs
             it.
         """
@@ -176,7 +176,7 @@ class SensitivityMonitor(Monitor):
             clean = run(call)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             noisy = noisy_outputs(run, call, noise if self.loss_estimate else self._noise, key, self.num_draws, at)
-            sums, extremes = sensitivity_rows(clean, noisy), by_position(clean).flatten(1).aminmax(dim=1)
+            sums, extremes = sensitivity_sums(clean, noisy), by_position(clean).flatten(1).aminmax(dim=1)
             rows.append(torch.cat([sums, torch.stack(extremes, 1)], 1).cpu())
         return torch.cat(rows), power
 
@@ -184,7 +184,7 @@ class SensitivityMonitor(Monitor):
         """Compute the sensitivity of a loader over all processes."""
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
-        estimate = sensitivity_from_rows(of_samples[:, :NUM_COLUMNS], self.per_output)
+        estimate = sensitivity_from_sums(of_samples[:, :NUM_COLUMNS], self.per_output)
         self._warn_of_doubts(dataloader_idx, estimate, of_samples[:, NUM_COLUMNS:])
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it

@@ -45,7 +45,7 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
         15
     """
     rules = find_task(task)
-    p = rules.as_matrix(as_tensor(q))
+    p = rules.label_matrix(as_tensor(q))
     if not rules.has_classes:
         return p[None] if residuals is None else p + as_tensor(residuals).to(p)[:, None]
     p = p.double().cpu()

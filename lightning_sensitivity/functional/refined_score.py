@@ -62,10 +62,10 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     Returns:
         The entries of :class:`ScoreSums` as columns, ``(T, 3)``, float64 (float32 on MPS).
     """
-    outputs, dtype = task.as_outputs(outputs.detach()), wide_dtype(outputs.device)
+    outputs, dtype = task.output_matrix(outputs.detach()), wide_dtype(outputs.device)
     counts = task.has_label(targets).to(outputs.device)
     # The type before the device: some have no float64.
-    y = task.as_matrix(targets, outputs.shape[1]).to(dtype).to(outputs.device)
+    y = task.label_matrix(targets, outputs.shape[1]).to(dtype).to(outputs.device)
     divisors = outputs.new_tensor(TEMPERATURES if task.has_classes else (1.0,) * len(TEMPERATURES))
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class SensitivityEstimate(NamedTuple):
     num_outputs: int
 
 
-def sensitivity_rows(clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> Tensor:
+def sensitivity_sums(clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> Tensor:
     """Sum up the output changes of each sample.
 
     Args:
@@ -71,7 +71,7 @@ def _rows_of_draw(noisy: Tensor, clean: Tensor) -> Tensor:
     return torch.stack([ones, means, means.square(), squares, change.shape[1] * ones], dim=1).sum(2)
 
 
-def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> SensitivityEstimate:
+def sensitivity_from_sums(rows: Tensor, per_output: bool = False) -> SensitivityEstimate:
     r"""Estimate output sensitivity and its standard error from the rows of all samples.
 
     Let :math:`e` be a change, m the mean of all W changes, and S the mean of :math:`(e - m)^2`. Sample i of n
@@ -80,7 +80,7 @@ def sensitivity_from_rows(rows: Tensor, per_output: bool = False) -> Sensitivity
     error is right for several draws and positions, whose changes are correlated.
 
     Args:
-        rows: Shape ``(N, 5)``, from :func:`sensitivity_rows`.
+        rows: Shape ``(N, 5)``, from :func:`sensitivity_sums`.
         per_output: Estimate the mean squared change of the single outputs instead.
 
     Returns:
@@ -183,10 +183,10 @@ def output_sensitivity(clean: Numbers, noisy: Numbers, per_output: bool = False)
     """
     clean = as_tensor(clean)
     draws = noisy if isinstance(noisy, list | tuple) else [noisy]
-    rows = sensitivity_rows(clean, [as_tensor(draw) for draw in draws])
+    rows = sensitivity_sums(clean, [as_tensor(draw) for draw in draws])
     if clean.numel() == 0:
         raise ValueError(f"Expected `clean` to hold a sample, but got the shape {tuple(clean.shape)}.")
-    return sensitivity_from_rows(rows, per_output).value
+    return sensitivity_from_sums(rows, per_output).value
 
 
 def loss_estimate(

@@ -27,7 +27,7 @@ class _Matrices:
         """Count the columns C of matrices, for the shape of the outputs of a sample."""
         return math.prod(output_shape)
 
-    def as_outputs(self, outputs: Tensor) -> Tensor:
+    def output_matrix(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network into a matrix ``(N, C)``, in 32 bits or more; a matrix stays."""
         return in_32_bits(outputs)[:, None].flatten(1)
 
@@ -45,7 +45,7 @@ class Multiclass(_Matrices):
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network, or their matrix, into probabilities ``(N, C)``."""
-        return self.as_outputs(outputs).softmax(1)
+        return self.output_matrix(outputs).softmax(1)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
@@ -61,7 +61,7 @@ class Multiclass(_Matrices):
         """Return which samples have a label that counts, ``(N,)``."""
         return ~_is_ignored(targets)[:, None].flatten(1).any(1)
 
-    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
+    def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; an ignored label gives zeros, and a matrix stays.
 
         Args:
@@ -83,7 +83,7 @@ class Multiclass(_Matrices):
 
         A class whose logit is -inf is masked: no label is one.
         """
-        logarithms = self.as_outputs(outputs).log_softmax(1)
+        logarithms = self.output_matrix(outputs).log_softmax(1)
         return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1)
 
     def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class Binary(Multiclass):
         """Return 2."""
         return 2
 
-    def as_outputs(self, outputs: Tensor) -> Tensor:
+    def output_matrix(self, outputs: Tensor) -> Tensor:
         """Turn outputs ``(N,)`` or ``(N, 1)`` into two logits; a matrix ``(N, 2)`` stays."""
-        z = super().as_outputs(outputs)
+        z = super().output_matrix(outputs)
         return torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
@@ -128,17 +128,17 @@ class Binary(Multiclass):
             got = _describe(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
-            _check_soft_labels(self.as_outputs(outputs), targets)
+            _check_soft_labels(self.output_matrix(outputs), targets)
         else:
             _check_probabilities(outputs, targets, _BY_CLASS)
 
-    def as_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
+    def label_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
         """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
         y = labels if labels.is_floating_point() else labels.float()
         y = y[:, None].flatten(1)
         if y.shape[1] == 1:
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, float(IGNORED))
-        return super().as_matrix(y)
+        return super().label_matrix(y)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return logits of class 1."""
@@ -157,7 +157,7 @@ class Regression(_Matrices):
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Return outputs as a matrix."""
-        return self.as_outputs(outputs)
+        return self.output_matrix(outputs)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and targets do not fit, or are no finite numbers."""
@@ -170,9 +170,9 @@ class Regression(_Matrices):
         """Return which samples have a target: all."""
         return torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 
-    def as_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
+    def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
-        return self.as_outputs(labels)
+        return self.output_matrix(labels)
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by their squared differences from targets, or from other predictions."""
@@ -180,7 +180,7 @@ class Regression(_Matrices):
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Compute the squared error of each sample, for one target ``(N, C)`` or several, ``(R, N, C)``."""
-        return self.distances(self.as_outputs(outputs), y)
+        return self.distances(self.output_matrix(outputs), y)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return predictions as outputs; None if outputs are something else, such as quantiles."""

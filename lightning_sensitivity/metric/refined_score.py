@@ -11,7 +11,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from lightning_sensitivity.functional.refined_score import TEMPERATURES, Refined, ScoreSums, check_scored, score_sums
 from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import look_like_probabilities, wide_dtype
-from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
+from lightning_sensitivity.metric.base import DoublePrecisionMetric
 
 
 class RefinedScore(DoublePrecisionMetric):

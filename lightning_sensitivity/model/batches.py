@@ -65,7 +65,7 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def choose_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """Return some rows of a tensor; all if they are None, or there are no rows."""
     return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]
 

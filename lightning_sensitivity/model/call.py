@@ -14,9 +14,9 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_sensitivity.arguments import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import choose_rows, clone_tensors, first_of, is_floating, tensors_in
+from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
+from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, take, tensors_in
 
 Perturb = Callable[[Tensor], Tensor]
 
@@ -111,9 +111,9 @@ class ModelCall:
         count = math.ceil(min(max_samples, self.size))
         return torch.arange(count) * self.size // count if count < self.size else None
 
-    def of_rows(self, rows: Tensor) -> "ModelCall":
+    def take(self, rows: Tensor) -> "ModelCall":
         """Return the call on some of its rows."""
-        new = self._with(lambda value: apply_to_collection(value, Tensor, choose_rows, rows))
+        new = self._with(lambda value: apply_to_collection(value, Tensor, take, rows))
         new.size = len(rows)
         return new
 

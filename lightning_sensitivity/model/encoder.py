@@ -7,7 +7,7 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, describe, refuse_on_error
+from lightning_sensitivity.messages import Refused, describe, refuse_on_error
 from lightning_sensitivity.model.call import ModelCall, parameters_of
 from lightning_sensitivity.model.isolation import isolated
 
@@ -51,7 +51,7 @@ def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, 
         if call.size == 0:  # of a list, each item may be a sample
             return run(_encode, encoder, call.to(device), size)[rows]
         parts = torch.split(rows, _PART)
-        return torch.cat([run(_encode, encoder, call.of_rows(part).to(device), len(part)) for part in parts])
+        return torch.cat([run(_encode, encoder, call.take(part).to(device), len(part)) for part in parts])
 
 
 def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.batches import choose_rows, tensors_in
+from lightning_sensitivity.model.batches import take, tensors_in
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
 
 _MAX_DIMENSIONS = 4  # those of images
@@ -19,7 +19,8 @@ _MANY = 1000  # from which on integers are names, and no categories
 class InputReader:
     """Sort the inputs of a model by what they are to a reference.
 
-    A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds categories.
+    A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds
+    categories.
 
     Attributes:
         unread: Names of the arguments of which something can't be read, as keys.
@@ -36,7 +37,7 @@ class InputReader:
             size: N, the number of samples.
             rows: Which of them to look at; None for all.
         """
-        chosen = [(name, choose_rows(x, rows)) for name, x in self._tensors(named, size)]
+        chosen = [(name, take(x, rows)) for name, x in self._tensors(named, size)]
         masks = {x.shape: x for name, x in chosen if name == _MASK}
         numbers = {x.shape for _, x in chosen if x.is_floating_point()}
         inputs = [(name, x) for name, x in chosen if _is_data(name, x.shape in numbers)]

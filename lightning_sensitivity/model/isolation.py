@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.arguments import Refused
+from lightning_sensitivity.messages import Refused
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, check_argument, describe
 from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.messages import Refused, check_argument, describe
 from lightning_sensitivity.model.batches import first_of, is_floating
 from lightning_sensitivity.model.call import ModelCall, Perturb
 from lightning_sensitivity.model.isolation import RunIsolated

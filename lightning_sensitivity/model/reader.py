@@ -11,15 +11,15 @@ from lightning.pytorch.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_sensitivity.arguments import Refused, Selector, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.model.batches import choose_rows, clone_tensors, device_of, tensors_in
+from lightning_sensitivity.messages import Refused, Selector, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
 from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
+from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, join_seen
 
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
@@ -126,8 +126,8 @@ class BatchReader:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
         labels = self.labels(model, batch, output_shape)
-        if kept.rows is not None and len(labels) > int(kept.rows.max()):
-            labels = labels[kept.rows]
+        if kept.indices is not None and len(labels) > int(kept.indices.max()):
+            labels = labels[kept.indices]
         check_count(labels, kept.size)
         return labels
 
@@ -163,7 +163,7 @@ class BatchReader:
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, rows)
         values = _select_features(self._features, model, batch, size)
-        return {"columns": choose_rows(values, rows).detach().float().flatten(1).cpu()}
+        return {"columns": take(values, rows).detach().float().flatten(1).cpu()}
 
     # Validation samples
 
@@ -177,17 +177,20 @@ class BatchReader:
             batch: The batch, on the model's device.
             index: Its index in its loader.
             max_samples: How many samples to keep, evenly spaced, if its rows are samples.
+            max_bytes: How many bytes its arguments may take, but for one sample.
 
         Raises:
             MisconfigurationException: If it can't be read.
         """
         whole = self.call(model, batch)
-        per_sample = sum(x.numel() * x.element_size() for x in tensors_in(whole.arguments)) / max(1, whole.size)
-        rows = whole.spread(max(1, min(max_samples, max_bytes // max(1, per_sample))))
-        call = whole if rows is None else whole.of_rows(rows)
-        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), rows=rows)
+        share = max_bytes / max(1, num_bytes(whole.arguments))
+        num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
+        indices = whole.spread(min(max_samples, num_that_fit))
+        call = whole if indices is None else whole.take(indices)
+        is_truncated = num_that_fit < min(max_samples, whole.size)
+        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), None, None, indices, is_truncated)
         if self._features is not None:  # all else can be found in the call
-            kept.seen = self.see(model, batch, whole, whole.size or kept.size, rows)
+            kept.seen = self.see(model, batch, whole, whole.size or kept.size, indices)
         return kept
 
     def join(self, model: nn.Module, samples: KeptSamples) -> Seen:
@@ -201,8 +204,8 @@ class BatchReader:
 
     # Training samples
 
-    def make_rows(self, num_columns: int, num_processes: int = 1, num_batches: float = 0) -> KeptRows:
-        """Make what keeps training samples for :meth:`keep_rows`; an encoder runs on at most 3,000 of them.
+    def make_kept(self, num_columns: int, num_processes: int = 1, num_batches: float = 0) -> KeptObservations:
+        """Make what keeps training samples for :meth:`keep_observations`; an encoder runs on at most 3,000 of them.
 
         Args:
             num_columns: How many columns labels have as a matrix.
@@ -210,10 +213,10 @@ class BatchReader:
             num_batches: How many batches will come to this process; 0 or inf if that is not known.
         """
         max_read = sys.maxsize if self._encoder is None else MAX_ENCODED
-        return KeptRows(num_columns, num_processes, max_read, num_batches)
+        return KeptObservations(num_columns, num_processes, max_read, num_batches)
 
-    def keep_rows(
-        self, rows: KeptRows, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
+    def keep_observations(
+        self, rows: KeptObservations, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
         """Keep those samples of a training batch that are wanted and have labels, with these as a matrix.
 
@@ -234,7 +237,7 @@ class BatchReader:
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         wanted = labelled[rows.wanted(len(labelled))]
         if len(wanted) > 0:
-            y = self.task.as_matrix(labels[wanted], rows.num_columns).float()  # also of soft labels
+            y = self.task.label_matrix(labels[wanted], rows.num_columns).float()  # also of soft labels
             rows.add(self.see(model, batch, call, len(labels), wanted), y)
 
 

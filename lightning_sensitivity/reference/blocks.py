@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Rows: TypeAlias = Any  # an array in double precision, or a sparse matrix of words
-Transform: TypeAlias = Callable[[Tensor], Rows]
+Matrix: TypeAlias = Any  # an array in double precision, or a sparse matrix of words
+Transform: TypeAlias = Callable[[Tensor], Matrix]
 Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees training samples
 
 _CHUNK = 50  # samples of which features are made at a time
@@ -72,7 +72,7 @@ def _standardized(function: Callable[[Tensor], Tensor], features: Tensor, floor:
     return partial(_scaled, function=function, mean=features.mean(0), scale=scale)
 
 
-def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor | float) -> Rows:
+def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor | float) -> Matrix:
     return ((in_parts(function, inputs) - mean) / scale).double().numpy()
 
 
@@ -161,7 +161,7 @@ def words(ids: Tensor) -> Transform:
     return partial(_counts, vectorizer=vectorizer)
 
 
-def _counts(ids: Tensor, vectorizer: Any) -> Rows:
+def _counts(ids: Tensor, vectorizer: Any) -> Matrix:
     return vectorizer.transform(ids.tolist())
 
 

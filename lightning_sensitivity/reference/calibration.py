@@ -158,7 +158,7 @@ def unexplained_share(predictions: object, labels: object) -> float:
     y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
     task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
     task.check(q, y)
-    q, y = task.as_matrix(q).double(), task.as_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
+    q, y = task.label_matrix(q).double(), task.label_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
     if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
     occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output

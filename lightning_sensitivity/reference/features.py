@@ -1,11 +1,11 @@
-"""Features: the rows of numbers of samples of one or several kinds, side by side."""
+"""Features: a matrix of what is seen of samples of one or several kinds, side by side."""
 
 import math
 
 import numpy as np
 import torch
 
-from lightning_sensitivity.reference.blocks import Block, Rows, some, spread
+from lightning_sensitivity.reference.blocks import Block, Matrix, some, spread
 from lightning_sensitivity.reference.kinds import KINDS, Seen
 
 _SOME = 500  # samples that give features their scale
@@ -13,7 +13,7 @@ _EQUAL = 1e-12  # relative squared distance of equal rows
 
 
 class Features:
-    """What makes rows of samples: a block for each kind, side by side, scaled so that none drowns the others.
+    """What makes a matrix of samples: a block for each kind, side by side, scaled so that none drowns the others.
 
     Args:
         blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
@@ -33,15 +33,15 @@ class Features:
             for kind, transform in self._transforms.items():
                 self._scales[kind] = math.sqrt(median_distance(transform(some(seen[kind]))))
 
-    def __call__(self, seen: Seen) -> Rows:
-        """Return the rows of samples, of any size."""
+    def __call__(self, seen: Seen) -> Matrix:
+        """Return the matrix of samples, of any size."""
         from scipy.sparse import hstack, issparse
 
         fitted = {kind: KINDS[kind].fitted(seen[kind], shape) for kind, shape in self.shapes.items()}
-        rows = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
-        if len(rows) == 1:
-            return rows[0]
-        return hstack(rows, format="csr") if any(map(issparse, rows)) else np.hstack(rows)
+        matrices = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
+        if len(matrices) == 1:
+            return matrices[0]
+        return hstack(matrices, format="csr") if any(map(issparse, matrices)) else np.hstack(matrices)
 
     def check(self, seen: Seen) -> None:
         """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
@@ -54,10 +54,10 @@ class Features:
                 raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
 
 
-def median_distance(rows: Rows) -> float:
+def median_distance(matrix: Matrix) -> float:
     """Return the median of squared distances of different rows, of at most 500."""
     from sklearn.metrics import pairwise
 
-    distances = pairwise.euclidean_distances(rows[spread(rows.shape[0], _SOME).numpy()], squared=True)
+    distances = pairwise.euclidean_distances(matrix[spread(matrix.shape[0], _SOME).numpy()], squared=True)
     positive = distances[distances > _EQUAL * distances.max()]
     return float(np.median(positive)) if len(positive) else 1.0

@@ -140,7 +140,7 @@ def _averaged(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return in_parts(lambda part: F.interpolate(part.float(), sizes, mode="area"), x)
 
 
-def of_rows(seen: Seen, rows: Tensor) -> Seen:
+def take(seen: Seen, rows: Tensor) -> Seen:
     """Return what a reference sees of some of the samples."""
     return {kind: x[rows] for kind, x in seen.items()}
 

@@ -19,10 +19,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.blocks import Block, Rows, columns, spread
+from lightning_sensitivity.reference.blocks import Block, Matrix, columns, spread
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import Features, median_distance
-from lightning_sensitivity.reference.kinds import Array, Seen, of_rows, possible_blocks
+from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks, take
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -52,7 +52,7 @@ class Learner:
     Args:
         name: ``"forest"``, ``"ridge"``, or the class of an estimator.
         features: What it sees of the samples.
-        model: An estimator of scikit-learn, fitted to rows.
+        model: An estimator of scikit-learn, fitted to a matrix.
         left_out: What it would have predicted of each sample without it.
         labels: The labels of the same samples, ``(N, C)``.
         task: The task.
@@ -73,9 +73,9 @@ class Learner:
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
-        rows = self.features(seen)
+        matrix = self.features(seen)
         is_classifier = hasattr(self._model, "classes_")
-        found = self._model.predict_proba(rows) if is_classifier else self._model.predict(rows)
+        found = self._model.predict_proba(matrix) if is_classifier else self._model.predict(matrix)
         return self.calibration(self._as_matrix(found))
 
     def _as_matrix(self, found: Array) -> Tensor:
@@ -106,13 +106,13 @@ class _Choice(NamedTuple):
         score: Its left-out score there.
         name: Its name.
         blocks: What it sees; see :class:`Features`.
-        fit: Fits it to rows and targets, and returns a model and left-out predictions.
+        fit: Fits it to a matrix and targets, and returns a model and left-out predictions.
     """
 
     score: float
     name: str
     blocks: dict[str, Block]
-    fit: Callable[[Rows, Array], tuple[Any, Array]]
+    fit: Callable[[Matrix, Array], tuple[Any, Array]]
 
 
 def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
@@ -127,19 +127,19 @@ def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tenso
         The learner, and which of the samples it knows.
     """
     number = len(labels)
-    rows = spread(number, _PART)
-    part = of_rows(seen, rows), labels[rows], task
+    indices = spread(number, _PART)
+    part = take(seen, indices), labels[indices], task
     with _quiet():
         best, most, of_forest = _choose_ridge(*part), _MAX_RIDGE_ROWS, _most_of_forest(seen, labels)
         if of_forest:
             forest = _choose_forest(*part, limit=_NEAR * best.score)
             limit = best.score * (_GAIN if number > _PART else 1)
             best, most = (forest, of_forest) if forest.score < limit else (best, most)
-        rows = spread(number, most)
-        seen, labels = of_rows(seen, rows), labels[rows]
+        indices = spread(number, most)
+        seen, labels = take(seen, indices), labels[indices]
         features = Features(best.blocks, seen)
         model, left_out = best.fit(features(seen), labels.numpy())
-    return Learner(best.name, features, model, left_out, labels, task), rows
+    return Learner(best.name, features, model, left_out, labels, task), indices
 
 
 def _score(left_out: Array, labels: Tensor, task: Task) -> float:
@@ -159,7 +159,7 @@ def _blocks_of_forest(seen: Seen) -> dict[str, Block]:
 
 
 def _most_of_forest(seen: Seen, labels: Tensor) -> int:
-    """Return how many rows a forest takes; 0 where it would take too long, or sees no columns."""
+    """Return how many samples a forest takes; 0 where it would take too long, or sees no columns."""
     num_columns = sum(seen[kind].shape[1] for kind in _blocks_of_forest(seen))
     most = min(len(labels), _MAX_TARGETS // labels.shape[1], _MAX_CELLS // max(1, num_columns))
     return most if num_columns and most >= min(len(labels), _MIN_ROWS) else 0
@@ -171,12 +171,12 @@ def _choose_forest(part: Seen, labels: Tensor, task: Task, limit: float) -> _Cho
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
     blocks, y = _blocks_of_forest(part), labels.numpy()
-    rows = Features(blocks, part)(part)
+    matrix = Features(blocks, part)(part)
 
     def score(num_columns: int, leaf: int) -> float:
-        return _score(_fit_forest(rows, y, num_columns, leaf, _TREES_OF_PART)[1], labels, task)
+        return _score(_fit_forest(matrix, y, num_columns, leaf, _TREES_OF_PART)[1], labels, task)
 
-    total = rows.shape[1]
+    total = matrix.shape[1]
     half = max(1, total // 2)
     few = min(half, _FEW_COLUMNS)
     scores = {(few, _LEAF): score(few, _LEAF)}
@@ -189,7 +189,7 @@ def _choose_forest(part: Seen, labels: Tensor, task: Task, limit: float) -> _Cho
     return _Choice(scores[best], "forest", blocks, partial(_fit_forest, num_columns=best[0], leaf=best[1]))
 
 
-def _fit_forest(rows: Rows, y: Array, num_columns: int, leaf: int, trees: int = 0) -> tuple[Any, Array]:
+def _fit_forest(matrix: Matrix, y: Array, num_columns: int, leaf: int, trees: int = 0) -> tuple[Any, Array]:
     """Fit a forest; left-out predictions are those of the trees that did not draw a sample.
 
     The regression of one-hot labels is a classification: its squared error is the Gini impurity.
@@ -197,7 +197,7 @@ def _fit_forest(rows: Rows, y: Array, num_columns: int, leaf: int, trees: int = 
     trees = min(trees or _TREES, max(_MIN_TREES, _MAX_WORK // (y.size * num_columns)))
     options = {"max_features": num_columns, "min_samples_leaf": leaf, "oob_score": True, "random_state": 0}
     forest = RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
-    return forest.fit(rows, y.squeeze()), forest.oob_prediction_
+    return forest.fit(matrix, y.squeeze()), forest.oob_prediction_
 
 
 # Ridge regression on features of a kernel
@@ -208,19 +208,19 @@ def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> _Choice:
     y, found = labels.numpy(), []
     centres = _CENTRES if [*part] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part):
-        rows = Features(blocks, part)(part)
-        distance = median_distance(rows)
+        matrix = Features(blocks, part)(part)
+        distance = median_distance(matrix)
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
-            score = _score(fit(rows, y, centres=_CENTRES_OF_PART)[1], labels, task)
+            score = _score(fit(matrix, y, centres=_CENTRES_OF_PART)[1], labels, task)
             found.append(_Choice(score, "ridge", blocks, fit))
     return min(found, key=lambda each: each.score)
 
 
-def _fit_ridge(rows: Rows, y: Array, gamma: float, centres: int) -> tuple[Any, Array]:
+def _fit_ridge(matrix: Matrix, y: Array, gamma: float, centres: int) -> tuple[Any, Array]:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
-    features = kernel.fit_transform(rows)
+    features = kernel.fit_transform(matrix)
     alpha, left_out = min(_leave_one_out(features, y), key=lambda each: float(np.square(each[1] - y).mean()))
     return make_pipeline(kernel, Ridge(alpha).fit(features, y)), left_out
 
@@ -253,7 +253,7 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tup
         task: The task.
     """
     features = Features(possible_blocks(seen)[0], seen)
-    rows, y, method, folds = features(seen), labels.numpy().squeeze(), "predict", KFold
+    matrix, y, method, folds = features(seen), labels.numpy().squeeze(), "predict", KFold
     if task.has_classes:
         y, method = task.classes(labels).numpy(), "predict_proba"
         folds = StratifiedKFold if max(np.bincount(y)) >= _FOLDS else KFold
@@ -263,7 +263,7 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tup
     # Shuffled: samples come in an order that depends on their inputs.
     cv = folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
     with _quiet():
-        left_out = cross_val_predict(model, rows, y, cv=cv, method=method)
-        model.fit(rows, y)
+        left_out = cross_val_predict(model, matrix, y, cv=cv, method=method)
+        model.fit(matrix, y)
     learner = Learner(type(estimator).__name__, features, model, left_out, labels, task)
     return learner, torch.arange(len(labels))

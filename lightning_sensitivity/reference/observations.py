@@ -53,7 +53,7 @@ def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tu
     order = order[place[order].argsort(stable=True)]
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
-    y = task.as_matrix(labels[order], num_columns).double()
+    y = task.label_matrix(labels[order], num_columns).double()
     groups = torch.unique_consecutive(place[order], return_inverse=True)[1]
     first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
     means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, groups, y)

@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.kinds import Array, Samples, of_rows, shrunk
+from lightning_sensitivity.reference.kinds import Array, Samples, shrunk, take
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import observations
-from lightning_sensitivity.reference.samples import read_labels, read_samples
+from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
@@ -120,7 +120,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         rows, labels = observations(seen, labels, len(self.classes_), task)
         if len(rows) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(rows)}.")
-        seen = shrunk(of_rows(seen, rows))
+        seen = shrunk(take(seen, rows))
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(seen, labels, task)
         self._describe(learner, rows[chosen], task)

@@ -86,7 +86,7 @@ class Regression(Multiclass):
 TASKS: dict[str, Any] = {"multiclass": Multiclass, "binary": Binary, "regression": Regression}
 
 
-def as_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
+def label_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
     """Labels as a plain loop has them: in one column for two classes."""
     if task == "multiclass" and labels.ndim == 1:
         return one_hot(labels.long(), num_outputs).double()
@@ -213,7 +213,7 @@ class Truth(History):
         """The rows and labels of samples that have one, and are finite."""
         labels = torch.cat([batch[1] for batch in batches])
         counts = (labels.reshape(len(labels), -1)[:, 0].long() != -100) & rows.reshape(len(rows), -1).isfinite().all(1)
-        return rows[counts], as_matrix(labels[counts], self.task, num_outputs)
+        return rows[counts], label_matrix(labels[counts], self.task, num_outputs)
 
     def of_labels(self, outputs: Tensor, num_outputs: int) -> dict[str, float]:
         """The same values, of labels."""

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, gaussian_nll_loss, huber_loss, on
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reference.observations import projection
-from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, X, Plain, batches_of, fit
+from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, Plain, X, batches_of, fit
 from tests.helpers import logged, quick_risk, refused, unlabelled_loader
 
 QUANTILES, TARGETS = torch.tensor([0.1, 0.5, 0.9]), X[:, 0] + X[:, 1].sin()

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, LOSS, Plain, X, batches_of, fit
+from tests.callbacks.plain_loop import CORRECT, HOLDOUT, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted_and_said, labelled, quick_risk
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")

@@ -20,11 +20,11 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 
 import tests.helpers as helpers
 from lightning_sensitivity import Reference, RiskMonitor
-from lightning_sensitivity.callbacks.closing import closing_line
+from lightning_sensitivity.callbacks.summary import closing_line
 from lightning_sensitivity.functional import expected_metric
 from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.observations import projection
-from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, NOISY, LOSS, Plain, Truth, X, batches_of, fit
+from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, LOSS, NOISY, Plain, Truth, X, batches_of, fit
 from tests.helpers import (
     Classifier,
     first_tensor,

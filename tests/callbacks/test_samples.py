@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.model.samples import KeptRows
+from lightning_sensitivity.model.kept import KeptObservations
 from tests.helpers import (
     NUM_FEATURES,
     Linear,
@@ -68,7 +68,7 @@ def test_of_a_large_batch_evenly_spaced_samples_are_kept() -> None:
 
 @pytest.mark.parametrize(("max_batches", "sizes", "chosen"), [
     (2.5, [10] * 10, [0, 5]),  # still evenly spaced
-    (0.1, [10] * 10, [0]),  # never none
+    (0.5, [10] * 10, [0]),  # of a batch that does not fit, evenly spaced samples
     (5, [10, 10, 40, 10], [0, 2]),
     (1, [2, 2, 2, 2, 40], [0, 2]),  # of a large one that comes late
 ])  # fmt: skip
@@ -80,9 +80,10 @@ def test_the_memory_is_bounded_in_bytes(
     model, (batches, val) = Linear(), batches_of(sizes, is_stream=False)
     vals, monitor = [val, unlabelled_loader(2, 2)], SensitivityMonitor(num_samples=None)
     run, texts = helpers.fitted_and_said(monitor, model, val=vals, max_epochs=3)
-    assert len(texts) == 1 and f"keeps only {sum(sizes[i] for i in chosen)} samples of a loader: " in texts[0]
+    known = {index: batches[index][:: 2 if max_batches < 1 else 1] for index in chosen}
+    assert len(texts) == 1 and f"keeps only {sum(map(len, known.values()))} samples of a loader: " in texts[0]
     found = helpers.logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
-    assert found == sensitivity(model, {index: batches[index] for index in chosen})
+    assert found == sensitivity(model, known)
 
 
 # For how long
@@ -127,7 +128,9 @@ def test_samples_are_freed_at_the_end_of_a_run_and_after_an_error(raises: bool) 
     class Failing(Quiet):
         def on_train_epoch_end(self) -> None:
             seen.append(num_kept())
-            assert not any(type(each) is KeptRows for each in gc.get_objects())  # the reference was made of them
+            assert not any(
+                type(each) is KeptObservations for each in gc.get_objects()
+            )  # the reference was made of them
             if raises and self.current_epoch == 1:
                 raise RuntimeError("an error of the user")
 

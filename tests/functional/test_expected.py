@@ -1,7 +1,5 @@
 """What metrics to expect, if labels are drawn from the predictions of a reference."""
 
-import math
-
 import numpy as np
 import pytest
 import torch

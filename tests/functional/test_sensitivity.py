@@ -49,10 +49,10 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     order = data.draw(st.permutations(range(num_samples)))
     cuts = sorted(data.draw(st.lists(st.integers(0, num_samples), max_size=4)))  # some batches have no sample
     batches = torch.tensor(order).tensor_split(cuts)
-    rows = torch.cat([S.sensitivity_rows(clean[batch], [draw[batch] for draw in draws]) for batch in batches])
-    actual, atol = S.sensitivity_from_rows(rows), 1e-12 * scale**2 + 1e-14 * common**2
+    rows = torch.cat([S.sensitivity_sums(clean[batch], [draw[batch] for draw in draws]) for batch in batches])
+    actual, atol = S.sensitivity_from_sums(rows), 1e-12 * scale**2 + 1e-14 * common**2
     close(torch.stack(actual[:2]), clustered_mean(deviations), 1e-6, atol)
-    close(torch.stack(S.sensitivity_from_rows(rows, per_output=True)[:2]), clustered_mean(squares))
+    close(torch.stack(S.sensitivity_from_sums(rows, per_output=True)[:2]), clustered_mean(squares))
     close(actual.class_mean_share, sum(mean**2 for sample in means for mean in sample) / sum(map(sum, squares)))
     assert actual[3:] == (num_samples, 0, num_outputs)
     close(S.squared_deviations(rows), [sum(deviations[i]) for i in order], 1e-6, atol)
@@ -64,7 +64,7 @@ def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws:
     for seed in range(200):  # samples differ in gain, and all draws and positions of a sample share it
         gain = (torch.rand(300, 1, 1, generator=torch.Generator().manual_seed(seed)) + 0.5) ** 2
         draws = gain * randn(num_draws, 300, 1, num_positions, seed=seed)
-        actual = S.sensitivity_from_rows(S.sensitivity_rows(torch.zeros_like(draws[0]), draws.unbind()))
+        actual = S.sensitivity_from_sums(S.sensitivity_sums(torch.zeros_like(draws[0]), draws.unbind()))
         z.append(float((actual.value - truth) / actual.stderr))
     assert 0.90 <= sum(abs(each) <= 1.96 for each in z) / len(z) <= 0.99
 
@@ -72,11 +72,11 @@ def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws:
 def test_a_class_average_that_holds_nothing_of_the_change_is_said() -> None:
     logits = 3 * randn(2, 64, 10)
     for outputs in (logits.softmax(2).bfloat16(), logits - logits.mean(2, keepdim=True)):
-        estimate = S.sensitivity_from_rows(S.sensitivity_rows(*outputs))
+        estimate = S.sensitivity_from_sums(S.sensitivity_sums(*outputs))
         message = S.diagnostics(estimate)["class-mean"]
         assert re.match("Only .* survives averaging over classes.*`per_output=True`", message)
         assert S.diagnostics(estimate, per_output=True) == {} and output_sensitivity(*outputs, per_output=True) > 0
-    assert S.diagnostics(S.sensitivity_from_rows(S.sensitivity_rows(*logits[..., :1]))) == {}
+    assert S.diagnostics(S.sensitivity_from_sums(S.sensitivity_sums(*logits[..., :1]))) == {}
     assert output_sensitivity(logits[0], logits[0]) == 0  # functions do not warn, the metric does
 
 

@@ -67,11 +67,11 @@ def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(
     task = T.TASKS[name]
     task.check(outputs, targets)
     num_columns = task.num_columns(tuple(outputs.shape[1:]))
-    p, y = task.predictions(outputs), task.as_matrix(targets, num_columns)
+    p, y = task.predictions(outputs), task.label_matrix(targets, num_columns)
     assert p.shape == y.shape == (6, num_columns) and torch.equal(y.float(), expected)
-    torch.testing.assert_close(task.as_matrix(y), y)
-    logits = task.as_outputs(outputs)
-    assert torch.equal(task.as_outputs(logits), logits) and torch.equal(task.predictions(logits), p)
+    torch.testing.assert_close(task.label_matrix(y), y)
+    logits = task.output_matrix(outputs)
+    assert torch.equal(task.output_matrix(logits), logits) and torch.equal(task.predictions(logits), p)
     is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (name != "regression")
     assert torch.equal(task.has_label(targets), ~is_ignored)
 
@@ -79,7 +79,6 @@ def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(
 def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_them_would_have() -> None:
     multiclass, binary, regression = (T.TASKS[name] for name in ("multiclass", "binary", "regression"))
     p, q = multiclass.predictions(LOGITS.double()), binary.predictions(SINGLE.double())
-    uncertain = sum(p[:, k] * (p - torch.eye(3)[k]).square().sum(1) for k in range(3))
     single = SINGLE.double().sigmoid()[:, 0]
     torch.testing.assert_close(q, torch.stack([1 - single, single], 1))
     torch.testing.assert_close(binary.distances(q, BOTH), (single - BITS).square())  # half the sum, as everywhere

@@ -79,7 +79,7 @@ def test_samples_are_counted_where_rows_leave_no_doubt(what: str) -> None:
 def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() -> None:
     rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
     whole = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)})
-    kept = whole.of_rows(rows)
+    kept = whole.take(rows)
     assert torch.equal(whole.spread(3.2), rows) and kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
     assert torch.equal(kept.arguments["mask"][0].x, x[rows]) and kept.arguments["mask"][0].y == x.sum()
     assert call(ONE, x).spread(10) is None

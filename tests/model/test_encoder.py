@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_sensitivity import compare_models
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.model import reader as reader_module
+from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptSamples
 from tests.helpers import labelled
 
 X, Y = labelled(300).tensors
@@ -169,10 +169,10 @@ def test_at_most_3000_training_samples_are_encoded_in_all_processes(
     monkeypatch.setattr(reader_module, "MAX_ENCODED", 30)
     encoder, encoded = counting()
     read, most = reader(encoder), 30 / num_processes
-    rows = read.make_rows(4, num_processes, num_batches)
+    rows = read.make_kept(4, num_processes, num_batches)
     numbers = torch.arange(300.0)[:, None].repeat(1, 12)
     for batch in zip(numbers.split(2), Y.split(2), strict=True):
-        read.keep_rows(rows, MODEL, batch, (4,))
+        read.keep_observations(rows, MODEL, batch, (4,))
     kept = rows.joined()[0]["columns"][:, 0].tolist()
     assert most - 2 <= len(kept) <= len(encoded) <= most and {*kept} <= {*encoded} and rows.is_full
     assert furthest - 25 < max(encoded) <= furthest and max(b - a for a, b in pairwise(encoded)) < 25

@@ -56,12 +56,12 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
 def test_a_reference_sees(what: str) -> None:
     named, expected = SEEN[what]
     reader, rows = InputReader(), torch.tensor([2, 0])
-    for seen, wanted in ((reader.see(named, 3), expected), (reader.see(named, 3, rows), of_rows(expected, rows))):
+    for seen, wanted in ((reader.see(named, 3), expected), (reader.see(named, 3, rows), take(expected, rows))):
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
     assert not reader.unread
 
 
-def of_rows(seen: Seen, rows: Tensor) -> Seen:
+def take(seen: Seen, rows: Tensor) -> Seen:
     return {kind: x[rows] for kind, x in seen.items()}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.samples import KeptSamples
 from lightning_sensitivity.reference.kinds import KINDS
 from tests.helpers import labelled
 
@@ -110,8 +110,8 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
         samples = kept_of(reader, [(X, Y)], 7)
         kept = samples.batches[0]
         assert torch.equal(reader.join(MODEL, samples)["columns"], expected) and kept.size == 7
-        assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.rows], expected)
-        assert reader.keep(MODEL, (X, Y), 0, max_samples=60).rows is None
+        assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.indices], expected)
+        assert reader.keep(MODEL, (X, Y), 0, max_samples=60).indices is None
 
 
 # Training samples
@@ -119,9 +119,9 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
 
 def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_mixed() -> None:
     reader, labels = BatchReader(task=TASKS["multiclass"]), Y.where(torch.arange(60) % 3 > 0, -100)
-    rows, mixed = reader.make_rows(4), one_hot(Y, 4).float().where(labels[:, None] >= 0, -100)
+    rows, mixed = reader.make_kept(4), one_hot(Y, 4).float().where(labels[:, None] >= 0, -100)
     for x, y, soft in zip(X.split(15), labels.split(15), mixed.split(15), strict=True):
-        reader.keep_rows(rows, MODEL, (x, soft if rows.size else y), (4,))
+        reader.keep_observations(rows, MODEL, (x, soft if rows.size else y), (4,))
     seen, kept = rows.joined()
     assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, one_hot(Y, 4).float()[labels >= 0])
     assert rows.num_seen == rows.size == 40
@@ -130,10 +130,10 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
 def test_what_is_done_for_each_training_batch_is_little() -> None:
     """Calls of functions are counted; 280 are made, of which a third are torch's."""
     reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
-    rows, profile = reader.make_rows(4, num_batches=400), cProfile.Profile()
+    rows, profile = reader.make_kept(4, num_batches=400), cProfile.Profile()
     profile.enable()
     for batch in batches * 100:
-        reader.keep_rows(rows, MODEL, batch, (4,))
+        reader.keep_observations(rows, MODEL, batch, (4,))
     profile.disable()
     assert rows.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 340 * 400
 
@@ -144,12 +144,12 @@ def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, m
     images = KINDS["images"]
     shrunk = images.shrunk
     monkeypatch.setattr(images, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
-    monkeypatch.setattr("lightning_sensitivity.model.samples.max_samples", lambda kinds, num_columns: 64)
+    monkeypatch.setattr("lightning_sensitivity.model.kept.max_samples", lambda kinds, num_columns: 64)
     model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
-    rows = reader.make_rows(3, num_batches=num_batches)
+    rows = reader.make_kept(3, num_batches=num_batches)
     for _ in range(40):
-        reader.keep_rows(rows, model, (images, torch.zeros(50).long()), (3,))
+        reader.keep_observations(rows, model, (images, torch.zeros(50).long()), (3,))
     assert 62 <= len(rows.joined()[1]) <= 66 and sum(averaged) <= most
 
 
@@ -157,7 +157,7 @@ def test_there_is_one_label_for_each_training_sample() -> None:
     reader = BatchReader(task=TASKS["multiclass"], targets=lambda batch: batch[1][:50])
     match = "`targets` should return a label for each of 60 samples, got 50"
     with pytest.raises(MisconfigurationException, match=match):
-        reader.keep_rows(reader.make_rows(4), MODEL, (X, Y), (4,))
+        reader.keep_observations(reader.make_kept(4), MODEL, (X, Y), (4,))
     for max_samples in (55, 60):
         kept = reader.keep(MODEL, (X, Y), 0, max_samples=max_samples)
         with pytest.raises(MisconfigurationException, match="got 50"):

@@ -170,8 +170,8 @@ def test_of_many_classes_or_samples_fewer_are_known(monkeypatch: pytest.MonkeyPa
 
 
 def test_classes_become_a_matrix_of_chosen_samples_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, as_matrix = [], torch.nn.functional.one_hot
-    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda *args: sizes.append(as_matrix(*args)) or sizes[-1])
+    sizes, label_matrix = [], torch.nn.functional.one_hot
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda *args: sizes.append(label_matrix(*args)) or sizes[-1])
     monkeypatch.setattr(observations, "_MAX_LABELS", 6000)
     Reference().fit(torch.rand(400, 2), 1000 * (torch.arange(400) % 200))
     assert [tuple(each.shape) for each in sizes] == [(30, 200)]

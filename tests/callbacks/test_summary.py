@@ -12,9 +12,9 @@ from lightning.pytorch import callbacks as cb
 from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.closing import closing_line, summarize
 from lightning_sensitivity.callbacks.run_reference import Verdict
-from tests.callbacks.plain_loop import ACCURACY, AUROC, NOISY, LOSS, Plain, X, batches_of, fit
+from lightning_sensitivity.callbacks.summary import closing_line, summarize
+from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
 SECOND = f"{LOSS}/dataloader_idx_1"
@@ -47,7 +47,9 @@ def validations(best: int = 3, **changes: Any) -> Rows:
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0,
-         "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84, "reference": 0.3 if epoch else 0.2, **changes} for epoch in range(5)]  # fmt: skip
+         "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84, "reference": 0.3 if epoch else 0.2, **changes}
+        for epoch in range(5)
+    ]  # fmt: skip
     return [rows[0] | {"expected_loss": 0.1}, *rows[1:]]
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sensitivity.model import ModelCall, samples
-from lightning_sensitivity.model.samples import KeptBatch, KeptRows, KeptSamples
+from lightning_sensitivity.model import ModelCall
+from lightning_sensitivity.model import kept as kept_module
+from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples
 from tests.helpers import Watch
 
 CALL = ModelCall(nn.Identity(), torch.zeros(0))  # of no bytes
@@ -79,12 +80,12 @@ def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
 @contextmanager
 def limits(max_rows: int, max_bytes: float = 2**40) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "max_samples", lambda kinds, num_columns: max_rows)
-        patch.setattr(samples, "MAX_BYTES", max_bytes)
+        patch.setattr(kept_module, "max_samples", lambda kinds, num_columns: max_rows)
+        patch.setattr(kept_module, "MAX_BYTES", max_bytes)
         yield
 
 
-def add(rows: KeptRows, numbers: torch.Tensor) -> None:
+def add(rows: KeptObservations, numbers: torch.Tensor) -> None:
     """Add those rows of a batch that are wanted, each of two floats and a label of 8 bytes, which are its number."""
     wanted = numbers[rows.wanted(len(numbers))]
     if len(wanted) > 0:
@@ -94,9 +95,9 @@ def add(rows: KeptRows, numbers: torch.Tensor) -> None:
 @given(sizes=SIZES, max_rows=st.integers(1, 90), max_bytes=st.integers(20, 4000))
 @settings(max_examples=60, deadline=None)
 def test_evenly_spaced_rows_are_kept_whatever_the_batches(sizes: list[int], max_rows: int, max_bytes: int) -> None:
-    total, limit, rows = sum(sizes), min(max_rows, int(max_bytes / 1.25 / 16)), KeptRows(2)
+    total, limit, rows = sum(sizes), min(max_rows, int(max_bytes / 1.25 / 16)), KeptObservations(2)
     with limits(max_rows, max_bytes):
-        rows = KeptRows(2)
+        rows = KeptObservations(2)
         for numbers in torch.arange(total).split(sizes):
             add(rows, numbers)
             assert 16 * rows.size <= max_bytes + 2 * 16 and rows.size <= 1.25 * limit + 2
@@ -111,8 +112,8 @@ def test_evenly_spaced_rows_are_kept_whatever_the_batches(sizes: list[int], max_
 @pytest.mark.parametrize(("max_rows", "max_bytes"), [(60, 2**40), (2000, 16 * 1.25 * 60)])
 def test_processes_share_what_a_reference_knows_and_the_memory(max_rows: int, max_bytes: float) -> None:
     with limits(max_rows, max_bytes):
-        assert len(KeptRows(2, num_processes=3).wanted(200)) in (19, 20, 21, 200)
-        rows = KeptRows(2, num_processes=3)
+        assert len(KeptObservations(2, num_processes=3).wanted(200)) in (19, 20, 21, 200)
+        rows = KeptObservations(2, num_processes=3)
         add(rows, torch.arange(200))
         assert len(rows.joined()[1]) in (19, 20, 21)
 
@@ -120,7 +121,7 @@ def test_processes_share_what_a_reference_knows_and_the_memory(max_rows: int, ma
 def test_of_a_table_in_one_batch_a_copy_of_the_wanted_rows_is_all_that_is_made() -> None:
     table, made = torch.zeros(10_000, 50), list[int]()
     with limits(2_000), Watch(lambda function, args, kwargs, result: made.append(getattr(result, "nbytes", 0))):
-        rows = KeptRows(2)
+        rows = KeptObservations(2)
         wanted = rows.wanted(10_000)
         rows.add({"columns": table[wanted]}, torch.zeros(len(wanted)))
         rows.joined()
@@ -131,14 +132,14 @@ def test_keeping_is_linear_in_batches() -> None:
     counts = Counter[int]()
     for num_batches in (2500, 5000, 10_000):
         with limits(1000), Watch(lambda *_, key=num_batches: counts.update([key])):
-            rows = KeptRows(2)
+            rows = KeptObservations(2)
             for numbers in torch.arange(2 * num_batches).split(2):
                 add(rows, numbers)
     assert counts[10_000] < 2 * counts[5000] < 4 * counts[2500] and counts[10_000] < 25 * 10_000
 
 
 def test_rows_are_joined_only_if_all_were_seen() -> None:
-    rows = KeptRows(2)
+    rows = KeptObservations(2)
     rows.complete()
     assert not rows.is_complete
     with pytest.raises(ValueError, match="No sample has a label"):

@@ -13,7 +13,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional import sensitivity
 from lightning_sensitivity.functional.tensors import wide_dtype
-from lightning_sensitivity.metric.double_precision import DoublePrecisionMetric
+from lightning_sensitivity.metric.base import DoublePrecisionMetric
 
 
 class OutputSensitivity(DoublePrecisionMetric):
@@ -86,7 +86,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
         self._refuse_labels(noisy)
-        self.rows.append(sensitivity.sensitivity_rows(clean, noisy))
+        self.rows.append(sensitivity.sensitivity_sums(clean, noisy))
 
     def _refuse_labels(self, noisy: object) -> None:
         """Raise TypeError for labels in place of outputs, which a `MetricCollection` passes by position."""
@@ -102,7 +102,7 @@ class OutputSensitivity(DoublePrecisionMetric):
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""
         self._all_rows = dim_zero_cat(self.rows)
-        estimate = sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
+        estimate = sensitivity.sensitivity_from_sums(self._all_rows, self.per_output)
         for message in sensitivity.diagnostics(estimate, self.per_output).values():
             rank_zero_warn(message, stacklevel=5)  # at the line that calls `compute`
         return estimate.value
@@ -115,7 +115,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         :attr:`stderr` and :attr:`per_sample`.
         """
         self.compute()  # this is cached, and sets the rows
-        return sensitivity.sensitivity_from_rows(self._all_rows, self.per_output)
+        return sensitivity.sensitivity_from_sums(self._all_rows, self.per_output)
 
     @property
     def stderr(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.reference.kinds import Seen, join_seen, of_rows
+from lightning_sensitivity.reference.kinds import Seen, join_seen, take
 from lightning_sensitivity.reference.observations import max_samples
 
 Place = TypeVar("Place", float, Tensor)
@@ -33,7 +33,8 @@ class KeptBatch:
         call: The call of the model on it.
         labels: Its labels; None if it has none, or none are wanted.
         seen: What a reference sees of it, if that can't be found in the call.
-        rows: Which of its samples are kept; None for all.
+        indices: Which of its samples are kept; None for all.
+        is_truncated: Whether samples are missing for lack of memory.
     """
 
     index: int
@@ -41,16 +42,18 @@ class KeptBatch:
     call: ModelCall
     labels: Tensor | None = None
     seen: Seen | None = None
-    rows: Tensor | None = None
+    indices: Tensor | None = None
+    is_truncated: bool = False
 
     @property
     def num_bytes(self) -> int:
         """The memory of its tensors."""
-        return sum(map(_num_bytes, tensors_in([self.labels, self.seen, self.call.arguments])))
+        return num_bytes([self.labels, self.seen, self.call.arguments])
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def num_bytes(value: object) -> int:
+    """Return the memory of the tensors in a value."""
+    return sum(x.numel() * x.element_size() for x in tensors_in(value))
 
 
 def _priority(place: Place) -> Place:
@@ -106,6 +109,7 @@ class KeptSamples:
             return
         insort(self._by_priority, batch, key=lambda each: _priority(each.index))
         self.size += batch.size
+        self.is_truncated |= batch.is_truncated
         self._num_bytes += batch.num_bytes
         while self._num_bytes > self.max_bytes and len(self._by_priority) > 1:
             self.is_truncated = True
@@ -136,10 +140,10 @@ class _Rows(NamedTuple):
         chosen = self.priorities < limit
         if bool(chosen.all()):
             return self
-        return _Rows(self.priorities[chosen], self.labels[chosen], of_rows(self.seen, chosen))
+        return _Rows(self.priorities[chosen], self.labels[chosen], take(self.seen, chosen))
 
 
-class KeptRows:
+class KeptObservations:
     """Evenly spaced rows of training samples, from which a reference learns.
 
     Before samples are read, :meth:`wanted` chooses some of them; :meth:`add` takes what was read of these.
@@ -203,8 +207,8 @@ class KeptRows:
             seen: What a reference sees of them, on the CPU; empty if there is nothing.
             labels: The label of each.
         """
-        num_bytes = sum(_num_bytes(x[0]) for x in (labels, *seen.values()))
-        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / num_bytes))
+        of_sample = num_bytes([x[0] for x in (labels, *seen.values())])
+        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
         self._max_rows = max(1, min(self._max_rows, known // self._num_processes))
         self._parts.append(_Rows(self._chosen, labels, seen))
         self.size += len(labels)
