@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,8 +59,6 @@ class OutputSensitivity(DoublePrecisionMetric):
         tensor(0.0003, dtype=torch.float64)
         >>> metric.stderr
         tensor(2.1333e-05, dtype=torch.float64)
-        >>> metric.per_sample.shape
-        torch.Size([500])
     """
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
@@ -112,7 +109,7 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Value, standard errors, share of the class mean and numbers of samples, over all processes.
 
         Like ``compute``, reading it is a collective operation unless a value is cached. The same holds for
-        :attr:`stderr` and :attr:`per_sample`.
+        :attr:`stderr`.
         """
         self.compute()  # this is cached, and sets the rows
         return sensitivity.sensitivity_from_sums(self._all_rows, self.per_output)
@@ -121,15 +118,3 @@ class OutputSensitivity(DoublePrecisionMetric):
     def stderr(self) -> Tensor:
         """Standard error of the value, over samples and noise; nan below two samples."""
         return self.estimate.stderr
-
-    @property
-    def per_sample(self) -> Tensor:
-        """Mean squared change of each sample, ``(N,)``, in the order of the updates.
-
-        It is nan for samples with nan or inf. If all samples have the same number of positions, the mean is
-        the value of the metric. A large change does not mean that the prediction is wrong.
-        """
-        self.compute()
-        rows = self._all_rows
-        squares = rows[:, 3].where(rows.isfinite().all(1), math.nan)
-        return (squares if self.per_output else sensitivity.squared_deviations(rows)) / rows[:, 0]

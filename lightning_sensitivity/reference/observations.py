@@ -16,7 +16,6 @@ _CHUNK = 500  # samples that are projected at a time
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
 _REPEATED = 0.1  # share of new samples that are known ones, beyond that of samples that are equal by chance
-_CONTRADICTORY = 0.05  # share of the variance of labels that is among equal samples
 
 
 def max_samples(kinds: Iterable[str], num_columns: int) -> int:
@@ -58,20 +57,17 @@ def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tu
     first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
     means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, groups, y)
     means /= groups.bincount()[:, None]
-    within, total = (means[groups] - y).square().sum(), (y - y.mean(0)).square().sum()
-    differ = [*seen] == ["columns"] and bool(within > _CONTRADICTORY * total)
-    if not has_few_values(seen, labels_differ=differ):
+    if not has_few_values(seen):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
     return order[chosen], y[chosen]
 
 
-def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
+def has_few_values(seen: Seen) -> bool:
     """Return whether samples are rows of categories, of which different ones may be equal.
 
     Args:
         seen: What is seen of the samples.
-        labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
     """
     if not seen.keys() <= {"columns", "tokens"}:
         return False
@@ -79,8 +75,7 @@ def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
     for column in chain.from_iterable(map(torch.t, seen.values())):
         num_values = len(torch.unique(column))
         combinations += math.log(num_values)
-        is_many = combinations > math.log(_FEW_COMBINATIONS * len(column)) and not labels_differ
-        if num_values > _FEW_VALUES or is_many:
+        if num_values > _FEW_VALUES or combinations > math.log(_FEW_COMBINATIONS * len(column)):
             return False
     return True
 

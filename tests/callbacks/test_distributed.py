@@ -166,7 +166,7 @@ def failing(folder: Path) -> Any:
 
 
 class LateMetric(MulticlassAccuracy):
-    """It fails in one process, in the second validation; its first value is of the first batch, the third the reference's."""
+    """It fails in one process, in the second validation; its first value is of a batch, the third the reference's."""
 
     calls = 0
 
