@@ -34,8 +34,8 @@ class RunIsolated(Protocol):
 def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
-    Inside, the model is in eval mode, without gradients, and its ``self.log`` does nothing. Every run starts
-    from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
+    Inside, the model is in eval mode, or in the modes that its own hook ``on_validation_model_eval`` sets,
+    without gradients, and its ``self.log`` does nothing. Every run starts from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
     dicts, sets and deques are copied one level deep. A large tensor is cloned once for all runs, and again only
     after a run that has written to the clone. After a run, the originals are put back; hooks, too. The random
     streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our passes compile
@@ -82,7 +82,8 @@ class _State:
         self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in model.named_parameters()]
         self.devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
         self.originals = [(items, dict(items)) for items in chain.from_iterable(map(_dicts_of, model.modules()))]
-        self.places = list(chain.from_iterable(map(_places_of, model.modules())))
+        modes = _modes_of(model)
+        self.places = list(chain.from_iterable(_places_of(module, mode) for module, mode in modes.items()))
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
 
     def put_copies(self) -> None:
@@ -125,6 +126,21 @@ class _State:
             )
 
 
+def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the modes in which modules validate: eval mode, unless a LightningModule says otherwise by its hook."""
+    of_run = compat.original_module(model)
+    own = getattr(type(of_run), "on_validation_model_eval", None)
+    if own is None or own.__module__.startswith(("lightning.pytorch", "pytorch_lightning")):
+        return dict.fromkeys(model.modules(), False)
+    before = {module: module.training for module in model.modules()}
+    try:
+        own(of_run)
+        return {module: module.training for module in before}
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
 def _count_writes(tensor: Tensor) -> int | None:
     """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version
@@ -136,14 +152,14 @@ def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
     return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
 
 
-def _places_of(module: nn.Module) -> list[tuple[dict[str, Any], str, object]]:
+def _places_of(module: nn.Module, mode: bool) -> list[tuple[dict[str, Any], str, object]]:
     """List what a run replaces, such as attributes and buffers by copies: dict, name and value."""
     attributes = vars(module)
     own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
     buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
     names = ("log", "log_dict") if callable(getattr(type(module), "log_dict", None)) else ()  # of a LightningModule
     silent = [(attributes, name, lambda *args, **kwargs: None) for name in names]
-    return [*own, *buffers, *silent, (attributes, "training", False)]  # modules may override `eval()`
+    return [*own, *buffers, *silent, (attributes, "training", mode)]  # modules may override `eval()`
 
 
 def _is_copied(value: object) -> bool:

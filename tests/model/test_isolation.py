@@ -134,6 +134,27 @@ def test_modes_and_random_streams_go_on_as_if_nothing_had_run() -> None:
     assert draws() == first and state() == [True, True, False, True, True]
 
 
+class OwnModes(LightningModule):
+    """It validates with a part in training mode, such as one that scales outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = nn.Dropout(), nn.Sequential(nn.Identity())
+
+    def on_validation_model_eval(self) -> None:
+        self.eval()
+        self.scale.train()
+
+
+def test_a_module_is_run_in_the_modes_in_which_it_validates() -> None:
+    model = OwnModes()
+    model.net.eval()
+    for _ in range(2):
+        with isolated(model) as run:
+            assert run(lambda: [part.training for part in model.modules()]) == [False, False, True, True]
+        assert [part.training for part in model.modules()] == [True, False, True, True]
+
+
 def test_autocast_does_not_serve_weights_from_before_the_last_step() -> None:
     model, x = nn.Linear(2, 2), X.clone()
     with torch.autocast("cpu", torch.bfloat16):
