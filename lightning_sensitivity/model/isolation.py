@@ -35,11 +35,11 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, or in the modes that its own hook ``on_validation_model_eval`` sets,
-    without gradients, and its ``self.log`` does nothing. Every run starts from the same buffers, attributes and random state of torch: tensors and generators are cloned, and lists,
-    dicts, sets and deques are copied one level deep. A large tensor is cloned once for all runs, and again only
-    after a run that has written to the clone. After a run, the originals are put back; hooks, too. The random
-    streams of Python and NumPy are put back at the end. Compiled code runs eagerly, so that our passes compile
-    nothing.
+    without gradients, and its ``self.log`` does nothing. Every run starts from the same buffers, attributes
+    and random state of torch: tensors and generators are cloned, and lists, dicts, sets and deques are copied
+    one level deep. A large tensor is cloned once for all runs, and again only after a run that has written to
+    the clone. After a run, the originals are put back; hooks, too. The random streams of Python and NumPy are
+    put back at the end. Compiled code runs eagerly, so that our passes compile nothing.
 
     What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
     but ``run`` raises MisconfigurationException if one was written to.
