@@ -227,15 +227,15 @@ class _Judge(NamedTuple):
         from lightning_sensitivity.reference import Reference
 
         num_columns = 1 if self.shape is None else self.task.num_columns(self.shape)
-        rows, like = self.reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
+        kept, like = self.reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
         for batch in training:
             moved = move_batch(self.model, batch)
-            self.reader.keep_observations(rows, self.model, moved, self.shape)
+            self.reader.keep_observations(kept, self.model, moved, self.shape)
             like = self.reader.labels(self.model, moved, self.shape)[:0]
-        known, labels = rows.joined()
-        fitted = Reference(self.task.name, estimator).fit(known, labels)
+        known = kept.joined()
+        fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
-        if share := repeated_share(projection(new), projection(known)):
+        if share := repeated_share(projection(new), projection(known.seen)):
             warnings.warn(
                 f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose "
                 f"labels the models know: take others.{link_to('repeated')}",

@@ -17,8 +17,13 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, take
-from lightning_sensitivity.reference.observations import largest_difference, projection, repeated_share
+from lightning_sensitivity.reference.kinds import Seen, are_finite, take
+from lightning_sensitivity.reference.observations import (
+    Observations,
+    largest_difference,
+    projection,
+    repeated_share,
+)
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
@@ -74,11 +79,15 @@ class Unseen:
 
 @dataclass
 class _Part:
-    """What a process has kept: training samples, their labels ``(N, C)``, and validation samples."""
+    """What a process has kept.
 
-    known: Seen
-    labels: Tensor
-    unseen: dict[int, Seen | None]  # by loader; None where that can't be read
+    Attributes:
+        known: Training samples; None if there are none.
+        unseen: Validation samples, by loader; None where they can't be read.
+    """
+
+    known: Observations | None
+    unseen: dict[int, Observations | None]
 
 
 class RunReference:
@@ -175,28 +184,25 @@ class RunReference:
     def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join what this process has kept."""
         assert self._kept is not None
-        known, labels = Seen(), torch.zeros(0, self._kept.num_columns)
-        if self._kept.size > 0:
-            known, labels = self._kept.joined()
-        unseen: dict[int, Seen | None] = {samples.dataloader_idx: None for samples in kept if samples.size > 0}
+        known = self._kept.joined() if self._kept.size > 0 else None
+        unseen: dict[int, Observations | None] = {samples.dataloader_idx: None for samples in kept if samples.size > 0}
         for samples in kept:
             if samples.size > 0:
                 what = f"expects nothing of dataloader {samples.dataloader_idx}"
                 with self._reporter.report_failure(what, "Set `features=`."):
                     unseen[samples.dataloader_idx] = self._reader.join(module, samples)
-        return _Part(known, labels, unseen)
+        return _Part(known, unseen)
 
     def _fit(self, parts: Sequence[_Part]) -> None:
         """Fit the reference to the training samples of all processes, and predict the kept samples."""
         from lightning_sensitivity.reference import Reference
 
-        labels = torch.cat([part.labels for part in parts])
-        if len(labels) == 0:
+        known_parts = [part.known for part in parts if part.known is not None]
+        if not known_parts:
             raise ValueError("No training sample has a label")
-        known = join_seen([part.known for part in parts if part.known])
-        indices = self._finite_samples(known, "training samples")
-        known, labels = take(known, indices), labels[indices]
-        fitted = Reference(self._task.name, self._estimator).fit(known, labels.numpy())
+        known = Observations.join(known_parts)
+        known = known.take(self._finite_samples(known.seen, "training samples"))
+        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy())
         missing = (fitted.shares_ == 0).nonzero()[0]
         is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
         if is_known and len(missing) > 0:
@@ -207,7 +213,7 @@ class RunReference:
         if self._reader.has_features:
             verdict.features = "features"
         self._warn_of_unread()
-        self.unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
+        self.unseen = self._predict_all(parts, known.seen) if verdict.is_trusted else {}
         self.verdict = verdict
 
     def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
@@ -215,11 +221,12 @@ class RunReference:
         found: dict[int, Unseen] = {}
         places = projection(known)
         for index in sorted({index for part in parts for index in part.unseen}):
-            seen = [part.unseen[index] for part in parts if index in part.unseen]
-            if None in seen:  # which has been said where it happened
+            unseen = [part.unseen[index] for part in parts if index in part.unseen]
+            if None in unseen:  # which has been said where it happened
                 continue
             with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
-                found[index] = self._predict(index, known, places, join_seen([each for each in seen if each]))
+                joined = Observations.join([each for each in unseen if each is not None])
+                found[index] = self._predict(index, known, places, joined.seen)
         return found
 
     def _finite_samples(self, seen: Seen, what: str) -> Tensor:
@@ -304,7 +311,7 @@ class RunReference:
 
 def _are_enough(kept: KeptObservations) -> bool:
     """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
-    if kept.size == 0 or not kept.is_full:
+    if kept.size == 0 or not kept.plan.is_full:
         return False
     y = kept.labels.double()
     first, second = y.tensor_split(2)

@@ -1,4 +1,4 @@
-"""What is kept on the CPU: batches of a loader, to be measured again and again, and rows to learn from."""
+"""What is kept on the CPU: batches of a loader, to be measured again and again, and samples to learn from."""
 
 import math
 import sys
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.reference.kinds import Seen, join_seen, take
-from lightning_sensitivity.reference.observations import max_samples
+from lightning_sensitivity.reference.kinds import Seen
+from lightning_sensitivity.reference.observations import Observations, max_samples
 
 Place = TypeVar("Place", float, Tensor)
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_SLACK = 1.25  # by how much rows may exceed what is wanted, so that they are seldom sorted out
+_SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ def num_bytes(value: object) -> int:
 
 
 def _priority(place: Place) -> Place:
-    """Return the fraction of a multiple of the golden ratio; batches and rows with the lowest ones are kept.
+    """Return the fraction of a multiple of the golden ratio; batches and samples with the lowest ones are kept.
 
     These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one
     part of it each.
@@ -128,109 +128,121 @@ class KeptSamples:
         self._threshold = _priority(batch.index)
 
 
-class _Rows(NamedTuple):
-    """Rows of a batch: their priorities, their labels, and what a reference sees of them."""
+class Chosen(NamedTuple):
+    """Samples that are to be read.
 
+    Attributes:
+        indices: Which ones of those that came, ``(R,)``.
+        priorities: Their priorities, ``(R,)``.
+    """
+
+    indices: Tensor
     priorities: Tensor
-    labels: Tensor
-    seen: Seen
 
-    def below(self, limit: float) -> "_Rows":
-        """Return the rows with priorities below a limit."""
-        chosen = self.priorities < limit
-        if bool(chosen.all()):
-            return self
-        return _Rows(self.priorities[chosen], self.labels[chosen], take(self.seen, chosen))
+
+class ReadingPlan:
+    """Say which samples to read, batch by batch: evenly spaced ones, whose priorities are below a limit.
+
+    Args:
+        num_wanted: How many are wanted in the end.
+        max_read: How many may be read, where that is expensive.
+        num_batches: How many batches will come; by this number the samples to read are evenly spaced, and none
+            is read in vain. 0 or inf if it is not known.
+
+    Attributes:
+        num_wanted: How many are wanted in the end.
+        num_to_read: How many more may be read.
+        num_seen: How many samples have come.
+    """
+
+    def __init__(self, num_wanted: int, max_read: int = sys.maxsize, num_batches: float = 0) -> None:
+        self.num_wanted = min(num_wanted, max_read)
+        self.num_to_read = max_read
+        self.num_seen = 0
+        self._num_batches = num_batches if math.isfinite(num_batches) else 0
+        self._num_calls = 0
+        self._num_expected = 0.0  # samples, by the mean size of batches so far
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many samples have come as are wanted, or may be read."""
+        return self.num_to_read == 0 or self.num_seen >= max(self.num_wanted, self._num_expected)
+
+    @property
+    def limit(self) -> float:
+        """What the priorities of samples must be below."""
+        return self.num_wanted / max(1, self.num_seen, self._num_expected)
+
+    def choose(self, num_samples: int) -> Chosen:
+        """Choose some of the next samples."""
+        priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
+        self._num_calls += 1
+        self.num_seen += num_samples
+        self._num_expected = self.num_seen * self._num_batches / self._num_calls
+        indices = (priorities < self.limit).nonzero()[: self.num_to_read, 0]
+        self.num_to_read -= len(indices)
+        return Chosen(indices, priorities[indices])
 
 
 class KeptObservations:
-    """Evenly spaced rows of training samples, from which a reference learns.
-
-    Before samples are read, :meth:`wanted` chooses some of them; :meth:`add` takes what was read of these.
+    """Keep training samples, from which a reference learns, within the memory.
 
     Args:
         num_columns: How many columns labels have as a matrix.
         num_processes: How many processes share what a reference may know, and the memory.
-        max_read: How many rows may be read in all processes, where that is expensive.
-        num_batches: How many batches will come to this process; by this number the rows to read are evenly
-            spaced, and none is read in vain. 0 or inf if it is not known.
+        max_read: How many samples may be read in all processes.
+        num_batches: As for :class:`ReadingPlan`.
 
     Attributes:
+        plan: Says which samples to read, and which ones stay.
         num_columns: How many columns labels have as a matrix.
-        num_seen: How many samples have come.
-        num_to_read: How many more rows may be read.
-        size: How many rows there are, which may be a quarter more than are wanted.
-        is_complete: Whether no more rows are wanted.
+        size: How many samples there are, which may be a quarter more than are wanted.
+        is_complete: Whether no more samples are wanted.
     """
 
     def __init__(
         self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
     ) -> None:
-        self.num_seen = 0
+        most = max_samples(["columns"], num_columns) // num_processes
+        self.plan = ReadingPlan(most, max_read // num_processes, num_batches)
+        self.num_columns = num_columns
         self.size = 0
         self.is_complete = False
-        self.num_columns = num_columns
         self._num_processes = num_processes
-        self.num_to_read = max_read // num_processes
-        self._num_batches = num_batches if math.isfinite(num_batches) else 0
-        self._num_calls = 0
-        self._num_expected = 0.0  # samples, by the mean size of batches so far
-        self._max_rows = min(self.num_to_read, max_samples(["columns"], num_columns) // num_processes)
-        self._chosen = torch.zeros(0, dtype=torch.float64)  # priorities of rows that are being read
-        self._parts: list[_Rows] = []
+        self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
 
-    @property
-    def is_full(self) -> bool:
-        """Whether there are as many rows as are wanted, or fit into memory."""
-        return self.num_to_read == 0 or self.num_seen >= max(self._max_rows, self._num_expected)
-
-    @property
-    def _limit(self) -> float:
-        """What the priorities of rows must be below."""
-        return self._max_rows / max(1, self.num_seen, self._num_expected)
-
-    def wanted(self, num_samples: int) -> Tensor:
-        """Return which of the next samples to read, ``(R,)``; if there are some, :meth:`add` takes them."""
-        priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
-        self._num_calls += 1
-        self.num_seen += num_samples
-        self._num_expected = self.num_seen * self._num_batches / self._num_calls
-        rows = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
-        self.num_to_read -= len(rows)
-        self._chosen = priorities[rows]
-        return rows
-
-    def add(self, seen: Seen, labels: Tensor) -> None:
-        """Keep the rows that were wanted last.
+    def add(self, priorities: Tensor, read: Observations) -> None:
+        """Keep samples that were chosen and read.
 
         Args:
-            seen: What a reference sees of them, on the CPU; empty if there is nothing.
-            labels: The label of each.
+            priorities: Their priorities, ``(R,)``.
+            read: The samples, on the CPU, each with a label.
         """
-        of_sample = num_bytes([x[0] for x in (labels, *seen.values())])
-        known = min(max_samples(seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
-        self._max_rows = max(1, min(self._max_rows, known // self._num_processes))
-        self._parts.append(_Rows(self._chosen, labels, seen))
-        self.size += len(labels)
-        if self.size > _SLACK * self._max_rows:
+        of_sample = num_bytes([x[0] for x in (read.labels, *read.seen.values())])
+        known = min(max_samples(read.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
+        self.plan.num_wanted = max(1, min(self.plan.num_wanted, known // self._num_processes))
+        self._parts.append((priorities, read))
+        self.size += len(read)
+        if self.size > _SLACK * self.plan.num_wanted:
             self._thin_out()
 
     def _thin_out(self) -> None:
-        """Keep no more rows than are wanted."""
-        self._parts = [rows for rows in (rows.below(self._limit) for rows in self._parts) if len(rows.labels)]
-        self.size = sum(len(rows.labels) for rows in self._parts)
+        """Keep no more samples than are wanted."""
+        parts = [_below(self.plan.limit, *part) for part in self._parts]
+        self._parts = [(priorities, read) for priorities, read in parts if len(read)]
+        self.size = sum(len(read) for _, read in self._parts)
 
     @property
     def labels(self) -> Tensor:
-        """The labels of the rows, in the order in which they came."""
-        return torch.cat([rows.labels for rows in self._parts])
+        """The labels of the samples, in the order in which they came."""
+        return torch.cat([read.labels for _, read in self._parts])
 
     def complete(self) -> None:
-        """Want no more rows, unless none has come."""
-        self.is_complete = self.num_seen > 0
+        """Want no more samples, unless none has come."""
+        self.is_complete = self.plan.num_seen > 0
 
-    def joined(self) -> tuple[Seen, Tensor]:
-        """Return what a reference sees of the rows, and their labels, in the order in which they came.
+    def joined(self) -> Observations:
+        """Return the samples, in the order in which they came.
 
         Raises:
             ValueError: If there is none, or as by :func:`join_seen`.
@@ -238,4 +250,10 @@ class KeptObservations:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        return join_seen([rows.seen for rows in self._parts]), self.labels
+        return Observations.join([read for _, read in self._parts])
+
+
+def _below(limit: float, priorities: Tensor, read: Observations) -> tuple[Tensor, Observations]:
+    """Return the samples with priorities below a limit."""
+    chosen = priorities < limit
+    return (priorities, read) if bool(chosen.all()) else (priorities[chosen], read.take(chosen))

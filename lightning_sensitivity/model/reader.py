@@ -20,7 +20,8 @@ from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
-from lightning_sensitivity.reference.kinds import Seen, join_seen
+from lightning_sensitivity.reference.kinds import Seen
+from lightning_sensitivity.reference.observations import Observations
 
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 
@@ -193,14 +194,18 @@ class BatchReader:
             kept.seen = self.see(model, batch, whole, whole.size or kept.size, indices)
         return kept
 
-    def join(self, model: nn.Module, samples: KeptSamples) -> Seen:
-        """Return what a reference sees of kept samples.
+    def join(self, model: nn.Module, samples: KeptSamples) -> Observations:
+        """Return kept samples as a reference takes them, without labels.
 
         Raises:
             MisconfigurationException: If ``features`` fails.
-            ValueError: As by :func:`~lightning_sensitivity.model.inputs.join_seen`.
+            ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
-        return join_seen([each.seen or self.see(model, None, each.call, each.size) for each in samples.batches])
+        return Observations.join([self._observe(model, each) for each in samples.batches])
+
+    def _observe(self, model: nn.Module, kept: KeptBatch) -> Observations:
+        seen = kept.seen or self.see(model, None, kept.call, kept.size)
+        return Observations(seen, torch.zeros(kept.size, 0))
 
     # Training samples
 
@@ -216,12 +221,12 @@ class BatchReader:
         return KeptObservations(num_columns, num_processes, max_read, num_batches)
 
     def keep_observations(
-        self, rows: KeptObservations, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
+        self, kept: KeptObservations, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
     ) -> None:
         """Keep those samples of a training batch that are wanted and have labels, with these as a matrix.
 
         Args:
-            rows: What is kept.
+            kept: What is kept.
             model: The model.
             batch: The batch.
             output_shape: As for :meth:`labels`.
@@ -229,16 +234,18 @@ class BatchReader:
         Raises:
             MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
-        if rows.num_to_read == 0:
+        if kept.plan.num_to_read == 0:
             return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
         check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
-        wanted = labelled[rows.wanted(len(labelled))]
-        if len(wanted) > 0:
-            y = self.task.label_matrix(labels[wanted], rows.num_columns).float()  # also of soft labels
-            rows.add(self.see(model, batch, call, len(labels), wanted), y)
+        chosen = kept.plan.choose(len(labelled))
+        indices = labelled[chosen.indices]
+        if len(indices) > 0:
+            y = self.task.label_matrix(labels[indices], kept.num_columns).float()  # also of soft labels
+            seen = self.see(model, batch, call, len(labels), indices)
+            kept.add(chosen.priorities, Observations(seen, y))
 
 
 def move_batch(model: nn.Module, batch: object) -> Any:

@@ -22,7 +22,8 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.blocks import Block, Matrix, columns, spread
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import Features, median_distance
-from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks, take
+from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks
+from lightning_sensitivity.reference.observations import Observations
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -115,31 +116,28 @@ class _Choice(NamedTuple):
     fit: Callable[[Matrix, Array], tuple[Any, Array]]
 
 
-def fit_learners(seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
+def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
     """Choose what suits the samples on a part of them, and fit it to all that it can take.
 
     Args:
-        seen: What is seen of different samples, no larger than ``shrunk`` makes it.
-        labels: Their labels as a matrix ``(N, C)``.
+        known: Different samples, no larger than ``shrunk`` makes them, with a matrix of labels, ``(N, C)``.
         task: The task, which says how predictions are scored.
 
     Returns:
         The learner, and which of the samples it knows.
     """
-    number = len(labels)
-    indices = spread(number, _PART)
-    part = take(seen, indices), labels[indices], task
+    part = known.take(spread(len(known), _PART))
     with _quiet():
-        best, most, of_forest = _choose_ridge(*part), _MAX_RIDGE_ROWS, _most_of_forest(seen, labels)
+        best, most, of_forest = _choose_ridge(part, task), _MAX_RIDGE_ROWS, _most_of_forest(known)
         if of_forest:
-            forest = _choose_forest(*part, limit=_NEAR * best.score)
-            limit = best.score * (_GAIN if number > _PART else 1)
+            forest = _choose_forest(part, task, limit=_NEAR * best.score)
+            limit = best.score * (_GAIN if len(known) > _PART else 1)
             best, most = (forest, of_forest) if forest.score < limit else (best, most)
-        indices = spread(number, most)
-        seen, labels = take(seen, indices), labels[indices]
-        features = Features(best.blocks, seen)
-        model, left_out = best.fit(features(seen), labels.numpy())
-    return Learner(best.name, features, model, left_out, labels, task), indices
+        indices = spread(len(known), most)
+        known = known.take(indices)
+        features = Features(best.blocks, known.seen)
+        model, left_out = best.fit(features(known.seen), known.labels.numpy())
+    return Learner(best.name, features, model, left_out, known.labels, task), indices
 
 
 def _score(left_out: Array, labels: Tensor, task: Task) -> float:
@@ -158,23 +156,23 @@ def _blocks_of_forest(seen: Seen) -> dict[str, Block]:
     return {"tokens": columns} if is_table else {}
 
 
-def _most_of_forest(seen: Seen, labels: Tensor) -> int:
+def _most_of_forest(known: Observations) -> int:
     """Return how many samples a forest takes; 0 where it would take too long, or sees no columns."""
-    num_columns = sum(seen[kind].shape[1] for kind in _blocks_of_forest(seen))
-    most = min(len(labels), _MAX_TARGETS // labels.shape[1], _MAX_CELLS // max(1, num_columns))
-    return most if num_columns and most >= min(len(labels), _MIN_ROWS) else 0
+    num_columns = sum(known.seen[kind].shape[1] for kind in _blocks_of_forest(known.seen))
+    most = min(len(known), _MAX_TARGETS // known.labels.shape[1], _MAX_CELLS // max(1, num_columns))
+    return most if num_columns and most >= min(len(known), _MIN_ROWS) else 0
 
 
-def _choose_forest(part: Seen, labels: Tensor, task: Task, limit: float) -> _Choice:
+def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
     """Try leaves of several sizes, then several numbers of columns at a split.
 
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
-    blocks, y = _blocks_of_forest(part), labels.numpy()
-    matrix = Features(blocks, part)(part)
+    blocks, y = _blocks_of_forest(part.seen), part.labels.numpy()
+    matrix = Features(blocks, part.seen)(part.seen)
 
     def score(num_columns: int, leaf: int) -> float:
-        return _score(_fit_forest(matrix, y, num_columns, leaf, _TREES_OF_PART)[1], labels, task)
+        return _score(_fit_forest(matrix, y, num_columns, leaf, _TREES_OF_PART)[1], part.labels, task)
 
     total = matrix.shape[1]
     half = max(1, total // 2)
@@ -203,16 +201,16 @@ def _fit_forest(matrix: Matrix, y: Array, num_columns: int, leaf: int, trees: in
 # Ridge regression on features of a kernel
 
 
-def _choose_ridge(part: Seen, labels: Tensor, task: Task) -> _Choice:
+def _choose_ridge(part: Observations, task: Task) -> _Choice:
     """Try all features, with several widths of the kernel."""
-    y, found = labels.numpy(), []
-    centres = _CENTRES if [*part] == ["columns"] else _MANY_CENTRES
-    for blocks in possible_blocks(part):
-        matrix = Features(blocks, part)(part)
+    y, found = part.labels.numpy(), []
+    centres = _CENTRES if [*part.seen] == ["columns"] else _MANY_CENTRES
+    for blocks in possible_blocks(part.seen):
+        matrix = Features(blocks, part.seen)(part.seen)
         distance = median_distance(matrix)
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
-            score = _score(fit(matrix, y, centres=_CENTRES_OF_PART)[1], labels, task)
+            score = _score(fit(matrix, y, centres=_CENTRES_OF_PART)[1], part.labels, task)
             found.append(_Choice(score, "ridge", blocks, fit))
     return min(found, key=lambda each: each.score)
 
@@ -242,20 +240,20 @@ def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
 # Any estimator of scikit-learn
 
 
-def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tuple[Learner, Tensor]:
+def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Learner, Tensor]:
     """Fit a copy of an estimator; left-out predictions are those of five folds.
 
     Args:
         estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
             0.
-        seen: As for :func:`fit_learners`; it sees columns, patches or words.
-        labels: As for :func:`fit_learners`; a classifier gets the class of the highest probability.
+        known: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
+            highest probability.
         task: The task.
     """
-    features = Features(possible_blocks(seen)[0], seen)
-    matrix, y, method, folds = features(seen), labels.numpy().squeeze(), "predict", KFold
+    features = Features(possible_blocks(known.seen)[0], known.seen)
+    matrix, y, method, folds = features(known.seen), known.labels.numpy().squeeze(), "predict", KFold
     if task.has_classes:
-        y, method = task.classes(labels).numpy(), "predict_proba"
+        y, method = task.classes(known.labels).numpy(), "predict_proba"
         folds = StratifiedKFold if max(np.bincount(y)) >= _FOLDS else KFold
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
@@ -265,5 +263,5 @@ def fit_estimator(estimator: Any, seen: Seen, labels: Tensor, task: Task) -> tup
     with _quiet():
         left_out = cross_val_predict(model, matrix, y, cv=cv, method=method)
         model.fit(matrix, y)
-    learner = Learner(type(estimator).__name__, features, model, left_out, labels, task)
-    return learner, torch.arange(len(labels))
+    learner = Learner(type(estimator).__name__, features, model, left_out, known.labels, task)
+    return learner, torch.arange(len(known))

@@ -1,7 +1,8 @@
-"""Which samples are the same one, and which of many a reference knows."""
+"""Observations: samples, their labels and groups; which are the same one, and which of many a reference knows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -9,13 +10,48 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.blocks import spread
-from lightning_sensitivity.reference.kinds import KINDS, Kind, Seen
+from lightning_sensitivity.reference.kinds import KINDS, Kind, Seen, join_seen, take
 
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
 _REPEATED = 0.1  # share of new samples that are known ones, beyond that of samples that are equal by chance
+
+
+@dataclass(eq=False)
+class Observations:
+    """What is known of samples, which travels as one thing.
+
+    Attributes:
+        seen: What a reference sees of them, by kind; empty if that is nothing.
+        labels: Their labels, ``(N,)`` or ``(N, C)``; ``(N, 0)`` if none are known.
+        groups: The number of the group of each, ``(N,)``; None without groups.
+    """
+
+    seen: Seen
+    labels: Tensor
+    groups: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "Observations":
+        """Return some of the samples, by their indices, or a flag for each."""
+        groups = None if self.groups is None else self.groups[indices]
+        return Observations(take(self.seen, indices), self.labels[indices], groups)
+
+    @staticmethod
+    def join(parts: "Sequence[Observations]") -> "Observations":
+        """Concatenate the samples of several batches.
+
+        Raises:
+            ValueError: As by :func:`join_seen`.
+        """
+        groups = [part.groups for part in parts if part.groups is not None]
+        labels = torch.cat([part.labels for part in parts])
+        return Observations(join_seen([part.seen for part in parts]), labels, torch.cat(groups) if groups else None)
 
 
 def max_samples(kinds: Iterable[str], num_columns: int) -> int:
@@ -31,36 +67,37 @@ def max_samples(kinds: Iterable[str], num_columns: int) -> int:
     return min(max((KINDS[kind].most for kind in kinds), default=Kind.most), max(1, _MAX_LABELS // num_columns))
 
 
-def observations(seen: Seen, labels: Tensor, num_columns: int, task: Task) -> tuple[Tensor, Tensor]:
-    """Choose different samples with labels, in an order that depends on them alone, and their mean labels.
+def choose_different(known: Observations, num_columns: int, task: Task) -> tuple[Tensor, Observations]:
+    """Choose different samples with labels, in an order that depends on them alone, with their mean labels.
 
     Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a
     sample repeatedly: that is no second observation, and a reference that leaves one of them out would still
     know its label.
 
     Args:
-        seen: What is seen of the samples.
-        labels: Their labels.
+        known: Samples, with labels as the task takes them.
         num_columns: C, the number of columns of the labels' matrix.
         task: The task.
 
     Returns:
-        Which samples they are, ``(M,)``, and the matrix of labels, ``(M, C)``.
+        Which samples they are, ``(M,)``, and these, with the matrix of their labels, ``(M, C)``.
     """
+    seen, labels = known.seen, known.labels
     place = projection(seen)
     order = _projected(labels).argsort(stable=True)
     order = order[place[order].argsort(stable=True)]
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
     y = task.label_matrix(labels[order], num_columns).double()
-    groups = torch.unique_consecutive(place[order], return_inverse=True)[1]
-    first = torch.cat([groups.new_ones(1), groups.diff()]).bool()
-    means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, groups, y)
-    means /= groups.bincount()[:, None]
+    which = torch.unique_consecutive(place[order], return_inverse=True)[1]
+    first = torch.cat([which.new_ones(1), which.diff()]).bool()
+    means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, which, y)
+    means /= which.bincount()[:, None]
     if not has_few_values(seen):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
-    return order[chosen], y[chosen]
+    indices = order[chosen]
+    return indices, Observations(take(seen, indices), y[chosen])
 
 
 def has_few_values(seen: Seen) -> bool:

@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.kinds import Array, Samples, shrunk, take
+from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
-from lightning_sensitivity.reference.observations import observations
+from lightning_sensitivity.reference.observations import Observations, choose_different
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
@@ -117,25 +117,25 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         sizes = {len(labels), *map(len, seen.values())}
         if len(sizes) > 1:
             raise ValueError(f"Expected `x` and `y` of the same samples, but got {sorted(sizes)} of them.")
-        rows, labels = observations(seen, labels, len(self.classes_), task)
-        if len(rows) < _MIN_SAMPLES:
-            raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(rows)}.")
-        seen = shrunk(take(seen, rows))
+        indices, known = choose_different(Observations(seen, labels), len(self.classes_), task)
+        if len(known) < _MIN_SAMPLES:
+            raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
+        known.seen = shrunk(known.seen)
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
-        learner, chosen = fit(seen, labels, task)
-        self._describe(learner, rows[chosen], task)
+        learner, chosen = fit(known, task)
+        self._describe(learner, indices[chosen], task)
         self.__dict__.pop("feature_names_in_", None)
         if hasattr(x, "columns"):
             self.feature_names_in_ = np.array(list(x.columns), dtype=object)
         return self
 
-    def _describe(self, learner: Learner, rows: Tensor, task: Task) -> None:
-        """Set what is known of the learner."""
+    def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
+        """Set what is known of the learner, and of the samples that it knows."""
         p, y = learner.left_out, learner.labels
         self._learner = learner
         self.learner_ = learner.name
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
-        self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), rows.numpy()
+        self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), indices.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
         self.score_ = float(task.distances(p, y).mean())
         chance = float(task.distances(y.mean(0).expand_as(y), y).mean())

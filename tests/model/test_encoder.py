@@ -169,12 +169,12 @@ def test_at_most_3000_training_samples_are_encoded_in_all_processes(
     monkeypatch.setattr(reader_module, "MAX_ENCODED", 30)
     encoder, encoded = counting()
     read, most = reader(encoder), 30 / num_processes
-    rows = read.make_kept(4, num_processes, num_batches)
+    training = read.make_kept(4, num_processes, num_batches)
     numbers = torch.arange(300.0)[:, None].repeat(1, 12)
     for batch in zip(numbers.split(2), Y.split(2), strict=True):
-        read.keep_observations(rows, MODEL, batch, (4,))
-    kept = rows.joined()[0]["columns"][:, 0].tolist()
-    assert most - 2 <= len(kept) <= len(encoded) <= most and {*kept} <= {*encoded} and rows.is_full
+        read.keep_observations(training, MODEL, batch, (4,))
+    kept = training.joined().seen["columns"][:, 0].tolist()
+    assert most - 2 <= len(kept) <= len(encoded) <= most and {*kept} <= {*encoded} and training.plan.is_full
     assert furthest - 25 < max(encoded) <= furthest and max(b - a for a, b in pairwise(encoded)) < 25
 
 
@@ -185,7 +185,7 @@ def test_of_validation_samples_those_that_are_kept_are_encoded_once() -> None:
         if samples.wants(index):
             samples.add(read.keep(MODEL, batch, index, 50))
     assert encoded == []
-    features = read.join(MODEL, samples)["columns"]
+    features = read.join(MODEL, samples).seen["columns"]
     kept = torch.cat([X[20 * batch.index : 20 * batch.index + 20] for batch in samples.batches])
     assert encoded == kept[:, 0].tolist() and torch.equal(features, kept)
 

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_sensitivity.model import ModelCall
 from lightning_sensitivity.model import kept as kept_module
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples
+from lightning_sensitivity.reference.observations import Observations
 from tests.helpers import Watch
 
 CALL = ModelCall(nn.Identity(), torch.zeros(0))  # of no bytes
@@ -74,57 +75,61 @@ def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
     assert [batch.index for batch in samples.batches] == [0]
 
 
-# Rows
+# Training samples
 
 
 @contextmanager
-def limits(max_rows: int, max_bytes: float = 2**40) -> Iterator[None]:
+def limits(max_samples: int, max_bytes: float = 2**40) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept_module, "max_samples", lambda kinds, num_columns: max_rows)
+        patch.setattr(kept_module, "max_samples", lambda kinds, num_columns: max_samples)
         patch.setattr(kept_module, "MAX_BYTES", max_bytes)
         yield
 
 
-def add(rows: KeptObservations, numbers: torch.Tensor) -> None:
-    """Add those rows of a batch that are wanted, each of two floats and a label of 8 bytes, which are its number."""
-    wanted = numbers[rows.wanted(len(numbers))]
+def add(kept: KeptObservations, numbers: torch.Tensor) -> None:
+    """Add those samples of a batch that are wanted, each of two floats and a label of 8 bytes, which are its number."""
+    indices, priorities = kept.plan.choose(len(numbers))
+    wanted = numbers[indices]
     if len(wanted) > 0:
-        rows.add({"columns": wanted[:, None].float().repeat(1, 2)}, wanted)
+        kept.add(priorities, Observations({"columns": wanted[:, None].float().repeat(1, 2)}, wanted))
 
 
-@given(sizes=SIZES, max_rows=st.integers(1, 90), max_bytes=st.integers(20, 4000))
+@given(sizes=SIZES, most=st.integers(1, 90), max_bytes=st.integers(20, 4000))
 @settings(max_examples=60, deadline=None)
-def test_evenly_spaced_rows_are_kept_whatever_the_batches(sizes: list[int], max_rows: int, max_bytes: int) -> None:
-    total, limit, rows = sum(sizes), min(max_rows, int(max_bytes / 1.25 / 16)), KeptObservations(2)
-    with limits(max_rows, max_bytes):
-        rows = KeptObservations(2)
+def test_evenly_spaced_samples_are_kept_whatever_the_batches(sizes: list[int], most: int, max_bytes: int) -> None:
+    total, limit = sum(sizes), min(most, int(max_bytes / 1.25 / 16))
+    with limits(most, max_bytes):
+        kept = KeptObservations(2)
         for numbers in torch.arange(total).split(sizes):
-            add(rows, numbers)
-            assert 16 * rows.size <= max_bytes + 2 * 16 and rows.size <= 1.25 * limit + 2
-    assert rows.num_seen == total and rows.is_full == (total >= limit)
+            add(kept, numbers)
+            assert 16 * kept.size <= max_bytes + 2 * 16 and kept.size <= 1.25 * limit + 2
+    assert kept.plan.num_seen == total and kept.plan.is_full == (total >= limit)
     if total == 0:
         return
-    seen, labels = rows.joined()
-    assert abs(len(labels) - min(limit, total)) <= 2 and torch.equal(seen["columns"][:, 0], labels.float())
-    assert labels.tolist() == [number for number in range(total) if number * (math.sqrt(5) - 1) / 2 % 1 < limit / total]
+    joined = kept.joined()
+    assert abs(len(joined) - min(limit, total)) <= 2
+    assert torch.equal(joined.seen["columns"][:, 0], joined.labels.float())
+    assert joined.labels.tolist() == [
+        number for number in range(total) if number * (math.sqrt(5) - 1) / 2 % 1 < limit / total
+    ]
 
 
-@pytest.mark.parametrize(("max_rows", "max_bytes"), [(60, 2**40), (2000, 16 * 1.25 * 60)])
-def test_processes_share_what_a_reference_knows_and_the_memory(max_rows: int, max_bytes: float) -> None:
-    with limits(max_rows, max_bytes):
-        assert len(KeptObservations(2, num_processes=3).wanted(200)) in (19, 20, 21, 200)
-        rows = KeptObservations(2, num_processes=3)
-        add(rows, torch.arange(200))
-        assert len(rows.joined()[1]) in (19, 20, 21)
+@pytest.mark.parametrize(("most", "max_bytes"), [(60, 2**40), (2000, 16 * 1.25 * 60)])
+def test_processes_share_what_a_reference_knows_and_the_memory(most: int, max_bytes: float) -> None:
+    with limits(most, max_bytes):
+        assert len(KeptObservations(2, num_processes=3).plan.choose(200).indices) in (19, 20, 21, 200)
+        kept = KeptObservations(2, num_processes=3)
+        add(kept, torch.arange(200))
+        assert len(kept.joined()) in (19, 20, 21)
 
 
-def test_of_a_table_in_one_batch_a_copy_of_the_wanted_rows_is_all_that_is_made() -> None:
+def test_of_a_table_in_one_batch_a_copy_of_the_wanted_samples_is_all_that_is_made() -> None:
     table, made = torch.zeros(10_000, 50), list[int]()
     with limits(2_000), Watch(lambda function, args, kwargs, result: made.append(getattr(result, "nbytes", 0))):
-        rows = KeptObservations(2)
-        wanted = rows.wanted(10_000)
-        rows.add({"columns": table[wanted]}, torch.zeros(len(wanted)))
-        rows.joined()
+        kept = KeptObservations(2)
+        indices, priorities = kept.plan.choose(10_000)
+        kept.add(priorities, Observations({"columns": table[indices]}, torch.zeros(len(indices))))
+        kept.joined()
     assert max(made) == pytest.approx(table.nbytes / 5, rel=1e-2) and sum(size > 2**18 for size in made) <= 2
 
 
@@ -132,20 +137,21 @@ def test_keeping_is_linear_in_batches() -> None:
     counts = Counter[int]()
     for num_batches in (2500, 5000, 10_000):
         with limits(1000), Watch(lambda *_, key=num_batches: counts.update([key])):
-            rows = KeptObservations(2)
+            kept = KeptObservations(2)
             for numbers in torch.arange(2 * num_batches).split(2):
-                add(rows, numbers)
+                add(kept, numbers)
     assert counts[10_000] < 2 * counts[5000] < 4 * counts[2500] and counts[10_000] < 25 * 10_000
 
 
-def test_rows_are_joined_only_if_all_were_seen() -> None:
-    rows = KeptObservations(2)
-    rows.complete()
-    assert not rows.is_complete
+def test_samples_are_joined_only_if_all_were_seen() -> None:
+    kept = KeptObservations(2)
+    kept.complete()
+    assert not kept.is_complete
     with pytest.raises(ValueError, match="No sample has a label"):
-        rows.joined()
-    rows.add({}, torch.arange(len(rows.wanted(3))))
-    rows.complete()
-    assert rows.is_complete
+        kept.joined()
+    indices, priorities = kept.plan.choose(3)
+    kept.add(priorities, Observations({}, indices))
+    kept.complete()
+    assert kept.is_complete
     with pytest.raises(ValueError, match="neither dense numbers nor token ids"):
-        rows.joined()
+        kept.joined()

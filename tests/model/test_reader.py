@@ -109,7 +109,7 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
     for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
         samples = kept_of(reader, [(X, Y)], 7)
         kept = samples.batches[0]
-        assert torch.equal(reader.join(MODEL, samples)["columns"], expected) and kept.size == 7
+        assert torch.equal(reader.join(MODEL, samples).seen["columns"], expected) and kept.size == 7
         assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.indices], expected)
         assert reader.keep(MODEL, (X, Y), 0, max_samples=60).indices is None
 
@@ -119,27 +119,30 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
 
 def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_mixed() -> None:
     reader, labels = BatchReader(task=TASKS["multiclass"]), Y.where(torch.arange(60) % 3 > 0, -100)
-    rows, mixed = reader.make_kept(4), one_hot(Y, 4).float().where(labels[:, None] >= 0, -100)
+    kept, mixed = reader.make_kept(4), one_hot(Y, 4).float().where(labels[:, None] >= 0, -100)
     for x, y, soft in zip(X.split(15), labels.split(15), mixed.split(15), strict=True):
-        reader.keep_observations(rows, MODEL, (x, soft if rows.size else y), (4,))
-    seen, kept = rows.joined()
-    assert torch.equal(seen["columns"], X[labels >= 0]) and torch.equal(kept, one_hot(Y, 4).float()[labels >= 0])
-    assert rows.num_seen == rows.size == 40
+        reader.keep_observations(kept, MODEL, (x, soft if kept.size else y), (4,))
+    joined = kept.joined()
+    assert torch.equal(joined.seen["columns"], X[labels >= 0])
+    assert torch.equal(joined.labels, one_hot(Y, 4).float()[labels >= 0])
+    assert kept.plan.num_seen == kept.size == 40
 
 
 def test_what_is_done_for_each_training_batch_is_little() -> None:
     """Calls of functions are counted; 280 are made, of which a third are torch's."""
     reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
-    rows, profile = reader.make_kept(4, num_batches=400), cProfile.Profile()
+    kept, profile = reader.make_kept(4, num_batches=400), cProfile.Profile()
     profile.enable()
     for batch in batches * 100:
-        reader.keep_observations(rows, MODEL, batch, (4,))
+        reader.keep_observations(kept, MODEL, batch, (4,))
     profile.disable()
-    assert rows.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 340 * 400
+    assert kept.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 340 * 400
 
 
 @pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
-def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_chosen_before_they_are_averaged(
+    num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     averaged = list[int]()
     images = KINDS["images"]
     shrunk = images.shrunk
@@ -147,10 +150,10 @@ def test_rows_are_chosen_before_they_are_averaged(num_batches: int, most: int, m
     monkeypatch.setattr("lightning_sensitivity.model.kept.max_samples", lambda kinds, num_columns: 64)
     model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
-    rows = reader.make_kept(3, num_batches=num_batches)
+    kept = reader.make_kept(3, num_batches=num_batches)
     for _ in range(40):
-        reader.keep_observations(rows, model, (images, torch.zeros(50).long()), (3,))
-    assert 62 <= len(rows.joined()[1]) <= 66 and sum(averaged) <= most
+        reader.keep_observations(kept, model, (images, torch.zeros(50).long()), (3,))
+    assert 62 <= len(kept.joined()) <= 66 and sum(averaged) <= most
 
 
 def test_there_is_one_label_for_each_training_sample() -> None:

@@ -21,7 +21,13 @@ from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners
 from lightning_sensitivity.reference.calibration import Calibration
+from lightning_sensitivity.reference.observations import Observations
 from tests.reference.conftest import generator, steps
+
+
+def known(x: Tensor, y: Tensor) -> Observations:
+    return Observations({"columns": x}, y.double())
+
 
 SIZES = {"multiclass": 3, "binary": 1, "regression": 2}
 
@@ -123,8 +129,8 @@ def test_a_forest_makes_more_of_more_samples(
     gap: float, num_samples: int, learner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = steps(num_samples)
-    ridge = learners._choose_ridge({"columns": x[:100]}, one_hot(y[:100]).double(), TASKS["multiclass"])
-    forest = learners._choose_forest({"columns": x[:100]}, one_hot(y[:100]).double(), TASKS["multiclass"], 0.0)
+    ridge = learners._choose_ridge(known(x[:100], one_hot(y[:100])), TASKS["multiclass"])
+    forest = learners._choose_forest(known(x[:100], one_hot(y[:100])), TASKS["multiclass"], 0.0)
     monkeypatch.setattr(learners, "_choose_ridge", lambda *args: ridge._replace(score=1.0))
     monkeypatch.setattr(learners, "_choose_forest", lambda *args, limit: forest._replace(score=gap))
     assert Reference().fit(x, y).learner_ == learner
@@ -152,7 +158,7 @@ def test_columns_of_a_split_and_trees_are_bounded(monkeypatch: pytest.MonkeyPatc
         learners, "_fit_forest", lambda x, y, columns, leaf, trees: sizes.append(columns) or fit(x, y, 1, leaf, 2)
     )
     x = torch.rand(40, 900, generator=generator())
-    learners._choose_forest({"columns": x}, one_hot(torch.arange(40) % 2).double(), TASKS["multiclass"], limit=9.0)
+    learners._choose_forest(known(x, one_hot(torch.arange(40) % 2)), TASKS["multiclass"], limit=9.0)
     assert sizes == [30] * 4 + [100]  # half of 900 and all of them are 100, and their root is 30
     monkeypatch.setattr(learners, "_MAX_WORK", 40 * 2 * 30)
     monkeypatch.setattr(learners, "_MIN_TREES", 7)
