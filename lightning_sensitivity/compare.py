@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
-from lightning_sensitivity.functional.tensors import look_like_probabilities
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
@@ -124,7 +123,7 @@ def compare_models(
     check_estimator("reference", reference, rules := TASKS[task])
     check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
     reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
-    has_any_outputs = loss is not None and not rules.has_classes
+    has_any_outputs = rules.has_any_outputs(loss)
     found = {name: _run(name, model, batches, reader, rules, has_any_outputs) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
@@ -134,7 +133,7 @@ def compare_models(
     shape = None if has_any_outputs else next(iter(shapes.values()))[1:]
     judge = _Judge(next(iter(models.values())), shape, batches, reader, rules, loss)
     values = judge.values(list(found.values()), training, reference, validation_labels)
-    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.has_classes and loss is None)
+    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.is_highest_best and loss is None)
 
 
 def _are_models(models: object) -> bool:
@@ -158,7 +157,7 @@ def _run(
             outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
         is_flat = outputs.ndim <= 2 or has_any_outputs
         check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
-        if task.has_classes and look_like_probabilities(outputs):
+        if task.look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
         if not bool(outputs.isfinite().all()):
             raise Refused("outputs should be finite, but some are nan or inf.")
@@ -194,11 +193,10 @@ class _Judge(NamedTuple):
         if with_labels:
             labels = self._labels()
             y = self.task.label_matrix(labels, q.shape[1])
-            drawn = self.task.classes(y) if self.task.has_classes else y
-            judged.append((self.task.has_label(labels).double(), y, drawn[None]))
+            judged.append((self.task.has_label(labels).double(), y, self.task.hard_labels(y)[None]))
         total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
         return [
-            sum(weights * self._values(each, y, draws, like) for weights, y, draws in judged) / total
+            sum(weights * self._values(each, y, draws, like).nan_to_num() for weights, y, draws in judged) / total
             for each in outputs
         ]
 
@@ -215,9 +213,7 @@ class _Judge(NamedTuple):
             expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
             check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
             return found.mean(0).reshape(len(outputs), -1).mean(1)
-        if not self.task.has_classes:
-            return self.task.losses(outputs, draws).double().mean(0)
-        return y.double().gather(1, self.task.classes(self.task.predictions(outputs))[:, None])[:, 0]
+        return self.task.worth(outputs, y, draws)
 
     def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor, Tensor]:
         """Fit a reference, predict validation samples, ``(N, C)``, and return the form of labels.

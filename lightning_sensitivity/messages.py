@@ -85,7 +85,7 @@ def check_selectors(**selectors: object) -> None:
 
 def check_estimator(name: str, estimator: object, task: Task) -> None:
     """Require an estimator of scikit-learn, not its class, that can do a task, or None."""
-    method = "predict_proba" if task.has_classes else "predict"
+    method = task.estimator_method
     needed = ("get_params", "fit", "predict", method)  # `cross_val_predict` wants `predict` in any case
     is_estimator = all(hasattr(estimator, each) for each in needed) and not isinstance(estimator, type)
     expected = f"an estimator of scikit-learn with `{method}`, or None"

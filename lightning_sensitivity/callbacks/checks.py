@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.functional.expected import Loss, metric_value
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.model.batches import tensors_in
@@ -20,7 +20,7 @@ BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
-_DEFAULTS = ("loss", "accuracy", "auroc", "score", "mse")  # by default, in some task or version
+_DEFAULTS = {"loss", *(name for task in TASKS.values() for name in task.default_metrics(2))}  # in some task
 _FEWEST = 8  # labels that do not equal an input by chance
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
@@ -130,19 +130,18 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             "tokens. Remove `RiskMonitor`; `SensitivityMonitor` works.",
             entry="outputs",
         )
-    if task.has_classes and are_probabilities(outputs):
+    if task.are_probabilities(outputs):
         raise Refused("outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="outputs")
 
 
 def check_targets(labels: Tensor, task: Task) -> None:
-    """Refuse integers as targets of a regression.
+    """Refuse labels that are hardly those of the task, such as integers in a regression.
 
     Raises:
         MisconfigurationException: If they are.
     """
-    if not task.has_classes and not labels.is_floating_point():
-        advice = "leave `task='regression'` out if they are classes, make them floating if not"
-        raise Refused(f"the targets of a regression are integers, {labels.dtype}: {advice}.", entry="task")
+    if doubt := task.doubt(labels):
+        raise Refused(doubt, entry="task")
 
 
 def check_inputs(inputs: Mapping[str, object], labels: Tensor) -> None:
@@ -182,7 +181,7 @@ def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, 
         labels: Their labels ``(N, C)``.
         task: The task.
     """
-    y = task.classes(labels) if task.has_classes else labels
+    y = task.hard_labels(labels)
     twice = torch.stack([y, y])  # a few need two samples
     for name, metric in metrics.items():
         with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
@@ -221,4 +220,5 @@ def check_class_shares(class_shares: object, task: Task, num_classes: int | None
         check_argument("class_shares", class_shares, are_shares, expected)
         is_complete = num_classes in (None, len(shares))
         check_argument("class_shares", class_shares, is_complete, f"shares of {num_classes} classes")
-    check_argument("class_shares", class_shares, class_shares is None or task.has_classes, "None in a regression")
+    has_shares = class_shares is None or task.has_class_shares
+    check_argument("class_shares", class_shares, has_shares, f"None for {task.name!r}")

@@ -14,7 +14,6 @@ from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.callbacks.run_reference import Unseen
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import may_be_probabilities
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the last score: below, a network is still learning
@@ -58,7 +57,7 @@ class Expectation:
             return dict.fromkeys((EXPECTED + name for name in (*self._metrics, "loss")), math.nan)
         counts = ~labels.isnan().any(1) & is_finite
         num_labels, y = int(counts.sum()), labels[counts]
-        by_labels = self._measure(outputs[counts], y, (self._task.classes(y) if self._task.has_classes else y)[None])
+        by_labels = self._measure(outputs[counts], y, self._task.hard_labels(y)[None])
         expected: Values = {}
         if unseen is not None:
             rows = is_finite[unseen.indices]
@@ -89,11 +88,11 @@ class Expectation:
         if draws.numel() == 0:
             return {}
         if self._loss is None:
-            loss = self._task.losses(outputs, y if self._task.has_classes else draws).double()
+            loss = self._task.losses(outputs, y, draws).double()
         else:
             loss = losses(self._loss, outputs, draws, self._task, self._like)
         found: Values = {"loss": float(loss.mean())}
-        if not self._task.has_classes or bool((draws != draws[0, 0]).any()):
+        if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
             found |= {name: float(metric_value(each, p, draws, self._task)) for name, each in self._metrics.items()}
         return {EXPECTED + name: value for name, value in found.items() if not math.isnan(value)}
@@ -117,13 +116,13 @@ class Expectation:
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
-        if self._task.has_classes and may_be_probabilities(outputs[is_finite]):
+        if self._task.may_be_probabilities(outputs[is_finite]):
             self._reporter.warn_of_probabilities()
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
             self._reporter.warn("nan", message, kind=str(dataloader_idx))
-        if dataloader_idx == 0 and unseen is not None and not self._task.has_classes:
+        if dataloader_idx == 0 and unseen is not None and self._task.may_be_scaled:
             rows = is_finite[unseen.indices]
             self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])
 

@@ -30,7 +30,7 @@ from lightning_sensitivity.callbacks.processes import agree
 from lightning_sensitivity.callbacks.run_reference import RunReference
 from lightning_sensitivity.callbacks.summary import Curve, Summary, closing_line, plot_history, summarize
 from lightning_sensitivity.compat import PlotType
-from lightning_sensitivity.functional.expected import Loss, default_metrics
+from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
@@ -147,7 +147,7 @@ class RiskMonitor(Monitor):
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
         self.task = rules
         self.loss = loss
-        self.metrics = default_metrics(rules, 2) if metrics is None else check_metrics(metrics)
+        self.metrics = rules.default_metrics(2) if metrics is None else check_metrics(metrics)
         self.validation_labels = validation_labels
         self.history: list[dict[str, Any]] = []
         self.summary: Summary = {}
@@ -221,7 +221,7 @@ class RiskMonitor(Monitor):
         if stage != "fit":
             return
         if self._has_default:
-            self.metrics = default_metrics(self.task, 2)
+            self.metrics = self.task.default_metrics(2)
         if trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
             self.history = []
         self.summary = {}
@@ -314,7 +314,7 @@ class RiskMonitor(Monitor):
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:
-            self.metrics = default_metrics(self.task, num_columns)
+            self.metrics = self.task.default_metrics(num_columns)
         like = in_32_bits(labels).to(outputs.device)
         counts = self.task.has_label(labels)
         if bool(counts.any()):
@@ -339,7 +339,7 @@ class RiskMonitor(Monitor):
     @property
     def _has_any_outputs(self) -> bool:
         """Whether outputs may be anything that the loss takes, such as quantiles."""
-        return self.loss is not None and not self.task.has_classes
+        return self.task.has_any_outputs(self.loss)
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs of which nothing can be expected."""
@@ -374,11 +374,10 @@ class RiskMonitor(Monitor):
         outputs, labels = [self._outputs], [torch.zeros(0, num_columns, dtype=torch.float32)]  # no other default
         for batch in samples.batches:
             outputs.append(in_32_bits(run(batch.call.to(module.device))).cpu())
-            y = torch.full((batch.size, num_columns), math.nan, dtype=torch.float32)
-            if batch.labels is not None:
-                counts = self.task.has_label(batch.labels)
-                y[counts] = self.task.label_matrix(batch.labels, num_columns).float()[counts]
-            labels.append(y)
+            if batch.labels is None:
+                labels.append(torch.full((batch.size, num_columns), math.nan, dtype=torch.float32))
+            else:
+                labels.append(self.task.label_matrix(batch.labels, num_columns).float())
         return torch.cat(outputs), torch.cat(labels)
 
     def prepare(self, trainer: Trainer) -> None:

@@ -250,7 +250,7 @@ class RunReference:
         indices = indices[order]
         seen = take(seen, indices)
         q = self.predict(seen)
-        if self._task.has_classes and self._class_shares is None:
+        if self._task.has_class_shares and self._class_shares is None:
             self._warn_of_shares(dataloader_idx, q)
         self._warn_of_columns(dataloader_idx, known, seen)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))

@@ -7,16 +7,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor
 
-NUM_DRAWS = 20  # of labels for each sample
-MAX_AUROC_CLASSES = 100
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
 WORTH = 1000  # labels that count as much as a reference
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
@@ -45,15 +40,7 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
         15
     """
     rules = find_task(task)
-    p = rules.label_matrix(as_tensor(q))
-    if not rules.has_classes:
-        return p[None] if residuals is None else p + as_tensor(residuals).to(p)[:, None]
-    p = p.double().cpu()
-    offsets = torch.arange(1, len(p) + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
-    quantiles = (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS  # (20, N)
-    ends = p.cumsum(1)
-    labels = torch.searchsorted(ends / ends[:, -1:], quantiles.T.contiguous(), right=True)
-    return labels.clamp(max=p.shape[1] - 1).T
+    return rules.draw(rules.label_matrix(as_tensor(q)), None if residuals is None else as_tensor(residuals))
 
 
 def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
@@ -99,12 +86,11 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
     copied = metric.clone()
     copied.reset()
     stay_alone(copied)
-    preds = task.metric_inputs(predictions)
+    preds = task.metric_preds(predictions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that no draw has
         for target in labels:
-            fitting = target if task.has_classes else target.reshape(preds.shape).to(preds).contiguous()
-            copied.update(preds, fitting)
+            copied.update(preds, task.metric_target(target, preds))
         value: Tensor = copied.compute()
     return value
 
@@ -122,28 +108,3 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
     outputs = outputs.to(like.device)
     values = [torch.as_tensor(loss(outputs, task.as_labels(each, like))) for each in draws]
     return torch.stack(values).detach().double().cpu()
-
-
-class _MeanAUROC(MulticlassAUROC):
-    """The mean of the AUROC of each class (``average="none"``) that occurs; others would count as 0."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """Compute it."""
-        return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
-
-
-def default_metrics(task: Task, num_columns: int) -> dict[str, Metric]:
-    """Make the metrics that are expected by default, by name: accuracy and AUROC; none in a regression.
-
-    Args:
-        task: The task.
-        num_columns: C. There is no AUROC of more than 100 classes, which would take long.
-    """
-    if not task.has_classes:
-        return {}
-    if task.has_one_output:
-        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
-    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
-    if num_columns <= MAX_AUROC_CLASSES:
-        found["auroc"] = _MeanAUROC(num_columns, average="none")
-    return found

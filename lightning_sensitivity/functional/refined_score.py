@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import Numbers, as_tensor, in_chunks, look_like_probabilities, wide_dtype
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor, in_chunks, wide_dtype
 
 TEMPERATURES = tuple(2.0 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8
 _UNCHANGED = TEMPERATURES.index(1.0)  # the place of the logits as they are
@@ -66,10 +66,10 @@ def score_sums(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     counts = task.has_label(targets).to(outputs.device)
     # The type before the device: some have no float64.
     y = task.label_matrix(targets, outputs.shape[1]).to(dtype).to(outputs.device)
-    divisors = outputs.new_tensor(TEMPERATURES if task.has_classes else (1.0,) * len(TEMPERATURES))
+    temperatures = outputs.new_tensor(TEMPERATURES)
 
     def sums(outputs: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-        divided = outputs / divisors[:, None, None]
+        divided = task.tempered(outputs, temperatures)
         p = task.predictions(divided.flatten(0, 1)).reshape(divided.shape).to(dtype)
         is_finite = p.isfinite().all(2)
         is_scored = is_finite & counts
@@ -118,7 +118,7 @@ def refined_score(logits: Numbers, targets: Numbers, task: str = "multiclass") -
     """
     kind, logits, targets = find_task(task), as_tensor(logits), as_tensor(targets)
     check_scored(logits, targets, kind)
-    if kind.has_classes and look_like_probabilities(logits):
+    if kind.look_like_probabilities(logits):
         raise ValueError("Expected `logits`, but got probabilities: take what comes before softmax or sigmoid.")
     found = lowest_score(logits, targets, kind)
     if math.isnan(found.score):

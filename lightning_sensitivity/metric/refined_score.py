@@ -10,7 +10,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.functional.refined_score import TEMPERATURES, Refined, ScoreSums, check_scored, score_sums
 from lightning_sensitivity.functional.tasks import find_task
-from lightning_sensitivity.functional.tensors import look_like_probabilities, wide_dtype
+from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.metric.base import DoublePrecisionMetric
 
 
@@ -68,7 +68,7 @@ class RefinedScore(DoublePrecisionMetric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch."""
         check_scored(logits, targets, self.task)
-        if self.task.has_classes and look_like_probabilities(logits):
+        if self.task.look_like_probabilities(logits):
             rank_zero_warn("`logits` look like probabilities: take what comes before softmax or sigmoid.", stacklevel=5)
         # not in place: the state may belong to inference mode
         self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import Task, classification_of
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
-_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _FEW, _MANY = torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)
@@ -39,16 +38,8 @@ class Calibration:
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
-        if not self.task.has_classes:
-            return p
-        q = (self.power * _logarithms(p)).softmax(1)
+        q = self.task.sharpened(p, self.power)
         return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
-
-
-def _logarithms(p: Tensor) -> Tensor:
-    """Return the logarithms of numbers near probabilities."""
-    p = p.clamp(0, 1)
-    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
@@ -63,14 +54,13 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
         y: Labels, ``(N, C)``.
         task: The task.
     """
-    if not task.has_classes:
+    if not task.needs_calibration:
         return Calibration(task)
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
     p, y = p[some], y[some]
-    logarithms = _logarithms(p)
-    power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
-    certainty, classes = (power * logarithms).softmax(1).max(1)
-    accuracy = y.gather(1, classes[:, None]).mean()
+    power = min(_POWERS, key=lambda each: float(task.distances(task.sharpened(p, each), y).sum()))
+    certainty, is_right = task.certainties(task.sharpened(p, power), y)
+    accuracy = is_right.mean()
     excess = certainty.mean() - accuracy
     if excess <= _ERRORS * (accuracy * (1 - accuracy) / len(y)).sqrt():
         return Calibration(task, power)
@@ -156,10 +146,10 @@ def unexplained_share(predictions: object, labels: object) -> float:
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
     y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    task = TASKS["binary" if num_outputs(q) == 1 else "multiclass"]
+    task = classification_of(num_outputs(q))
     task.check(q, y)
     q, y = task.label_matrix(q).double(), task.label_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
-    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(y.any(1).all()):
+    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(task.has_label(y).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
     occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output
     q, y = q[:, occurs], y[:, occurs]

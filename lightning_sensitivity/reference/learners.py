@@ -251,10 +251,10 @@ def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Lear
         task: The task.
     """
     features = Features(possible_blocks(known.seen)[0], known.seen)
-    matrix, y, method, folds = features(known.seen), known.labels.numpy().squeeze(), "predict", KFold
-    if task.has_classes:
-        y, method = task.classes(known.labels).numpy(), "predict_proba"
-        folds = StratifiedKFold if max(np.bincount(y)) >= _FOLDS else KFold
+    matrix, method = features(known.seen), task.estimator_method
+    y = task.hard_labels(known.labels).numpy().squeeze()
+    is_stratified = task.estimator_type == "classifier" and max(np.bincount(y)) >= _FOLDS
+    folds = StratifiedKFold if is_stratified else KFold
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})

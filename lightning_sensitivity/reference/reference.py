@@ -11,8 +11,8 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from lightning_sensitivity.functional.expected import NUM_DRAWS, default_metrics, metric_value
-from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.expected import metric_value
+from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
 from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
@@ -24,6 +24,7 @@ _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = 0.05  # up to it, a reference is blind, unless it sees all inputs as columns
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _ROUNDING = 1e-12  # of scores that are 0
+_MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 
 
@@ -77,7 +78,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     @property
     def _estimator_type(self) -> str:
         """What scikit-learn stratifies folds by, before 1.6."""
-        return "classifier" if find_task(self.task).has_classes else "regressor"
+        return find_task(self.task).estimator_type
 
     def __sklearn_tags__(self) -> Any:
         """Say what it is, from scikit-learn 1.6 on."""
@@ -141,18 +142,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         chance = float(task.distances(y.mean(0).expand_as(y), y).mean())
         self.skill_ = 1 - self.score_ / chance if chance > _ROUNDING else 0.0
         self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
-        if task.has_classes:
-            self._describe_classes(p, y, task)
-
-    def _describe_classes(self, p: Tensor, y: Tensor, task: Task) -> None:
-        classes = task.classes(y)
-        self.accuracy_ = float((task.classes(p) == classes).double().mean())
-        self.majority_ = float(classes.bincount().max()) / len(y)
-        metrics = default_metrics(task, y.shape[1]) if self.majority_ < 1 else {}
+        for q, answers in task.classifications(p, y):
+            classes = answers.argmax(1)
+            self.accuracy_ = float((q.argmax(1) == classes).double().mean())
+            self.majority_ = float(classes.bincount().max()) / len(classes)
+            if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(classes)):
+                self.unexplained_ = unexplained_share(q, answers)
+        metrics = task.default_metrics(y.shape[1]) if self.majority_ < 1 else {}
         if "auroc" in metrics:
-            self.auroc_ = float(metric_value(metrics["auroc"], p, classes[None], task))
-        if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y)):
-            self.unexplained_ = unexplained_share(p, y)
+            self.auroc_ = float(metric_value(metrics["auroc"], p, task.hard_labels(y)[None], task))
 
     @property
     def num_samples_(self) -> int:
@@ -178,7 +176,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def residuals_(self) -> Array:
         """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
-        return errors[:0] if find_task(self.task).has_classes else _quantiles(errors)
+        return _quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
 
     @property
     def is_trusted_(self) -> bool:
@@ -212,7 +210,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             AttributeError: In a regression.
             ValueError: If samples are of another kind, or nan or inf.
         """
-        if not find_task(self.task).has_classes:
+        if find_task(self.task).estimator_method != "predict_proba":
             raise AttributeError("A regression has no probabilities: use `predict`.")
         return self.predict_matrix(x)
 
@@ -225,10 +223,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: As by :meth:`predict_proba`.
         """
-        found = self.predict_matrix(x)
-        if find_task(self.task).has_classes:
-            return self.classes_[found.argmax(1)]
-        return found[:, 0] if found.shape[1] == 1 else found
+        return find_task(self.task).answers(torch.from_numpy(self.predict_matrix(x)), self.classes_)
 
     def score(self, x: Samples, y: Array) -> float:
         """Return the accuracy on labelled samples, or R2 in a regression.
@@ -237,7 +232,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             x: As for :meth:`predict_proba`.
             y: Classes ``(M,)``, or targets.
         """
-        measure = accuracy_score if find_task(self.task).has_classes else r2_score
+        measure = _MEASURES[self._estimator_type]
         return float(measure(np.asarray(y), self.predict(x)))
 
     def predict_matrix(self, x: Samples) -> Array:
@@ -303,6 +298,6 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
         >>> [round(label_noise(x, y), 1) for y in (correct, noisy)]
         [0.0, 0.2]
     """
-    if not find_task(task).has_classes:
+    if find_task(task).estimator_type != "classifier":
         raise ValueError(f"Expected `task` to be 'multiclass' or 'binary', but got {task!r}.")
     return Reference(task).fit(x, y).unexplained_

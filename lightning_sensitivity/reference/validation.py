@@ -89,7 +89,7 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     """
     array = np.asarray(_as_array("y", y))
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    has_names = task.name == "multiclass" and array.ndim == 1
+    has_names = task.takes_names and array.ndim == 1
     labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
     if not bool(task.has_label(labels).any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED}, but got none.")
@@ -115,7 +115,6 @@ def _of_numbers(numbers: Array, task: Task) -> tuple[Tensor, Array]:
     """Return probabilities and measurements, ``(N,)`` or ``(N, C)``, as they are."""
     labels = _as_tensor("y", numbers.astype(float))
     shape = tuple(labels.shape[1:])
-    task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
-    if not task.has_classes and len(labels) > 1 and bool((labels == labels[0]).all()):
-        raise ValueError(f"All targets in `y` are {labels[0].tolist()}: there is nothing to learn.")
+    task.check(torch.zeros(len(labels), *task.sample_shape(shape)), labels)
+    task.check_learnable(labels)
     return labels, np.arange(task.num_columns(shape))

@@ -17,7 +17,6 @@ from torchmetrics.classification import (
 )
 
 from lightning_sensitivity.functional import draw_labels, expected_metric
-from lightning_sensitivity.functional.expected import default_metrics
 from lightning_sensitivity.functional.tasks import TASKS
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
@@ -126,7 +125,7 @@ def test_a_metric_stays_as_it_is() -> None:
     ("regression", 2, []),
 ])  # fmt: skip
 def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:
-    metrics = default_metrics(TASKS[task], num_columns)
+    metrics = TASKS[task].default_metrics(num_columns)
     assert [*metrics] == names
     assert all(each.higher_is_better for each in metrics.values())
 

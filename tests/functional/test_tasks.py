@@ -44,15 +44,32 @@ def test_labels_of_another_task_are_refused(what: str) -> None:
 EXPECTED = torch.eye(3)[CLASSES]
 COLUMN = BITS[:, None].float()
 BOTH = torch.cat([1 - COLUMN, COLUMN], 1)  # probabilities of both classes
+SEEN = EXPECTED.where(CLASSES[:, None] < 2, torch.nan)
+KNOWN, POSITIVE = SOFT.where(SOFT >= 0, torch.nan), BOTH.where(COLUMN == 1, torch.nan)
 ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix that labels become
     "class indices": ("multiclass", LOGITS, CLASSES, EXPECTED),
     "indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8), EXPECTED),
-    "some ignored": ("multiclass", LOGITS, CLASSES.where(CLASSES < 2, -100), EXPECTED * (CLASSES < 2)[:, None]),
-    "soft labels, one ignored": ("multiclass", LOGITS, SOFT, SOFT.clamp(min=0)),
-    "soft labels in 16 bits": ("multiclass", LOGITS, SOFT.bfloat16(), SOFT.bfloat16().clamp(min=0).float()),
+    "some ignored": (
+        "multiclass",
+        LOGITS,
+        CLASSES.where(CLASSES < 2, -100),
+        EXPECTED.where(CLASSES[:, None] < 2, torch.nan),
+    ),
+    "soft labels, one ignored": ("multiclass", LOGITS, SOFT, KNOWN),
+    "soft labels in 16 bits": (
+        "multiclass",
+        LOGITS,
+        SOFT.bfloat16(),
+        KNOWN.bfloat16().float(),
+    ),
     "bools for a vector": ("binary", SINGLE[:, 0], BITS.bool(), BOTH),
     "bits for a column": ("binary", SINGLE, BITS, BOTH),
-    "a column of floats, some ignored": ("binary", SINGLE, COLUMN.where(COLUMN == 1, -100.0), BOTH * COLUMN),
+    "a column of floats, some ignored": (
+        "binary",
+        SINGLE,
+        COLUMN.where(COLUMN == 1, -100.0),
+        BOTH.where(COLUMN == 1, torch.nan),
+    ),
     "probabilities": ("binary", SINGLE, COLUMN / 3, torch.cat([1 - COLUMN / 3, COLUMN / 3], 1)),
     "probabilities of both classes": ("binary", SINGLE, 0.5 * BOTH + 0.25, 0.5 * BOTH + 0.25),
     "numbers": ("regression", SINGLE, CLASSES, CLASSES[:, None].float()),
@@ -68,8 +85,9 @@ def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(
     task.check(outputs, targets)
     num_columns = task.num_columns(tuple(outputs.shape[1:]))
     p, y = task.predictions(outputs), task.label_matrix(targets, num_columns)
-    assert p.shape == y.shape == (6, num_columns) and torch.equal(y.float(), expected)
-    torch.testing.assert_close(task.label_matrix(y), y)
+    assert p.shape == y.shape == (6, num_columns)
+    for matrix in (y, task.label_matrix(y)):
+        torch.testing.assert_close(matrix.float(), expected, rtol=0, atol=0, equal_nan=True)
     logits = task.output_matrix(outputs)
     assert torch.equal(task.output_matrix(logits), logits) and torch.equal(task.predictions(logits), p)
     is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (name != "regression")
@@ -82,9 +100,9 @@ def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_th
     single = SINGLE.double().sigmoid()[:, 0]
     torch.testing.assert_close(q, torch.stack([1 - single, single], 1))
     torch.testing.assert_close(binary.distances(q, BOTH), (single - BITS).square())  # half the sum, as everywhere
-    assert torch.equal(multiclass.classes(p), LOGITS.argmax(1))
-    assert torch.equal(binary.classes(q), (SINGLE[:, 0] > 0).long())
-    assert regression.classes(LOGITS).isnan().all()
+    assert torch.equal(multiclass.hard_labels(p), LOGITS.argmax(1))
+    assert torch.equal(binary.hard_labels(q), (SINGLE[:, 0] > 0).long())
+    assert torch.equal(regression.hard_labels(LOGITS), LOGITS)
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:

@@ -1,0 +1,40 @@
+"""The tasks: how outputs and labels fit together in each, how predictions are scored, and what else differs.
+
+Outputs of a network are ``(N, K)`` or ``(N,)``. All else is matrices ``(N, C)``: a column for each class,
+also where one output tells two classes apart, or for each number of a regression. A label that is not known
+is nan there. What differs between tasks is asked here alone: of a task that is looked up once.
+"""
+
+from lightning_sensitivity.functional.tasks.checks import IGNORED
+from lightning_sensitivity.functional.tasks.classes import Binary, Multiclass
+from lightning_sensitivity.functional.tasks.draws import NUM_DRAWS
+from lightning_sensitivity.functional.tasks.regression import Regression
+
+Task = Multiclass | Regression
+TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Regression())}
+TASK_NAMES = ", ".join(map(repr, TASKS))
+
+__all__ = [
+    "IGNORED",
+    "NUM_DRAWS",
+    "TASKS",
+    "TASK_NAMES",
+    "Binary",
+    "Multiclass",
+    "Regression",
+    "Task",
+    "classification_of",
+    "find_task",
+]
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name, or raise ValueError."""
+    if name not in TASKS:
+        raise ValueError(f"Expected `task` to be one of {TASK_NAMES}, but got {name!r}.")
+    return TASKS[name]
+
+
+def classification_of(num_outputs: int) -> Task:
+    """Return the task of a number of probabilities for each sample, of which one may stand for two classes."""
+    return TASKS["binary" if num_outputs == 1 else "multiclass"]

@@ -1,0 +1,71 @@
+"""Checks of labels: whether they fit outputs, and what to change if not."""
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional.tensors import num_outputs
+
+IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+BY_CLASS = "Leave `task` out if labels are class indices"
+_MULTILABEL = "Several classes for one sample (multilabel) are not supported"
+
+
+def are_ignored(targets: Tensor) -> Tensor:
+    """Return which labels are -100, of any shape."""
+    # As an 8-bit integer, 156 would equal -100.
+    return (targets if targets.is_floating_point() else targets.long()) == IGNORED
+
+
+def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
+    """Raise ValueError unless there is a label from 0 to 1 for each output, or -100."""
+    check_sizes(outputs, targets, "label", advice)
+    is_valid = (targets >= 0) & (targets <= 1)
+    if not bool((is_valid | are_ignored(targets)).all()):
+        lowest, highest = float(targets.min()), float(targets.max())
+        mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if lowest == -1 else ""
+        expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
+        raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
+
+
+def check_sizes(outputs: Tensor, targets: Tensor, what: str, advice: str = "") -> None:
+    """Raise ValueError unless there is a label, or what they are called, for each output."""
+    if without_single_output(outputs).shape != without_single_output(targets).shape:
+        advice = f". {advice}" if advice else ""
+        raise ValueError(f"Expected one {what} per output, but got {describe_both(outputs, targets)}{advice}")
+
+
+def check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are probabilities of classes that sum to 1, or -100."""
+    check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
+    sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
+    if not bool((sums_to_one | are_ignored(targets).any(1)).all()):
+        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
+
+
+def check_indices(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are indices of the classes, or -100."""
+    if targets.shape == outputs.shape:
+        advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
+    if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
+        is_column = targets.shape[1:] == (1,)
+        advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
+        expected = "Expected class indices (N,) for outputs (N, K)"
+        raise ValueError(f"{expected}, but got {describe_both(outputs, targets)}.{advice}")
+    targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
+    if not bool((((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)).all()):
+        raise ValueError(
+            f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
+            f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
+        )
+
+
+def describe_both(outputs: Tensor, targets: Tensor) -> str:
+    """Describe outputs and labels for an error message."""
+    labels = f"labels of type {targets.dtype} and shape {tuple(targets.shape)}"
+    return f"outputs of shape {tuple(outputs.shape)} and {labels}"
+
+
+def without_single_output(tensor: Tensor) -> Tensor:
+    """Turn ``(N, 1)`` into ``(N,)``; all else stays."""
+    return tensor.squeeze(1) if tensor.ndim > 1 and tensor.shape[1] == 1 else tensor

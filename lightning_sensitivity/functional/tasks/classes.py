@@ -1,0 +1,210 @@
+"""The tasks in which one class is correct."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
+
+from lightning_sensitivity.functional.tasks.base import TaskBase
+from lightning_sensitivity.functional.tasks.checks import (
+    BY_CLASS,
+    IGNORED,
+    are_ignored,
+    check_indices,
+    check_probabilities,
+    check_soft_labels,
+    describe_both,
+)
+from lightning_sensitivity.functional.tasks.draws import quantiles
+from lightning_sensitivity.functional.tasks.metrics import MeanAUROC
+from lightning_sensitivity.functional.tensors import num_outputs
+
+MAX_AUROC_CLASSES = 100
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
+_UNLIKELY = 1e-12
+
+
+class Multiclass(TaskBase):
+    """One of C classes is correct: softmax, and the sum over classes of squared differences."""
+
+    name = "multiclass"
+    takes_names = True
+    scale = 1.0  # of the sum of squared differences
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Turn outputs of a network, or their matrix, into probabilities ``(N, C)``."""
+        return self.output_matrix(outputs).softmax(1)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
+        if num_outputs(outputs) == 1:
+            advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
+            raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
+        if targets.is_floating_point():
+            check_soft_labels(outputs, targets)
+        else:
+            check_indices(outputs, targets)
+
+    def known(self, targets: Tensor) -> Tensor:
+        """Return which samples have a label that counts, ``(N, 1)``."""
+        is_unknown = are_ignored(targets) | targets.isnan()
+        return ~is_unknown[:, None].flatten(1).any(1, keepdim=True)
+
+    def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
+        """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
+
+        Args:
+            labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
+            num_columns: C, which class indices do not say.
+        """
+        counts = self.has_label(labels)
+        if labels.is_floating_point():
+            return labels.where(counts[:, None], torch.nan)
+        indices = labels.long().where(counts, 0)
+        return torch.nn.functional.one_hot(indices, num_columns).float().where(counts[:, None], torch.nan)
+
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Compute the Brier score: squared differences from labels, or from other predictions."""
+        return self.scale * (p - other).square().sum(-1)
+
+    def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the cross-entropy of each sample, ``(N, 1)``, exact in the probabilities of its labels.
+
+        A class whose logit is -inf is masked: no label is one.
+
+        Args:
+            outputs: Outputs of a network.
+            y: Labels as a matrix, or predictions in their place, ``(N, C)``.
+            draws: The same as one or more labels for each sample, which are not needed.
+        """
+        logarithms = self.output_matrix(outputs).log_softmax(1)
+        return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1, keepdim=True)
+
+    def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
+        return y.double().gather(1, self.hard_labels(self.predictions(outputs))[:, None])[:, 0]
+
+    def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
+        """Turn class indices ``(N,)`` into the form of other labels: indices, or a column for each class."""
+        num_columns = like.shape[1:].numel()
+        one_hot = torch.nn.functional.one_hot(drawn, num_columns) if num_columns > 1 else drawn
+        return super().as_labels(one_hot, like)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return the outputs of a network, of a shape for each sample, that has these predictions."""
+        return p.clamp(min=_FLOOR).log()
+
+    # Labels as they are drawn
+
+    def hard_labels(self, p: Tensor) -> Tensor:
+        """Return the class that predictions or labels ``(N, C)`` choose, ``(N,)``."""
+        return p.argmax(-1)
+
+    def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
+        """Draw classes by their probabilities ``(N, C)``, ``(20, N)``; there are no errors."""
+        p = p.double().cpu()
+        ends = p.cumsum(1)
+        labels = torch.searchsorted(ends / ends[:, -1:], quantiles(len(p)).T.contiguous(), right=True)
+        return labels.clamp(max=p.shape[1] - 1).T
+
+    def answers(self, p: Tensor, classes: Any) -> Any:
+        """Return what a user wants to know of predictions ``(N, C)``: their classes, an array ``(N,)``."""
+        return classes[self.hard_labels(p).numpy()]
+
+    # Metrics
+
+    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+        """Make the metrics that are expected by default, by name: there is no AUROC of many classes, which takes long.
+
+        Args:
+            num_columns: C.
+        """
+        found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
+        if num_columns <= MAX_AUROC_CLASSES:
+            found["auroc"] = MeanAUROC(num_columns, average="none")
+        return found
+
+    def metric_preds(self, p: Tensor) -> Tensor:
+        """Return predictions as torchmetrics takes them: probabilities ``(N, C)``."""
+        return p
+
+    def metric_target(self, drawn: Tensor, preds: Tensor) -> Tensor:
+        """Return labels that were drawn as torchmetrics takes them beside predictions."""
+        return drawn
+
+    def can_measure(self, draws: Tensor) -> bool:
+        """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""
+        return bool((draws != draws[0, 0]).any())
+
+    def classifications(self, p: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return predictions and labels ``(N, C)`` of each question that has one class as its answer: these."""
+        return [(p, y)]
+
+    # Calibration
+
+    needs_calibration = True
+
+    def sharpened(self, p: Tensor, power: float) -> Tensor:
+        """Divide the logarithms of numbers near probabilities by a temperature, the inverse of a power."""
+        p = p.clamp(0, 1)
+        return (power * (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()).softmax(1)
+
+    def certainties(self, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how sure predictions are of what they choose, ``(N,)``, and its label."""
+        certainty, classes = p.max(1)
+        return certainty, y.gather(1, classes[:, None])[:, 0]
+
+
+class Binary(Multiclass):
+    """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
+
+    name = "binary"
+    takes_names = False
+    scale = 0.5
+
+    def sample_shape(self, label_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of one output, also for probabilities of both classes."""
+        return ()
+
+    def num_columns(self, output_shape: tuple[int, ...]) -> int:
+        """Return 2."""
+        return 2
+
+    def output_matrix(self, outputs: Tensor) -> Tensor:
+        """Turn outputs ``(N,)`` or ``(N, 1)`` into two logits; a matrix ``(N, 2)`` stays."""
+        z = super().output_matrix(outputs)
+        return torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and labels do not fit the task."""
+        if num_outputs(outputs) != 1:
+            advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
+            got = describe_both(outputs, targets)
+            raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
+        if targets.is_floating_point() and targets.shape == (len(outputs), 2):
+            check_soft_labels(self.output_matrix(outputs), targets)
+        else:
+            check_probabilities(outputs, targets, BY_CLASS)
+
+    def label_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
+        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
+        y = labels if labels.is_floating_point() else labels.float()
+        y = y[:, None].flatten(1)
+        if y.shape[1] == 1:
+            y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
+        return super().label_matrix(y)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return logits of class 1."""
+        return p.clamp(min=_FLOOR).log().diff(dim=1).reshape(len(p), *shape)
+
+    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+        """Make the metrics that are expected by default, by name."""
+        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+
+    def metric_preds(self, p: Tensor) -> Tensor:
+        """Return the probabilities of class 1, ``(N,)``."""
+        return p[:, 1]
