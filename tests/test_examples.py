@@ -62,7 +62,7 @@ def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     _, loss, true_loss, expected, accuracy, sensitivity, *_ = numbers(text).T
     assert (np.diff(sensitivity) > 0).all() and (np.diff(loss) < 0).all()
     np.testing.assert_allclose(expected, accuracy, atol=0.1)
-    np.testing.assert_allclose(loss, true_loss, rtol=0.1)
+    np.testing.assert_allclose(loss, true_loss, rtol=0.3)
 
 
 @pytest.mark.long
