@@ -91,6 +91,11 @@ def logged_names(trainer: Trainer) -> set[str]:
     return {name for each in current for name in results._forked_name(each, on_step=False)}
 
 
+def has_workers(trainer: Trainer) -> bool:
+    """Return whether a run is in forked or spawned processes, of which only weights and metrics come back."""
+    return "_MultiProcessingLauncher" in {base.__name__ for base in type(trainer.strategy.launcher).__mro__}
+
+
 def is_redirected(module: nn.Module) -> bool:
     """Return whether the `forward` of a module stands for a step, which Lightning runs so under DDP."""
     return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.functional.expected import Loss, metric_value
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.model.batches import tensors_in
@@ -20,7 +20,6 @@ BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
-_DEFAULTS = {"loss", *(name for task in TASKS.values() for name in task.default_metrics(2))}  # in some task
 _FEWEST = 8  # labels that do not equal an input by chance
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
@@ -72,13 +71,17 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
         MisconfigurationException: If there is one.
     """
     directions = {prefix + name: is_highest for name, is_highest in directions.items()}
-    defaults = {prefix + EXPECTED + each for each in _DEFAULTS}
     for owner, monitor in callbacks_that_monitor(trainer):
-        name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
-        if name in defaults - directions.keys():
-            known = "`, `".join(directions)
-            raise Refused(f"`{kind}` monitors `{monitor}`, which is not logged. There are `{known}`.", "names")
-        best, mode = _MODES.get(directions.get(name)), getattr(owner, "mode", None)
+        kind, start = type(owner).__name__, prefix + EXPECTED
+        known = [name for name in directions if monitor == name or monitor.startswith(f"{name}/dataloader_idx_")]
+        if not known and monitor.startswith(start):
+            raise Refused(
+                f"`{kind}` monitors `{monitor}`, which is not logged. There are `{'`, `'.join(directions)}`. To log a "
+                f"metric of torchmetrics, set `metrics={{{monitor.removeprefix(start)!r}: ...}}`; if your own code "
+                "logs it, set another `prefix=`.",
+                "names",
+            )
+        best, mode = _MODES.get(directions[known[0]] if known else None), getattr(owner, "mode", None)
         if {best, mode} == {"min", "max"}:
             raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{kind}`.", entry="names")
 

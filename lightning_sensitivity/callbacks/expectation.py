@@ -10,8 +10,9 @@ from torchmetrics.classification import BinaryFBetaScore
 
 from lightning_sensitivity.callbacks.checks import EXPECTED
 from lightning_sensitivity.callbacks.monitor import Values
+from lightning_sensitivity.callbacks.predicted import Unseen
 from lightning_sensitivity.callbacks.reporter import Reporter
-from lightning_sensitivity.callbacks.run_reference import Unseen
+from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import Task
 
@@ -28,6 +29,7 @@ class Expectation:
         metrics: The metrics by name.
         like: A label or more, in the form and on the device that the loss takes.
         reporter: Says what is doubtful.
+
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Expectation:
         self._metrics = metrics
         self._like = like
         self._reporter = reporter
+        self._are_probabilities: bool | None = None  # perhaps, by the outputs of all validations so far
+        self._is_worse_than_constant = False  # has been said
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
 
@@ -54,7 +58,7 @@ class Expectation:
         """
         is_finite = self._are_finite(outputs)
         if len(outputs) > 0 and not bool(is_finite.any()):
-            return dict.fromkeys((EXPECTED + name for name in (*self._metrics, "loss")), math.nan)
+            return dict.fromkeys(self._names, math.nan)
         counts = ~labels.isnan().any(1) & is_finite
         num_labels, y = int(counts.sum()), labels[counts]
         by_labels = self._measure(outputs[counts], y, self._task.hard_labels(y)[None])
@@ -67,14 +71,20 @@ class Expectation:
         known = {name: _mean(name, (expected, WORTH), (by_labels, num_labels)) for name in expected | by_labels}
         return known | {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
 
-    def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None) -> Values:
-        """Compute what to expect of the reference itself, if its predictions can be such outputs."""
-        own = None if unseen is None else self._task.outputs_of(unseen.q, outputs.shape[1:])
-        if own is None or unseen is None:
+    def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
+        """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
+        own = self._task.outputs_of(unseen.q, outputs.shape[1:])
+        if own is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[unseen.indices] = own.to(outputs)
-        return self.values(outputs, labels, unseen)
+        found = self.values(outputs, labels, unseen)
+        return {f"reference_{name}": found[name] for name in self._names if name in found}
+
+    @property
+    def _names(self) -> list[str]:
+        """The names of all values."""
+        return [EXPECTED + name for name in (*self._metrics, "loss")]
 
     def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
         """Compute the loss and metrics by labels, or by what a reference predicts; what is nan is left out.
@@ -101,7 +111,13 @@ class Expectation:
         """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
         return self._task.predictions(outputs).isfinite().all(1)
 
-    # Warnings
+    # Doubts
+
+    @property
+    def doubts(self) -> list[str]:
+        """What makes the values of all validations doubtful, as a summary says it."""
+        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._are_probabilities}
+        return [name for name, is_so in found.items() if is_so]
 
     def warn_of_thresholds(self, shares: list[float]) -> None:
         """Warn of an F score whose threshold hardly any sample reaches, since positives are few."""
@@ -116,7 +132,10 @@ class Expectation:
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
-        if self._task.may_be_probabilities(outputs[is_finite]):
+        if bool(is_finite.any()):
+            are_now = self._task.may_be_probabilities(outputs[is_finite])
+            self._are_probabilities = are_now and self._are_probabilities is not False
+        if self._are_probabilities:
             self._reporter.warn_of_probabilities()
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
@@ -135,6 +154,7 @@ class Expectation:
         self._last_score = score
         self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
+            self._is_worse_than_constant = True
             message = (
                 f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
                 "scales targets or takes logarithms, do the same in `targets=`."

@@ -4,17 +4,15 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_repeatable, check_run
-from lightning_sensitivity.callbacks.first_step import FirstStep
-from lightning_sensitivity.callbacks.processes import agree, gather_tensors
-from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
+from lightning_sensitivity.callbacks.processes import agree, gather_tensors, raise_in_all
+from lightning_sensitivity.callbacks.run import Phase, Run, Validation
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -23,9 +21,10 @@ from lightning_sensitivity.model.reader import BatchReader
 
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
-NO_VALUE = "This epoch has no value."
-_WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
-_BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
+NO_VALUE = (
+    "This epoch has no value: callbacks that monitor it get the last one again, and count it against their patience."
+)
+_SAME = 0.01  # difference of a value from that which was logged, as 16 bits have it
 _FEW_SAMPLES = 50  # of which a value is mostly chance
 
 
@@ -44,13 +43,7 @@ class Monitor(Callback, ABC):
         self.num_samples = num_samples
         self.prefix = prefix
         self.prog_bar = prog_bar
-        self.measured: list[tuple[Tensor, ...] | None] = []  # by loader; None where that failed
-        self.samples: list[KeptSamples] = []  # by loader
-        self.reporter = Reporter(type(self).__name__, prefix)
-        self._is_measuring = False  # the current validation
-        self._first_step = FirstStep()
-        self._missing: dict[str, Tensor] = {}  # what other callbacks got in place of values
-        self._num_incomplete = 0  # validations that lacked a value
+        self.run = Run(type(self).__name__, prefix)
 
     # For subclasses to implement or override
 
@@ -82,6 +75,12 @@ class Monitor(Callback, ABC):
         """Decide whether to measure the current validation. Override it to measure at other times."""
         return True
 
+    def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Check the first training batch of a run; before the first step, what fails here fails in all processes."""
+
+    def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Learn from a training batch, the first one included."""
+
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether all is there that a validation needs; every process comes here."""
         return True
@@ -107,23 +106,30 @@ class Monitor(Callback, ABC):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
             check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
-        self.reporter = Reporter(type(self).__name__, self.prefix)
-        self._missing, self._num_incomplete = {}, 0
-        self._free()
+        self.run.free()
+        self.run = Run(type(self).__name__, self.prefix)
+        if stage == "fit" and compat.has_workers(trainer):
+            message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
+            self.run.reporter.warn("processes", message)
 
     # The first training step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Watch the first step. From now on, a failure costs a value, and no run."""
-        if self.reporter.before_first_step:
-            self.reporter.before_first_step = False
-            self._first_step.start(pl_module, batch, self.reader)
+        """Check the first batch of a run, and watch its step. From now on, a failure costs a value, and no run."""
+        if self.run.phase is Phase.TRAINING:
+            self.learn(trainer, pl_module, batch, batch_idx)
+            return
+        with raise_in_all(trainer):
+            self.start(trainer, pl_module, batch)
+            self.learn(trainer, pl_module, batch, batch_idx)
+        self.run.phase = Phase.TRAINING
+        self.run.first_step.start(pl_module, batch, self.reader)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: object, *args: object) -> None:
         """Warn if the first step changes the inputs that are measured."""
-        problem = self._first_step.stop()
+        problem = self.run.first_step.stop()
         if problem is not None:
-            self.reporter.warn(
+            self.run.reporter.warn(
                 "step",
                 f"may not measure what your step computes: {problem}. Do what the step does with inputs and outputs "
                 "in `forward`, or in `inputs=` and `outputs=`.",
@@ -133,58 +139,67 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.reporter.before_first_step = False  # also in a resumed fit that begins with a validation
-        self._is_measuring = self.is_ready(trainer) and self.should_measure(trainer)
-        if self._is_measuring:
-            self.measured = []
-            self.samples = self.samples or self._make_samples(trainer)
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if is_fit and self.run.phase is Phase.BEFORE_FIRST_STEP:
+            self.run.phase = Phase.RESUMED
+        self.run.logged = {}
+        is_wanted = self.is_ready(trainer) and self.should_measure(trainer)
+        self.run.validation = Validation.KEEPING if is_wanted else Validation.SKIPPED
+        if is_wanted:
+            self.run.samples = self.run.samples or self._make_samples(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep a batch before the step can change it."""
-        if not self._is_measuring or batch is None or dataloader_idx >= len(self.samples):
+        if not self.run.is_measured or batch is None or dataloader_idx >= len(self.run.samples):
             return
-        samples = self.samples[dataloader_idx]
+        samples = self.run.samples[dataloader_idx]
         if not samples.wants(batch_idx):
             return
         with (
-            self.reporter.report_failure("could not keep a validation batch", "It is left out."),
+            self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
             self.keep(pl_module, batch, batch_idx, samples)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Measure the samples after the last batch: in this hook averaged weights are still in place."""
-        if self._is_measuring and compat.is_last_batch(trainer):
+        if self.run.is_measured and compat.is_last_batch(trainer):
             self._measure_all(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
-        if self._is_measuring and not self.measured:  # the loader ended early, or has no batch here
+        if self.run.validation is Validation.KEEPING:  # the loader ended early, or has no batch here
             self._measure_all(trainer, pl_module)
         if trainer.sanity_checking:
-            self.samples = []
+            self.run.free()
             return
         self._log_all(trainer, is_fit=trainer.state.fn == TrainerFn.FITTING)
-        self._is_measuring = False
+        self.run.validation = Validation.SKIPPED
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if somebody else has logged another value by one of our names, of which Lightning takes the mean."""
+        for name, value in self.run.logged.items():
+            found = float(trainer.callback_metrics.get(name, value))
+            if not (math.isnan(value) or math.isclose(found, value, rel_tol=_SAME, abs_tol=_SAME**2)):
+                message = f"logs `{name}`, and your own code does, too, so that it is the mean of both. Set `prefix=`."
+                self.run.reporter.warn("names", message, kind=name)
 
     # After a run
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take back what was not measured, so that nobody takes it for a value of the fit."""
-        for name in self._missing:
-            trainer.callback_metrics.pop(name, None)
+        self.run.missing.take_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end, for which Lightning does not call us after an exception."""
         Monitor.on_train_end(self, trainer, pl_module)
-        self._free()
+        self.run.free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the samples."""
-        self._free()
+        self.run.free()
 
     # Helpers
 
@@ -199,7 +214,7 @@ class Monitor(Callback, ABC):
 
     def num_loaders(self, trainer: Trainer) -> int:
         """Count the loaders whose samples are kept; before there are any, those of the validation."""
-        return len(self.samples) or compat.num_loaders(trainer)
+        return len(self.run.samples) or compat.num_loaders(trainer)
 
     def logged_name(self, trainer: Trainer, name: str, dataloader_idx: int) -> str:
         """Return a name with the prefix, and with what Lightning adds if there are several loaders."""
@@ -215,20 +230,21 @@ class Monitor(Callback, ABC):
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader without a trace."""
-        self.measured = [None] * len(self.samples)
-        for samples in self.samples:
+        self.run.validation = Validation.MEASURED
+        self.run.measured = [None] * len(self.run.samples)
+        for samples in self.run.samples:
             samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
-                self.reporter.warn("samples", message)
+                self.run.reporter.warn("samples", message)
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-            with self.reporter.report_failure(what, NO_VALUE), trainer.precision_plugin.val_step_context():
-                self.measured[samples.dataloader_idx] = self._measure_loader(pl_module, samples)
+            with self.run.report_failure(what, NO_VALUE), trainer.precision_plugin.val_step_context():
+                self.run.measured[samples.dataloader_idx] = self._measure_loader(pl_module, samples)
 
     def _measure_loader(self, pl_module: LightningModule, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Measure the samples of a loader; before the first step, check the model, too."""
         with isolated(pl_module) as run:
-            if self.reporter.before_first_step and samples.size > 0:
+            if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                 self.check_model(run, samples.batches[0].call.to(pl_module.device))
             return self.measure(pl_module, run, samples)
 
@@ -248,77 +264,61 @@ class Monitor(Callback, ABC):
 
     def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
         """Compute and log the values of each loader; in a fit, others get something for those that are missing."""
-        if self._is_measuring:
+        if self.run.is_measured:
             self.prepare(trainer)
-        self._missing = {}
+        self.run.missing.begin()
         for dataloader_idx in range(self.num_loaders(trainer)):
-            values = self._compute_loader(trainer, dataloader_idx) if self._is_measuring else {}
+            values = self._compute_loader(trainer, dataloader_idx) if self.run.is_measured else {}
             self._log_values(trainer, dataloader_idx, values)
             if is_fit:
                 self.remember(trainer, dataloader_idx, values)
         if is_fit:
-            trainer.callback_metrics.update(self._missing)
-            self._num_incomplete += bool(self._missing)
+            self.run.missing.hand_out(trainer)
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
         """Gather what all processes have measured of a loader, and compute its values; none if one fails.
 
         A process may fail before it agrees, never between two steps that need all of them.
         """
-        own = self.measured[dataloader_idx]
+        own = self.run.measured[dataloader_idx]
         if not agree(trainer, own is not None) or own is None:
             return {}
         rows = [gather_tensors(trainer, each) for each in own]
         self._warn_of_few_samples(trainer, dataloader_idx, len(rows[0]))
         values: Values | None = None
-        with self.reporter.report_failure(f"could not compute the values of dataloader {dataloader_idx}", NO_VALUE):
+        with self.run.report_failure(f"could not compute the values of dataloader {dataloader_idx}", NO_VALUE):
             values = self.compute_values(trainer, dataloader_idx, *rows)
         return values or {} if agree(trainer, values is not None) else {}
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
-        """Log the values of a loader, and note what other callbacks get for those that are missing."""
+        """Log the values of a loader, and note which are missing."""
         of_others = compat.logged_names(trainer)
         for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             if logged_name in of_others:
                 message = f"does not log `{logged_name}`, since your own code does. Choose another `prefix=`."
-                self.reporter.warn("names", message, kind=logged_name)
-                continue
-            if name not in values:
-                self._missing[logged_name] = self._worst_value(trainer, logged_name, is_highest)
-                continue
-            with self.reporter.report_failure(f"could not log `{logged_name}`", NO_VALUE):
-                trainer.lightning_module.log(
-                    logged_name,
-                    values[name],
-                    prog_bar=self.prog_bar and name == self.names[0],
-                    sync_dist=trainer.world_size > 1,
-                    add_dataloader_idx=False,
-                )
+                self.run.reporter.warn("names", message, kind=logged_name)
+            elif name not in values:
+                self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
+            else:
+                self.run.missing.remember(name, dataloader_idx, float(values[name]))
+                self._log(trainer, name, logged_name, values[name])
 
-    def _worst_value(self, trainer: Trainer, logged_name: str, is_highest: bool) -> Tensor:
-        """Return what other callbacks get for a missing value: the worst one, which stops no run by a bound.
-
-        It is a little better in each further validation, so that waiting for a first value uses up no
-        patience, and the last one is the best if there is none.
-        """
-        value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
-        for callback, name in callbacks_that_monitor(trainer):
-            bound = getattr(callback, "divergence_threshold", None)
-            if name == logged_name and bound is not None:
-                value = nearer(value, bound)
-        gain = (1 - _BETTER**self._num_incomplete) * abs(value)
-        return torch.tensor(value + gain if is_highest else value - gain, dtype=torch.float32)  # inf in 16 bits
+    def _log(self, trainer: Trainer, name: str, logged_name: str, value: Any) -> None:
+        """Log a value."""
+        with self.run.report_failure(f"could not log `{logged_name}`", NO_VALUE):
+            trainer.lightning_module.log(
+                logged_name,
+                value,
+                prog_bar=self.prog_bar and name == self.names[0],
+                sync_dist=trainer.world_size > 1,
+                add_dataloader_idx=False,
+            )
+            self.run.logged[logged_name] = float(value)
 
     def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int, size: int) -> None:
         """Warn of a loader that has few samples in all processes."""
         is_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
         if 0 < size < _FEW_SAMPLES and not is_meant:
             message = f"has only {size} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
-            self.reporter.warn("few-samples", message, kind=str(dataloader_idx))
-
-    def _free(self) -> None:
-        """Free the samples, and stop watching."""
-        self.samples = []
-        self._first_step.stop()
-        self._is_measuring = False
+            self.run.reporter.warn("few-samples", message, kind=str(dataloader_idx))

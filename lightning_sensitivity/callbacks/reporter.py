@@ -15,18 +15,14 @@ _INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
 
 
 class Reporter:
-    """A voice that makes a failure an error before the first training step, and a warning after it.
+    """A voice that says each thing once, and turns failures into errors or warnings.
 
     Args:
         monitor: Name of the monitor's class.
         prefix: Prefix of what it logs.
-
-    Attributes:
-        before_first_step: Whether a failure is an error.
     """
 
     def __init__(self, monitor: str, prefix: str) -> None:
-        self.before_first_step = True
         self._monitor = monitor
         self._prefix = prefix
         self._said: set[str] = set()
@@ -47,8 +43,22 @@ class Reporter:
         self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
 
     @contextmanager
+    def refuse_failure(self, what: str) -> Iterator[None]:
+        """Turn an exception inside into one that says what failed, and what may help.
+
+        Args:
+            what: What failed, such as "could not measure the samples".
+        """
+        try:
+            yield
+        except Warning:  # the user, or a test, has made warnings errors
+            raise
+        except Exception as error:
+            raise self._as_error(what, error) from error
+
+    @contextmanager
     def report_failure(self, what: str, consequence: str) -> Iterator[None]:
-        """Turn an exception inside into an error or a warning; see :attr:`before_first_step`.
+        """Turn an exception inside into a warning.
 
         Args:
             what: What failed, such as "could not measure the samples".
@@ -59,8 +69,6 @@ class Reporter:
         except Warning:  # the user, or a test, has made warnings errors
             raise
         except Exception as error:
-            if self.before_first_step:
-                raise self._as_error(what, error) from error
             entry = getattr(error, "entry", "failed")
             if is_oom_error(error):
                 entry = "out-of-memory"

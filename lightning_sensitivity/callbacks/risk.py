@@ -1,10 +1,8 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.callbacks.checks import (
-    BLIND,
     EXPECTED,
     check_class_shares,
     check_inputs,
@@ -25,10 +22,14 @@ from lightning_sensitivity.callbacks.checks import (
     try_metrics,
 )
 from lightning_sensitivity.callbacks.expectation import Expectation
+from lightning_sensitivity.callbacks.history import History, of_state, plot_history, state_of
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
+from lightning_sensitivity.callbacks.predicted import Predicted
+from lightning_sensitivity.callbacks.predictions import Predictions, predict_both
 from lightning_sensitivity.callbacks.processes import agree
+from lightning_sensitivity.callbacks.risk_run import RiskRun
 from lightning_sensitivity.callbacks.run_reference import RunReference
-from lightning_sensitivity.callbacks.summary import Curve, Summary, closing_line, plot_history, summarize
+from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
@@ -36,28 +37,9 @@ from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader, check_count, move_batch
-from lightning_sensitivity.reference.kinds import join_seen
+from lightning_sensitivity.model.reader import BatchReader, check_count
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
-_KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row of the history
-
-
-class Predictions(NamedTuple):
-    """What two models predict for the same samples: probabilities ``(N, C)``, or the numbers of a regression.
-
-    Attributes:
-        network: Those of the network.
-        reference: Those of the reference.
-    """
-
-    network: Tensor
-    reference: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of both, which is often better than either."""
-        return (self.network + self.reference) / 2
 
 
 class RiskMonitor(Monitor):
@@ -75,7 +57,10 @@ class RiskMonitor(Monitor):
     Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
     table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
     it sees too little of the inputs, nothing is logged, and callbacks that monitor these values take the last
-    epoch.
+    epoch. Where a later validation has no value, they get the last one again.
+
+    A checkpoint holds the history, and what the reference predicts of the kept validation samples. A resumed
+    fit goes on with that while these are the same.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
@@ -93,6 +78,7 @@ class RiskMonitor(Monitor):
             encoder, that gets the inputs of the network, or a function ``batch -> (N, D)``. It must know as
             much as the network.
         reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
+            Other processes wait while the first one fits it, for at most the timeout of the process group.
         class_shares: The shares of the classes among unseen samples, if a sampler or undersampling shows the
             training others: numbers that sum to 1, or ``"estimate"`` (expectation maximization; Saerens et
             al., 2002).
@@ -149,26 +135,19 @@ class RiskMonitor(Monitor):
         self.loss = loss
         self.metrics = rules.default_metrics(2) if metrics is None else check_metrics(metrics)
         self.validation_labels = validation_labels
-        self.history: list[dict[str, Any]] = []
-        self.summary: Summary = {}
+        self.history: History = []
+        self.summary: dict[str, Any] = {}
         self._has_default = metrics is None
         self._estimator = reference
         self._class_shares = class_shares
-        self._forget()
-
-    def _forget(self) -> None:
-        """Forget the last run."""
-        self._is_started = False  # whether the first training batch was read
-        self._shape: tuple[int, ...] | None = None  # of a prediction; None until then, and if that failed
-        self._outputs = torch.zeros(0)  # of no sample, in the shape and type that those of all processes have
-        self._of_reference: dict[int, Values] = {}  # what is expected of the reference itself, by loader
-        self._reference: RunReference | None = None
-        self._expectation: Expectation | None = None
+        self._saved: Predicted | None = None  # what an earlier part of this fit has predicted
+        self._risk_run: RiskRun | None = None  # of the last fit, from its first training batch on
+        self._model_id = 0  # of the model of the last fit
 
     @property
     def reference(self) -> Any:
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before."""
-        return None if self._reference is None else self._reference.fitted
+        return None if self._risk_run is None else self._risk_run.reference.fitted
 
     def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
         """Predict samples by the network, and by the reference, for their mean, which is often better.
@@ -183,23 +162,16 @@ class RiskMonitor(Monitor):
             these are set.
 
         Raises:
-            ValueError: If there is no reference, or it can't read the batches.
+            ValueError: If there is no reference or no batch, or it can't read the batches.
 
         Example:
             >>> from lightning_sensitivity import RiskMonitor
             >>> risk = RiskMonitor()
             >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
         """
-        if self._reference is None or self._reference.fitted is None:
+        if self._risk_run is None or self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        outputs, seen = [], []
-        for batch in dataloader:
-            moved = move_batch(model, batch)
-            call = self.reader.call(model, moved)
-            with isolated(model) as run:
-                outputs.append(self.task.predictions(run(call).cpu()))
-            seen.append(self.reader.see(model, moved, call, len(outputs[-1])))
-        return Predictions(torch.cat(outputs), self._reference.predict(join_seen(seen)).to(outputs[0].dtype))
+        return predict_both(self.reader, model, self._risk_run.reference, dataloader)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.
@@ -222,11 +194,27 @@ class RiskMonitor(Monitor):
             return
         if self._has_default:
             self.metrics = self.task.default_metrics(2)
-        if trainer.global_step == 0 and trainer.current_epoch == 0:  # raw optimizers count no steps
-            self.history = []
+        goes_on = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
+        if goes_on and self._model_id == id(pl_module):  # of which a Trainer holds the last one
+            self._restore(self.history, self._predicted())
+        else:
+            self._restore([], None)
+        self._model_id = id(pl_module)
+        self._risk_run = None
         self.summary = {}
         self.reader.reset()
-        self._forget()
+
+    def _predicted(self) -> Predicted | None:
+        """Return what the reference of this fit has predicted, also in an earlier part of it."""
+        return self._saved if self._risk_run is None else self._risk_run.reference.known
+
+    def _restore(self, history: History, predicted: Predicted | None) -> None:
+        """Go on with what is known of an earlier part of this fit."""
+        self.history, self._saved = history, predicted
+        for row in history:
+            for name in self.names:
+                if row.get(name) is not None:
+                    self.run.missing.remember(name, row["dataloader_idx"], row[name])
 
     @property
     def state_key(self) -> str:
@@ -236,17 +224,18 @@ class RiskMonitor(Monitor):
     # Not `state_dict`, of which Lightning refuses two with one key before we can name the argument.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the history, which a resumed fit continues; its reference is made again."""
-        checkpoint["callbacks"][self.state_key] = {"history": self.history}
+        """Save the history, and what the reference predicts of the kept samples, with which a resumed fit goes on."""
+        checkpoint["callbacks"][self.state_key] = state_of(self.history, self._predicted())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore what was saved, if anything."""
-        state = checkpoint["callbacks"].get(self.state_key, {"history": self.history})
-        rows = state.get("history") if isinstance(state, Mapping) else None
-        if isinstance(rows, list) and all(isinstance(row, Mapping) and row.keys() >= _KEYS for row in rows):
-            self.history = [dict(row) for row in rows]
-        else:
-            self.reporter.warn("checkpoint", "leaves its state in the checkpoint alone: another version has saved it.")
+        """Restore what was saved, if anything, in a fit."""
+        if trainer.state.fn != TrainerFn.FITTING or self.state_key not in checkpoint["callbacks"]:
+            return
+        try:
+            self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
+        except Exception:  # whatever is there
+            message = "leaves its state in the checkpoint alone: another version has saved it. So this fit begins anew."
+            self.run.reporter.warn("checkpoint", message)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
@@ -258,45 +247,49 @@ class RiskMonitor(Monitor):
         if trainer.state.fn == TrainerFn.FITTING and self.history:
             self._summarize(trainer)
         super().on_exception(trainer, pl_module, exception)
+        self._free()
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
-        if self.summary or self._reference is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.summary or self._risk_run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         has_values = any(self.names[0] in row for row in self.history)
-        if not has_values and not self._reference.is_made:
+        if not has_values and not self._risk_run.reference.was_tried:
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
-            self.reporter.warn("samples", message)
+            self.run.reporter.warn("samples", message)
             return
-        with self.reporter.report_failure("could not say which epoch to choose", "Look at the curve."):
-            self.summary = summarize(trainer, self._curves(trainer), self.history, self._reference.verdict)
-            say = rank_zero_warn if self.summary["chosen_by"] == "nothing" else rank_zero_info
-            say(closing_line(self.summary))
+        with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
+            verdict, doubts = self._risk_run.reference.verdict, self._risk_run.expectation.doubts
+            summary = summarize(trainer, self._curves(trainer), self.history, verdict, doubts)
+            self.summary = summary.as_dict()
+            say = rank_zero_warn if summary.epoch is None else rank_zero_info
+            say(summary.line())
 
     def _curves(self, trainer: Trainer) -> dict[str, Curve]:
-        """Return the value, the loader and the direction of each logged name."""
+        """Return what each logged name stands for."""
         return {
-            self.logged_name(trainer, name, index): (name, index, is_highest)
+            self.logged_name(trainer, name, index): Curve(name, index, is_highest)
             for name, is_highest in self.directions.items()
             for index in range(self.num_loaders(trainer))
         }
 
     # Training samples
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Check the first batch of a run, and keep samples of its first whole epoch."""
-        if not self._is_started:
-            self._is_started = True
-            with self.reporter.report_failure("can't read the first training batch", "Nothing is expected."):
-                self._start(trainer, pl_module, batch)
-            check_monitored(trainer, self.prefix, self.directions)
-        if self._reference is not None:
-            with (
-                self.reporter.report_failure("could not keep a training batch", "It is left out."),
-                trainer.precision_plugin.val_step_context(),
-            ):
-                self._reference.add(trainer, pl_module, batch, batch_idx)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Check the first batch of a run."""
+        with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
+            self._start(trainer, module, batch)
+        check_monitored(trainer, self.prefix, self.directions)
+
+    def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Keep training samples."""
+        if self._risk_run is None:
+            return
+        with (
+            self.run.report_failure("could not keep a training batch", "It is left out."),
+            trainer.precision_plugin.val_step_context(),
+        ):
+            self._risk_run.reference.add(trainer, module, batch, batch_idx)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check that the model can be measured on a batch, and that its labels and the metrics fit."""
@@ -323,10 +316,11 @@ class RiskMonitor(Monitor):
             if self.loss is not None:
                 with isolated(module) as run:
                     run(try_loss, self.loss, in_32_bits(outputs)[counts], like[counts])
-        self._outputs, self._shape = in_32_bits(outputs[:0]).cpu(), shape
-        options = self._estimator, self._class_shares, self.reporter
-        self._reference = RunReference(self.task, self.reader, *options, shape)
-        self._expectation = Expectation(self.task, self.loss, self.metrics, like[:0], self.reporter)
+        reporter = self.run.reporter
+        options = self._estimator, self._class_shares, reporter
+        reference = RunReference(self.task, self.reader, *options, shape, self._saved)
+        expectation = Expectation(self.task, self.loss, self.metrics, like[:0], reporter)
+        self._risk_run = RiskRun(self.task, outputs, shape, reference, expectation, reporter)
 
     # A validation
 
@@ -350,82 +344,55 @@ class RiskMonitor(Monitor):
         """Return whether every process has its training samples; a sanity check needs none."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return bool(trainer.sanity_checking)
-        return agree(trainer, self._reference is not None and self._reference.is_ready(trainer))
+        can_read = agree(trainer, self._risk_run is not None)
+        return can_read and self._risk_run is not None and self._risk_run.reference.is_ready(trainer)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
         kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
-                kept.labels = self.reader.kept_labels(module, batch, kept, self._shape)
+                shape = None if self._risk_run is None else self._risk_run.label_shape
+                kept.labels = self.reader.kept_labels(module, batch, kept, shape)
             except MisconfigurationException as error:
-                self.reporter.warn("labels", f"treats some validation batches as unlabelled: {describe_error(error)}")
+                self.run.reporter.warn(
+                    "labels", f"treats some validation batches as unlabelled: {describe_error(error)}"
+                )
         samples.add(kept)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
-        """Run the model on the kept samples of a loader.
-
-        Returns:
-            Its outputs ``(N, ...)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
-        """
-        if self._shape is None:  # a sanity check, which logs nothing
+        """Run the model on the kept samples of a loader; see :meth:`RiskRun.measure`."""
+        if self._risk_run is None:  # a sanity check, which logs nothing
             return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
-        num_columns = self.task.num_columns(self._shape)
-        outputs, labels = [self._outputs], [torch.zeros(0, num_columns, dtype=torch.float32)]  # no other default
-        for batch in samples.batches:
-            outputs.append(in_32_bits(run(batch.call.to(module.device))).cpu())
-            if batch.labels is None:
-                labels.append(torch.full((batch.size, num_columns), math.nan, dtype=torch.float32))
-            else:
-                labels.append(self.task.label_matrix(batch.labels, num_columns).float())
-        return torch.cat(outputs), torch.cat(labels)
+        return self._risk_run.measure(module, run, samples)
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
-        assert self._reference is not None and self._expectation is not None
-        if not self._reference.is_made:
-            self._reference.make(trainer, self.samples)
-            if self.reference is not None:
-                self._expectation.warn_of_thresholds(self.reference.shares_)
+        if self._risk_run is not None:
+            self._risk_run.prepare(trainer, self.run.samples)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes."""
-        assert self._reference is not None and self._expectation is not None
+        assert self._risk_run is not None
         outputs, labels = rows
         if self.validation_labels and bool(labels.isnan().any(1).all()):
             message = (
                 f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
                 "some, set `targets=`."
             )
-            self.reporter.warn("labels", message, kind="none")
-        unseen = self._reference.unseen.get(dataloader_idx)
-        self._expectation.warn_of(dataloader_idx, outputs, unseen)
-        with isolated(trainer.lightning_module) as run:  # losses and metrics may be parts of it, or draw numbers
-            values: Values = run(self._expectation.values, outputs, labels, unseen)
-            if dataloader_idx not in self._of_reference:  # the samples are those of every validation
-                self._of_reference[dataloader_idx] = {}
-                with self.reporter.report_failure("can't tell what to expect of the reference", "It is left out."):
-                    own = run(self._expectation.values_of_reference, outputs, labels, unseen)
-                    found = {f"reference_{name}": own[name] for name in self.names if name in own}
-                    self._of_reference[dataloader_idx] = found
-        if not values:
-            self._warn_if_blind(trainer)
-            return {}
-        return values | self._of_reference[dataloader_idx]
+            self.run.reporter.warn("labels", message, kind="none")
+        return self._risk_run.compute(trainer, dataloader_idx, outputs, labels)
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
         self.history.append({**row, "reference": None, "num_labels": 0, **values})
 
-    def _warn_if_blind(self, trainer: Trainer) -> None:
-        verdict = None if self._reference is None else self._reference.verdict
-        if verdict is None or verdict.is_trusted or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
-        self.reporter.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Free the samples."""
+        super().teardown(trainer, pl_module, stage)
+        self._free()
 
     def _free(self) -> None:
-        super()._free()
-        if self._reference is not None:
-            self._reference.free()
+        if self._risk_run is not None:
+            self._risk_run.reference.free()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.processes import gather_objects
+from lightning_sensitivity.callbacks.predicted import Predicted, Unseen, Verdict
+from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
@@ -31,71 +33,29 @@ _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 
 
 
 @dataclass
-class Verdict:
-    """What all processes know of the reference, as a summary has it.
-
-    Attributes:
-        learner: Its learner, such as ``"forest"``.
-        features: What it sees, such as ``"columns"``; ``"features"`` if the user says what.
-        num_training: How many training samples it knows.
-        skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
-        majority: The share of the most frequent class; nan for a regression.
-        unexplained: The share of training labels that can't be explained; nan if it is unknown.
-        is_trusted: Whether it may choose.
-    """
-
-    learner: str
-    features: str
-    num_training: int
-    skill: float
-    majority: float
-    unexplained: float
-    is_trusted: bool
-
-    @classmethod
-    def of(cls, reference: Any) -> "Verdict":
-        """Take what all processes have to know from a fitted reference."""
-        attributes = {name: name + "_" for name in cls.__dataclass_fields__} | {"num_training": "num_samples_"}
-        return cls(**{name: getattr(reference, attribute) for name, attribute in attributes.items()})
-
-
-@dataclass
-class Unseen:
-    """What the reference predicts for the kept samples of a loader, of all processes.
-
-    Attributes:
-        indices: Which samples it can read, in an order that does not depend on the number of processes,
-            ``(N,)``.
-        q: Its predictions for them, ``(N, C)``.
-        draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
-        score: The reference's left-out score.
-    """
-
-    indices: Tensor
-    q: Tensor
-    draws: Tensor
-    score: float
-
-
-@dataclass
 class _Part:
     """What a process has kept.
 
     Attributes:
         known: Training samples; None if there are none.
         unseen: Validation samples, by loader; None where they can't be read.
+        fingerprints: Those of validation samples, by loader; none where there are none to be had.
     """
 
     known: Observations | None
     unseen: dict[int, Observations | None]
+    fingerprints: dict[int, Tensor]
 
 
 class RunReference:
     """Stand in for the labels of the kept samples of a run.
 
-    Training samples are kept in the first whole epoch. The reference is made once: when that epoch is over,
-    or no more samples fit. It depends on the samples alone, so that a resumed fit makes the same one again.
-    The first process fits it, and sends what it predicts.
+    Training samples are kept in the first whole epoch, and in what a resumed fit has left of one before. The
+    reference is made once: when that epoch is over, or no more samples fit; if no sample has a label, after
+    a later epoch. It depends on the samples alone. The first process fits it, and sends what it predicts.
+
+    A resumed fit goes on with the predictions of the checkpoint while the kept validation samples are the
+    same; its reference is made again beside these.
 
     Args:
         task: The task.
@@ -105,12 +65,12 @@ class RunReference:
             training.
         reporter: Says what is doubtful.
         output_shape: The shape of the network's outputs for a sample.
+        saved: What an earlier part of this fit has predicted; None without one.
 
     Attributes:
-        is_made: Whether it was tried to make one.
+        was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
-        verdict: What is known of it; None without one.
-        unseen: What it predicts, by loader; empty without a reference that may choose.
+        predicted: What is known of it, and what it predicts; None without one.
     """
 
     def __init__(
@@ -121,65 +81,111 @@ class RunReference:
         class_shares: Any,
         reporter: Reporter,
         output_shape: tuple[int, ...],
+        saved: Predicted | None,
     ) -> None:
-        self.is_made = False
+        self.was_tried = False
         self.fitted: Any = None
-        self.verdict: Verdict | None = None
-        self.unseen: dict[int, Unseen] = {}
+        self.predicted: Predicted | None = None
         self._task = task
         self._reader = reader
         self._estimator = estimator
         self._class_shares = class_shares
         self._reporter = reporter
         self._output_shape = output_shape
-        self._kept: KeptObservations | None = None  # training samples of this process; None before an epoch has begun
+        self._saved = saved  # until it is compared with the kept samples
+        self._kept: KeptObservations | None = None  # training samples of this process; None before there are some
+        self._is_from_start = False  # whether they are those of an epoch from its first batch on
+        self._can_be_made = False  # in this validation
+        self._is_over = False  # it was made, or will not be tried again
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What is known of it; None without one."""
+        return None if self.predicted is None else self.predicted.verdict
+
+    @property
+    def unseen(self) -> dict[int, Unseen]:
+        """What it predicts, by loader; empty without a reference that may choose."""
+        return {} if self.predicted is None else self.predicted.unseen
+
+    @property
+    def known(self) -> Predicted | None:
+        """What is known by now, also by an earlier part of this fit."""
+        return self.predicted or self._saved
 
     # Training samples
 
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Keep the labelled samples of a training batch, in the first whole epoch, until it is made."""
-        if batch_idx == 0 and not self.is_made:
-            self._begin_epoch(trainer, self._task.num_columns(self._output_shape))
-        if self._kept is not None and not self._kept.is_complete:
+        """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
+        if self._is_over:
+            return
+        if batch_idx == 0 and self._is_from_start and self._kept is not None:
+            self._kept.complete()  # with the first whole epoch
+        elif batch_idx == 0 or self._kept is None:  # a resumed loader may begin anew within an epoch
+            self._is_from_start = batch_idx == 0
+            self._kept = self._make_kept(trainer)
+        if not self._kept.is_complete:
             self._reader.keep_observations(self._kept, module, batch, self._output_shape)
 
-    def _begin_epoch(self, trainer: Trainer, num_columns: int) -> None:
-        """Keep the samples of the first whole epoch; those of a second one are the same."""
-        if self._kept is not None:
-            self._kept.complete()
-            return
-        # Where no validation comes earlier, samples are spread over the whole epoch, and none is read in vain.
+    def _make_kept(self, trainer: Trainer) -> KeptObservations:
+        """Prepare to keep samples; where no validation comes earlier, these are spread over a whole epoch."""
         is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
-        num_batches = trainer.num_training_batches if is_last else 0
-        self._kept = self._reader.make_kept(num_columns, trainer.world_size, num_batches)
+        num_batches = trainer.num_training_batches if is_last and self._is_from_start else 0
+        num_columns = self._task.num_columns(self._output_shape)
+        return self._reader.make_kept(num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether this process has what it takes to make it, or it is made."""
+        """Return whether there is, or can be made, what a validation needs; every process must call it."""
         kept = self._kept
-        return self.is_made or (
-            kept is not None and (kept.is_complete or bool(trainer.is_last_batch) or _are_enough(kept))
-        )
+        is_whole = self._is_from_start and bool(trainer.is_last_batch)
+        has_enough = kept is not None and (kept.is_complete or is_whole or _are_enough(kept))
+        self._can_be_made = not self._is_over and agree(trainer, has_enough)
+        return self._is_over or self._can_be_made or self.known is not None
 
     # The reference
 
-    def make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
-        """Make the reference, once; every process must call it."""
+    def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
+        """Go on with what is saved, and make the reference once that is possible; every process must call it."""
+        if self._saved is not None:
+            self._go_on(trainer, kept, self._saved)
+        if self._can_be_made:
+            self._make(trainer, kept)
+
+    def _go_on(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> None:
+        """Go on with the predictions of a checkpoint, if the kept samples are the same."""
+        own = self._fingerprints(kept)
+        found: dict[int, Tensor] = {}
+        if agree(trainer, own.keys() == saved.fingerprints.keys()):
+            found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
+        self.predicted = saved.matched(found, self._task.num_columns(self._output_shape))
+        self._saved = None
+        if self.predicted is None:
+            message = (
+                "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
+                "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
+                "their patience. Validate on the same samples."
+            )
+            self._reporter.warn("checkpoint", message, kind="samples")
+
+    def _make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
+        """Make the reference; without any label, try again after a later epoch."""
+        self.was_tried = True
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         own: _Part | None = None
         with self._reporter.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
             own = self._own_part(trainer.lightning_module, kept)
         parts = gather_objects(trainer, own)
+        is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with isolate_rng(include_cuda=False), self._reporter.report_failure(*failure):
                 self._fit(parts)
-        self.is_made = True
-        self.verdict, self.unseen = trainer.strategy.broadcast((self.verdict, self.unseen))
+        self._is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
         self._kept = None
 
     def free(self) -> None:
         """Free the samples at the end of a run."""
-        self._kept, self.unseen = None, {}
+        self._kept = None
 
     def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join what this process has kept."""
@@ -191,7 +197,15 @@ class RunReference:
                 what = f"expects nothing of dataloader {samples.dataloader_idx}"
                 with self._reporter.report_failure(what, "Set `features=`."):
                     unseen[samples.dataloader_idx] = self._reader.join(module, samples)
-        return _Part(known, unseen)
+        return _Part(known, unseen, self._fingerprints(kept))
+
+    def _fingerprints(self, kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
+        """Return those of the kept samples of this process, by loader, but for those that have none."""
+        found: dict[int, Tensor] = {}
+        for samples in kept:
+            with suppress(Exception):  # then a resumed fit makes its reference anew
+                found[samples.dataloader_idx] = samples.fingerprints()
+        return found
 
     def _fit(self, parts: Sequence[_Part]) -> None:
         """Fit the reference to the training samples of all processes, and predict the kept samples."""
@@ -208,13 +222,11 @@ class RunReference:
         if is_known and len(missing) > 0:
             raise ValueError(f"`class_shares=` has class {missing[0]}, of which no training sample is kept")
         self.fitted = fitted
-        verdict = Verdict.of(fitted)
-        verdict.is_trusted = fitted.may_choose(self._reader.sees_all)
-        if self._reader.has_features:
-            verdict.features = "features"
         self._warn_of_unread()
-        self.unseen = self._predict_all(parts, known.seen) if verdict.is_trusted else {}
-        self.verdict = verdict
+        if self.predicted is None:
+            verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
+            unseen = self._predict_all(parts, known.seen) if verdict.is_trusted else {}
+            self.predicted = Predicted(verdict, unseen, _joined_fingerprints(parts))
 
     def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
@@ -307,6 +319,14 @@ class RunReference:
                 "knows their labels, and the values say nothing of others. Validate on other samples."
             )
             self._reporter.warn("repeated", message, kind=str(dataloader_idx))
+
+
+def _joined_fingerprints(parts: Sequence[_Part]) -> dict[int, Tensor]:
+    """Join the fingerprints of all processes, by loader; none at all if a process has none of a loader."""
+    loaders = {index for part in parts for index in part.fingerprints}
+    if any(part.fingerprints.keys() != loaders or part.unseen.keys() - loaders for part in parts):
+        return {}
+    return {index: torch.cat([part.fingerprints[index] for part in parts]) for index in sorted(loaders)}
 
 
 def _are_enough(kept: KeptObservations) -> bool:

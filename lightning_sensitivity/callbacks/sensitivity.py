@@ -119,19 +119,17 @@ class SensitivityMonitor(Monitor):
                     f"network learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, "
                     "or stop at a bound: `EarlyStopping(..., divergence_threshold=)`."
                 )
-                self.reporter.warn("stop-by-sensitivity", message, kind=kind)
+                self.run.reporter.warn("stop-by-sensitivity", message, kind=kind)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""
         if self.at is not None:
             submodule(pl_module, self.at)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Try the noise on the first training batch, and watch the first step."""
-        if self.reporter.before_first_step:
-            with trainer.precision_plugin.val_step_context():
-                self._try_noise(pl_module, batch)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Try the noise on the first training batch."""
+        with trainer.precision_plugin.val_step_context():
+            self._try_noise(module, batch)
 
     def _try_noise(self, module: LightningModule, batch: object) -> None:
         """Refuse noise that can't be added to a batch that the model understands."""
@@ -143,7 +141,7 @@ class SensitivityMonitor(Monitor):
                 run(call)
         except Exception:  # training batches may be of another kind than validation batches
             return
-        with self.reporter.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
+        with self.run.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
             at = None if self.at is None else submodule(module, self.at)
             noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
@@ -204,6 +202,6 @@ class SensitivityMonitor(Monitor):
         if estimate.num_samples < 2 and not messages:
             messages = {"failed": "there is no value, which needs at least two samples."}
         for entry, message in messages.items():
-            self.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+            self.run.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if not self.per_output and may_be_probabilities(extremes):
-            self.reporter.warn_of_probabilities()
+            self.run.reporter.warn_of_probabilities()

@@ -13,12 +13,13 @@ from torch import Tensor
 from lightning_sensitivity.model.batches import tensors_in
 from lightning_sensitivity.model.call import ModelCall
 from lightning_sensitivity.reference.kinds import Seen
-from lightning_sensitivity.reference.observations import Observations, max_samples
+from lightning_sensitivity.reference.observations import Observations, max_samples, projection
 
 Place = TypeVar("Place", float, Tensor)
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
+_MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 
@@ -49,6 +50,20 @@ class KeptBatch:
     def num_bytes(self) -> int:
         """The memory of its tensors."""
         return num_bytes([self.labels, self.seen, self.call.arguments])
+
+    def fingerprints(self) -> Tensor:
+        """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
+
+        Raises:
+            ValueError: If no tensor has a row for each sample, as with graphs.
+        """
+        tensors = [*self.seen.values()] if self.seen else tensors_in(self.call.inputs())
+        dense = [x for x in tensors if x.layout == torch.strided and not x.is_nested and x.ndim > 0]
+        rows = [x[:, None].flatten(1) for x in dense if len(x) == self.size]
+        if not rows:
+            raise ValueError("No input has a row for each sample")
+        spaced = [x[:, :: max(1, math.ceil(x.shape[1] / _MAX_COMPARED))] for x in rows]
+        return projection({str(place): x for place, x in enumerate(spaced)})
 
 
 def num_bytes(value: object) -> int:
@@ -98,6 +113,10 @@ class KeptSamples:
     def batches(self) -> list[KeptBatch]:
         """The batches, in the order of the loader."""
         return sorted(self._by_priority, key=attrgetter("index"))
+
+    def fingerprints(self) -> Tensor:
+        """Return those of all samples, ``(N,)``; see :meth:`KeptBatch.fingerprints`."""
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *(batch.fingerprints() for batch in self.batches)])
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""

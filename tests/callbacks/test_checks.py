@@ -64,7 +64,7 @@ def test_a_failure_is_said_once_and_leaves_gaps_in_the_curve_and_changes_no_othe
     model = failing(KeyError("an error of the user"), lambda x, epoch: epoch in range(1, 4))
     run, texts = helpers.fitted_and_said(monitors, model, *data, logger=logger, **options)
     assert [text.split("`")[1] for text in texts] == ["SensitivityMonitor", "RiskMonitor"]
-    assert all("KeyError: 'an error of the user'. This epoch has no value." in text for text in texts)
+    assert all("KeyError: 'an error of the user'. This epoch has no value: callbacks" in text for text in texts)
     rows = helpers.csv_rows(logger.log_dir)
     for name in (SENSITIVITY, f"{SENSITIVITY}_stderr", "val/expected_loss", "val/expected_accuracy"):
         assert [int(row["epoch"]) for row in rows if row[name]] == [0, 4, 5]  # nothing old as if it were new
@@ -157,7 +157,8 @@ NAMES: dict[str, tuple[str, str, int, str]] = {  # a name, a mode, the number of
     "the highest score": ("expected_loss", "max", 1, "`mode` should be 'min' for `{}`, got 'max' in `{}`"),
     "the lowest accuracy": ("expected_accuracy", "min", 1, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "the lowest of a loader": ("expected_auroc" + TWO, "min", 2, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
-    "of a metric that is left out": ("expected_auroc", "max", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
+    "a metric that is left out": ("expected_auroc", "max", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
+    "no metric of ours": ("expected_f1", "max", 1, "To log a metric of torchmetrics, set `metrics={{'f1': ...}}`"),
 }  # fmt: skip
 
 
@@ -174,9 +175,9 @@ def test_who_monitors_what_is_not_logged_or_looks_for_the_worst_is_refused(name:
 def test_other_names_and_those_of_another_prefix_are_no_concern_of_a_monitor() -> None:
     class Own(Linear):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("val/expected_calibration_error", 0.1)
+            self.log("val/calibration_error", 0.1)
 
-    others = [EarlyStopping("val/expected_calibration_error"), EarlyStopping("b/expected_loss", mode="min")]
+    others = [EarlyStopping("val/calibration_error"), EarlyStopping("b/expected_loss", mode="min")]
     fitted([quick_risk(prefix="b/"), quick_risk(), *others], Own(), loader(), unlabelled_loader(seed=1))
 
 

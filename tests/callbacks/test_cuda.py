@@ -60,7 +60,7 @@ def test_samples_wait_in_the_memory_of_the_host() -> None:
 
     class Looking(RiskMonitor):
         def compute_values(self, trainer: Any, dataloader_idx: int, *rows: Tensor) -> Any:
-            kept = [batch for samples in self.samples for batch in samples.batches]
+            kept = [batch for samples in self.run.samples for batch in samples.batches]
             inputs = [x for batch in kept for x in batch.call.arguments.values()]
             places.update(each.device.type for each in (*rows, *inputs))
             return super().compute_values(trainer, dataloader_idx, *rows)

@@ -20,7 +20,7 @@ WORST = float(torch.finfo(torch.float32).max)
 
 
 class Scripted(SensitivityMonitor):
-    """It logs what a script says for each validation, and the negative of it unless it is above 5; or nothing."""
+    """It logs what a script says for each validation, and 10 minus that unless it is above 5; or nothing."""
 
     directions = {"low": False, "high": True}  # noqa: RUF012
 
@@ -32,7 +32,7 @@ class Scripted(SensitivityMonitor):
         value = self.script.pop(0)
         if value is None:
             return {}
-        return {"low": value} if value > 5 else {"low": value, "high": -value}
+        return {"low": value} if value > 5 else {"low": value, "high": 10 - value}
 
 
 # Where there is no value
@@ -49,7 +49,7 @@ class Ending(Quiet):
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_what_is_missing_is_the_worst_and_ever_a_little_better_and_is_in_no_curve_and_no_metric_of_a_fit(
+def test_what_is_missing_is_the_worst_and_then_the_last_and_is_in_no_curve_and_no_metric_of_a_fit(
     error: Any, tmp_path: Path
 ) -> None:
     logger = CSVLogger(tmp_path, name=None)
@@ -62,11 +62,11 @@ def test_what_is_missing_is_the_worst_and_ever_a_little_better_and_is_in_no_curv
         run.fit(model, loader(), loader())
     except (RuntimeError, SystemExit):
         assert error
-    expected = [(WORST, -WORST), (0.999 * WORST, -0.999 * WORST), (3, -3), (7, -(0.999**2) * WORST)]
+    expected = [(WORST, -WORST), (0.999 * WORST, -0.999 * WORST), (3, 7), (7, 7)]  # the last one again
     assert [(each["val/low"], each["val/high"]) for each in run.epochs] == [pytest.approx(each) for each in expected]
     curves = [(row.get("val/low"), row.get("val/high")) for row in helpers.csv_rows(logger.log_dir)]
-    assert [row for row in curves if any(row)] == [("3.0", "-3.0"), ("7.0", "")]
-    assert Path(checkpoint.best_model_path).name == "epoch=2.ckpt" and checkpoint.best_model_score == -3
+    assert [row for row in curves if any(row)] == [("3.0", "7.0"), ("7.0", "")]
+    assert Path(checkpoint.best_model_path).name == "epoch=2.ckpt" and checkpoint.best_model_score == 7
     assert helpers.logged(run, "val/") == {"val/low": 7}  # of which a tuner reads the last
 
 
@@ -105,7 +105,7 @@ def test_waiting_for_a_first_value_uses_up_no_patience_and_a_gap_after_it_does(w
         assert (model.optimizers().param_groups[0]["lr"] == 0.1) == (num_validations == 8)
 
 
-@pytest.mark.parametrize(("name", "mode", "bound"), [("val/low", "min", 4.0), ("val/high", "max", -4.0)])
+@pytest.mark.parametrize(("name", "mode", "bound"), [("val/low", "min", 4.0), ("val/high", "max", 6.0)])
 def test_a_value_that_was_not_measured_does_not_exceed_a_bound_and_uses_up_no_patience(
     name: str, mode: str, bound: float
 ) -> None:

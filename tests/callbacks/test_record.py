@@ -1,4 +1,4 @@
-"""What RiskMonitor saves: the history; a resumed fit makes its reference again, and says what one in one part says."""
+"""What RiskMonitor saves: a resumed fit goes on with its curve, and says what one in one part says."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
+from lightning_sensitivity.model import kept
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted_and_said, labelled, quick_risk
 
@@ -80,50 +81,114 @@ def saved_after(num_steps: int, folder: Path, kind: Any) -> Path:
     return folder / f"step={num_steps}.ckpt"
 
 
-@pytest.mark.parametrize("num_steps", [4, 17])  # in the first epoch, and in the second one
-def test_a_fit_that_is_resumed_within_an_epoch_has_no_value_until_the_next_one_is_whole(
-    num_steps: int, tmp_path: Path
+@pytest.mark.parametrize(("num_steps", "first"), [(4, 26), (17, 18)])  # before the first value, and after it
+def test_a_fit_that_is_resumed_within_an_epoch_goes_on_with_its_values_or_waits_for_a_whole_epoch(
+    num_steps: int, first: int, tmp_path: Path
 ) -> None:
     path = saved_after(num_steps, tmp_path, Augmented)
     options = {"max_epochs": 4, "ckpt_path": path, "val_check_interval": 3}
     run, texts = fitted_and_said(monitor := quick_risk(), Augmented(), MANY, DataLoader(HOLDOUT, 16), **options)
-    first = 13 * (num_steps // 13 + 2)  # the end of the first whole epoch
     rows = [row for row in monitor.history if row["step"] > num_steps]
     assert not texts and rows and [row["step"] for row in monitor.history][:4] == [3, 6, 9, 12]
     assert all(("expected_loss" in row) == (row["step"] >= first) for row in rows)
     assert monitor.summary["num_training"] == monitor.reference.num_samples_ == 1300 and run.current_epoch == 4
 
 
-def test_a_resumed_fit_that_ends_before_it_has_a_reference_speaks_of_the_values_before(tmp_path: Path) -> None:
+def test_a_resumed_fit_that_ends_before_it_can_make_its_reference_again_has_values(tmp_path: Path) -> None:
     path = saved_after(17, tmp_path, Still)
     options = {"max_steps": 20, "max_epochs": 4, "ckpt_path": path, "val_check_interval": 3}
     _, texts = fitted_and_said(monitor := quick_risk(), Still(), MANY, DataLoader(HOLDOUT, 16), **options)
-    with_values = [row for row in monitor.history if "expected_loss" in row]
-    assert not texts and monitor.reference is None and monitor.summary["learner"] is None
-    assert monitor.summary["epoch"] in [row["epoch"] for row in with_values] and monitor.summary["num_gaps"] > 0
+    assert not texts and monitor.reference is None and "expected_loss" in monitor.history[-1]
+    assert monitor.summary["learner"] == "GaussianNB" and monitor.summary["num_gaps"] == 4  # of the first epoch
+
+
+# What others have chosen by
+
+
+def shuffled(seed: int) -> DataLoader:
+    return DataLoader(TensorDataset(X, NOISY), 16, shuffle=True, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_fit_that_keeps_other_training_samples_goes_on_with_the_curve_that_others_chose_by(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(kept, "max_samples", lambda *_: 40)  # of 90
+    runs = []
+    for folder, ends in (("whole", [8]), ("parts", [3, 8])):
+        path = None
+        for part, end in enumerate(ends):
+            checkpoint = cb.ModelCheckpoint(tmp_path / folder, "{epoch}", LOSS, save_last=True)
+            monitor, stopping = quick_risk(), cb.EarlyStopping(LOSS, patience=2)
+            options = {"max_epochs": end, "ckpt_path": path, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+            model = Still()
+            model.lr = 0.1
+            run = fit(model, monitor, checkpoint, stopping, train=shuffled(part), **options)
+            path = checkpoint.last_model_path
+        losses = [row["expected_loss"] for row in monitor.history]
+        runs.append((run, monitor, checkpoint, stopping, losses.index(min(losses))))
+    for run, monitor, checkpoint, stopping, best in runs:
+        assert monitor.summary["epoch"] == best and monitor.summary["checkpoint"].endswith(f"epoch={best}.ckpt")
+        assert checkpoint.best_model_path == monitor.summary["checkpoint"]
+        assert len({row["reference"] for row in monitor.history}) == 1
+        assert stopping.stopped_epoch == 0 or run.current_epoch - 1 == stopping.stopped_epoch == best + 2
+    assert runs[0][1].reference.score_ != runs[1][1].reference.score_  # made again, of other samples
+
+
+def test_a_fit_that_is_resumed_at_an_end_of_an_epoch_uses_up_no_patience(tmp_path: Path) -> None:
+    def part(max_epochs: int, **options: Any) -> Trainer:
+        stopping = cb.EarlyStopping(LOSS, patience=3)
+        return fit(Still(), quick_risk(), stopping, max_epochs=max_epochs, val_check_interval=2, **options)
+
+    part(2, num_sanity_val_steps=0).save_checkpoint(path := tmp_path / "two.ckpt")
+    assert part(4, ckpt_path=path).current_epoch == 4
+
+
+def test_other_validation_samples_are_said_and_others_get_the_last_value_until_there_is_a_new_reference(
+    tmp_path: Path,
+) -> None:
+    first = fit(Still(), quick_risk(), max_epochs=2)
+    first.save_checkpoint(path := tmp_path / "two.ckpt")
+    options = {"max_epochs": 3, "ckpt_path": path, "val_check_interval": 3}
+    data = batches_of(X, NOISY), DataLoader(HOLDOUT[:40], 16)
+    run, texts = fitted_and_said(monitor := quick_risk(), Still(), *data, **options)
+    assert len(texts) == 1 and "keeps other validation samples than the checkpoint knows" in texts[0]
+    assert run.epochs[0][LOSS] == pytest.approx(first.epochs[-1][LOSS]) and "expected_loss" not in monitor.history[2]
+    assert run.epochs[1][LOSS] != run.epochs[0][LOSS] and "expected_loss" in monitor.history[3]
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    data = batches_of(X, NOISY), DataLoader(HOLDOUT[order], 16)
+    _, texts = fitted_and_said(monitor := quick_risk(), Still(), *data, **options)
+    assert not texts and all("expected_loss" in row for row in monitor.history)  # the same ones in another order
 
 
 # With others
 
 
-def test_a_fit_that_is_resumed_on_corrected_labels_has_a_reference_of_these(tmp_path: Path) -> None:
+def test_a_fit_that_is_resumed_on_corrected_labels_goes_on_with_its_curve_and_has_a_reference_of_these(
+    tmp_path: Path,
+) -> None:
     fit(Still(), first := quick_risk(), max_epochs=2).save_checkpoint(path := tmp_path / "two.ckpt")
     fit(Still(), second := quick_risk(), train=batches_of(X, CORRECT), max_epochs=3, ckpt_path=path)
-    fit(Still(), alone := quick_risk(), train=batches_of(X, CORRECT), max_epochs=1)
-    assert second.summary["skill"] == alone.summary["skill"] > first.summary["skill"] + 0.05
+    assert second.reference.skill_ > first.reference.skill_ + 0.05
+    assert second.summary["skill"] == first.summary["skill"]  # it judged all three epochs
     assert [row["epoch"] for row in second.history] == [0, 1, 2]
-    assert second.summary["epoch"] == 2  # values by the old labels do not compare
 
 
 @pytest.mark.parametrize("kind", [Still, Raw])
-def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on(kind: Any) -> None:
+def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on_with_its_model(kind: Any, tmp_path: Path) -> None:
     monitor, model = quick_risk(), kind()
     run = fit(model, monitor, max_epochs=1)
+    run.save_checkpoint(path := tmp_path / "one.ckpt")
     first = monitor.summary
     run.fit_loop.max_epochs = 2
     run.fit(model, batches_of(X, NOISY), DataLoader(HOLDOUT, 16))
     assert [row["epoch"] for row in monitor.history] == [0, 1]
     assert monitor.summary["num_validations"] == 2 == first["num_validations"] + 1
+    run.validate(model, DataLoader(HOLDOUT, 16), ckpt_path=path, verbose=False)
+    assert [row["epoch"] for row in monitor.history] == [0, 1]
+    run.fit_loop.max_epochs = 3
+    run.fit(kind(), batches_of(X, NOISY), DataLoader(HOLDOUT, 16))  # another model, in the same Trainer
+    assert [row["epoch"] for row in monitor.history] == [2]
     fit(kind(), monitor, train=batches_of(X, CORRECT), max_epochs=1)  # also one Trainer on other data
     assert [row["epoch"] for row in monitor.history] == [0] and monitor.summary["skill"] > first["skill"]
 
@@ -131,13 +196,13 @@ def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on(kind: Any) -> N
 # The checkpoint
 
 
-def test_a_checkpoint_grows_by_the_history_alone_and_loads_without_pickle(tmp_path: Path) -> None:
+def test_a_checkpoint_grows_by_little_and_loads_without_pickle(tmp_path: Path) -> None:
     sizes = []
     for monitors in ([], [monitor := quick_risk(), cb.EarlyStopping(LOSS, patience=1)]):
         fit(Still(), *monitors, max_epochs=2).save_checkpoint(path := tmp_path / f"{len(monitors)}.ckpt")
         sizes.append(path.stat().st_size)
     states = torch.load(path, weights_only=True)["callbacks"]
-    assert states[KEY] == {"history": monitor.history} and sizes[1] - sizes[0] < 4000
+    assert states[KEY]["history"] == monitor.history and sizes[1] - sizes[0] < 4000 + 50 * 100  # samples times bytes
     (other,) = (state for key, state in states.items() if "EarlyStopping" in key)
     assert other["wait_count"] == monitors[1].wait_count >= 0  # nobody touches it
 
@@ -156,7 +221,14 @@ def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp
     assert values(resumed)[-1].keys() == values(whole)[-1].keys()
 
 
-@pytest.mark.parametrize("state", [{"verdict": {"a": 1}}, {"history": [{"epoch": 0, "reference": 1}]}])
+ROW = {"epoch": 0, "step": 6, "dataloader_idx": 0, "reference": 0.5, "num_labels": 0}
+STATES: list[Any] = [
+    {"verdict": {"a": 1}}, {"history": [{"epoch": 0, "reference": 1}]}, {"history": None}, None, [1],
+    {"history": [{**ROW, "expected_loss": "low"}]}, {"history": [ROW], "predicted": {"unseen": 3}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_a_state_of_another_version_is_left_alone_with_a_warning(state: Any, tmp_path: Path) -> None:
     fit(Still(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
     torch.save(torch.load(path, weights_only=True) | {"callbacks": {KEY: state}}, path)

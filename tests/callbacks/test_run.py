@@ -55,7 +55,7 @@ def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     assert not torch.nn.modules.module._global_forward_hooks
     assert "log" not in vars(model) and "predict_step" not in vars(model)
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    assert all(monitor.samples == [] for monitor in monitors)
+    assert all(monitor.run.samples == [] for monitor in monitors)
 
 
 # What is checked before a run

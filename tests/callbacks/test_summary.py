@@ -12,8 +12,8 @@ from lightning.pytorch import callbacks as cb
 from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.run_reference import Verdict
-from lightning_sensitivity.callbacks.summary import closing_line, summarize
+from lightning_sensitivity.callbacks.predicted import Verdict
+from lightning_sensitivity.callbacks.summary import ANSWER, CONSTANT, PROBABILITIES, Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
@@ -59,7 +59,7 @@ def without(rows: Rows, **changes: Any) -> Rows:
     return [{name: each for name, each in row.items() if "expected" not in name} | changes for row in rows]
 
 
-CURVES = {LOSS: ("expected_loss", 0, False), ACCURACY: ("expected_accuracy", 0, True)}
+CURVES = {LOSS: Curve("expected_loss", 0, False), ACCURACY: Curve("expected_accuracy", 0, True)}
 SKILL = "on labels that it has not seen, it is 50% better than chance"
 BEST = f"`{LOSS}` was lowest at epoch 3"
 CHOSE = "The reference (random forest, 2,000 training labels) chose."
@@ -114,9 +114,29 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
 def test_it_says_if(what: str) -> None:
     known, history, expected = SAYS[what]
     summary = summarize(trainer(), CURVES, history, known)
-    assert closing_line(summary) == expected
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert summary["is_tied"] == (what == "ties") and summary["num_validations"] == len(history)
+    assert summary.line() == expected
+    facts = summary.as_dict()
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    assert facts["is_tied"] == (what == "ties") and facts["num_validations"] == len(history)
+
+
+DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict, what was said, doubts
+    "of the network": ({}, [CONSTANT, PROBABILITIES], [CONSTANT, PROBABILITIES]),
+    "of a reference that explains a table": ({"skill": 0.992}, [], [ANSWER]),
+    "of one that explains features": ({"skill": 0.992, "features": "features"}, [CONSTANT], [CONSTANT, ANSWER]),
+    "none of one that explains images": ({"skill": 0.992, "features": "patches"}, [], []),
+}
+
+
+@pytest.mark.parametrize("what", DOUBTED)
+def test_it_gives_no_advice_if_there_are_doubts(what: str) -> None:
+    changes, said, doubts = DOUBTED[what]
+    summary = summarize(trainer(), CURVES, validations(4), verdict(**changes), said)
+    line = summary.line()
+    sentences = {CONSTANT: "worse than a constant", PROBABILITIES: "lie in [0, 1]", ANSWER: "all but a hundredth"}
+    assert summary.as_dict()["doubts"] == doubts and REACH in line
+    assert all((text in line) == (doubt in doubts) for doubt, text in sentences.items())
+    assert all((advice in line) == (not doubts) for advice in ("consider it", "train for longer"))
 
 
 WATCHING: dict[str, tuple[list[Any], str, int]] = {  # callbacks, the value, and the epoch that is named
@@ -133,9 +153,8 @@ def test_it_is_about_the_value_that_is_watched_by(what: str) -> None:
     callbacks, name, epoch = WATCHING[what]
     run = trainer(callbacks, enable_checkpointing=len(callbacks) > 1)
     summary = summarize(run, CURVES, validations(2, num_labels=9), verdict())
-    assert (summary["monitored"], summary["epoch"]) == (name, epoch)
-    line = closing_line(summary)
-    assert f"`{name}` was {'lowest' if name == LOSS else 'highest'} at epoch {epoch}" in line
+    assert (summary.monitored, summary.epoch) == (name, epoch)
+    assert f"`{name}` was {'lowest' if name == LOSS else 'highest'} at epoch {epoch}" in summary.line()
 
 
 # In a fit

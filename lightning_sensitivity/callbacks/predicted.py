@@ -1,0 +1,149 @@
+"""What a reference says of the kept samples, in a form that all processes, and checkpoints, have."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
+
+State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
+
+
+@dataclass
+class Verdict:
+    """What is known of a reference, as a summary has it.
+
+    Attributes:
+        learner: Its learner, such as ``"forest"``.
+        features: What it sees, such as ``"columns"``; ``"features"`` if the user says what.
+        num_training: How many training samples it knows.
+        skill: How far its left-out score is below chance, from 1, if perfect, to 0, if useless.
+        majority: The share of the most frequent class; nan for a regression.
+        unexplained: The share of training labels that can't be explained; nan if it is unknown.
+        is_trusted: Whether it may choose.
+    """
+
+    learner: str
+    features: str
+    num_training: int
+    skill: float
+    majority: float
+    unexplained: float
+    is_trusted: bool
+
+    @classmethod
+    def of(cls, reference: Any, is_trusted: bool, has_features: bool) -> "Verdict":
+        """Take from a fitted reference what all processes have to know.
+
+        Args:
+            reference: The reference.
+            is_trusted: Whether it may choose.
+            has_features: Whether the user says what it sees.
+        """
+        return cls(
+            learner=reference.learner_,
+            features="features" if has_features else reference.features_,
+            num_training=reference.num_samples_,
+            skill=reference.skill_,
+            majority=reference.majority_,
+            unexplained=reference.unexplained_,
+            is_trusted=is_trusted,
+        )
+
+    @property
+    def knows_too_much(self) -> bool:
+        """Whether it explains so much of a table that its inputs may hold the answer."""
+        is_table = "columns" in self.features or self.features == "features"
+        return is_table and self.skill >= _TOO_MUCH
+
+
+@dataclass
+class Unseen:
+    """What the reference predicts for the kept samples of a loader, of all processes.
+
+    Attributes:
+        indices: Which samples it can read, in an order that does not depend on the number of processes,
+            ``(N,)``.
+        q: Its predictions for them, ``(N, C)``.
+        draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
+        score: The reference's left-out score.
+    """
+
+    indices: Tensor
+    q: Tensor
+    draws: Tensor
+    score: float
+
+
+@dataclass
+class Predicted:
+    """A reference, and what it predicts; a checkpoint holds it, so that a curve goes on with it.
+
+    Attributes:
+        verdict: What is known of it.
+        unseen: What it predicts, by loader; empty if it may not choose.
+        fingerprints: A number for each kept sample, by which it is known again, by loader; empty if there is
+            none for some.
+    """
+
+    verdict: Verdict
+    unseen: dict[int, Unseen]
+    fingerprints: dict[int, Tensor]
+
+    def state(self) -> State | None:
+        """Return it as a checkpoint holds it, which ``torch.load`` reads without pickle; None if that is of no use."""
+        if not self.unseen or not self.fingerprints:
+            return None
+        unseen = {index: {**vars(each), "draws": _small(each.draws)} for index, each in self.unseen.items()}
+        return {"verdict": asdict(self.verdict), "unseen": unseen, "fingerprints": self.fingerprints}
+
+    @classmethod
+    def of_state(cls, state: Any) -> "Predicted":
+        """Return what a checkpoint holds.
+
+        Raises:
+            Exception: Of any kind, if that is something else.
+        """
+        unseen = {}
+        for index, each in state["unseen"].items():
+            draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
+            unseen[int(index)] = Unseen(each["indices"].long(), each["q"].float(), draws, float(each["score"]))
+        fingerprints = {int(index): each.double() for index, each in state["fingerprints"].items()}
+        return cls(Verdict(**state["verdict"]), unseen, fingerprints)
+
+    def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int) -> "Predicted | None":
+        """Return it for the same samples, which may have come in another order; None if they are others.
+
+        Args:
+            fingerprints: Those of the samples that are kept now, by loader.
+            num_columns: C.
+        """
+        if self.fingerprints.keys() != fingerprints.keys():
+            return None
+        unseen: dict[int, Unseen] = {}
+        for index, known in self.unseen.items():
+            own, new = self.fingerprints[index], fingerprints[index]
+            before, after = own.argsort(stable=True), new.argsort(stable=True)
+            if known.q.shape[1] != num_columns or not torch.equal(own[before], new[after]):
+                return None
+            places = torch.empty_like(before)
+            places[before] = after
+            unseen[index] = Unseen(places[known.indices], known.q, known.draws, known.score)
+        return Predicted(self.verdict, unseen, dict(fingerprints))
+
+
+def _small(draws: Tensor) -> Tensor:
+    """Return class indices in 16 bits, where they fit."""
+    fits = not draws.is_floating_point() and draws.numel() > 0 and int(draws.max()) <= torch.iinfo(torch.int16).max
+    return draws.short() if fits else draws
+
+
+def is_same(first: float | None, second: float | None) -> bool:
+    """Return whether two left-out scores are those of one reference."""
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=1e-6)

@@ -1,0 +1,52 @@
+"""What a network and its reference predict for new samples."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.model.reader import BatchReader, move_batch
+from lightning_sensitivity.reference.kinds import join_seen
+
+
+class Predictions(NamedTuple):
+    """What two models predict for the same samples: probabilities ``(N, C)``, or the numbers of a regression.
+
+    Attributes:
+        network: Those of the network.
+        reference: Those of the reference.
+    """
+
+    network: Tensor
+    reference: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of both, which is often better than either."""
+        return (self.network + self.reference) / 2
+
+
+def predict_both(reader: BatchReader, model: nn.Module, reference: Any, dataloader: Iterable[object]) -> Predictions:
+    """Predict samples by a network and by a reference.
+
+    Args:
+        reader: Reads batches.
+        model: The network.
+        reference: What predicts what it sees of samples.
+        dataloader: Batches.
+
+    Raises:
+        ValueError: If there is no batch, or the reference can't read them.
+    """
+    outputs, seen = [], []
+    for batch in dataloader:
+        moved = move_batch(model, batch)
+        call = reader.call(model, moved)
+        with isolated(model) as run:
+            outputs.append(reader.task.predictions(run(call).cpu()))
+        seen.append(reader.see(model, moved, call, len(outputs[-1])))
+    if not outputs:
+        raise ValueError("Expected batches in `dataloader`, but got none.")
+    return Predictions(torch.cat(outputs), reference.predict(join_seen(seen)).to(outputs[0].dtype))
