@@ -72,12 +72,12 @@ class Digits(LightningModule):
 
 
 class Curves(Callback):
-    """Keeps the expected score and, for comparison, the accuracy on correct labels."""
+    """Keeps the expected accuracy and, for comparison, the accuracy on correct labels."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             correct = pl_module(x_new).argmax(1) == y_new
-        expected.append(float(trainer.callback_metrics["val/expected_score"]))
+        expected.append(float(trainer.callback_metrics["val/expected_accuracy"]))
         accuracies.append(float(correct.float().mean()))
 
 
@@ -97,16 +97,16 @@ encoder = pretrained(64, others, 10).body
 
 # %% What to copy
 risk = RiskMonitor(features=encoder, validation_labels=args.labels)
-checkpoint = ModelCheckpoint(monitor="val/expected_score", dirpath="runs/finetuning", filename="{epoch}")
+checkpoint = ModelCheckpoint(monitor="val/expected_accuracy", mode="max", dirpath="runs/finetuning", filename="{epoch}")
 expected: list[float] = []
 accuracies: list[float] = []
 quiet["enable_checkpointing"] = True
 trainer = Trainer(max_epochs=args.max_epochs, accelerator="cpu", callbacks=[risk, Curves(), checkpoint], **quiet)
 trainer.fit(model, train_loader, val_loader)
 
-chosen, best, last = expected.index(min(expected)), accuracies.index(max(accuracies)), len(accuracies) - 1
-print("\nepoch  expected score  accuracy on correct labels")
+chosen, best, last = expected.index(max(expected)), accuracies.index(max(accuracies)), len(accuracies) - 1
+print("\nepoch  expected accuracy  accuracy on correct labels")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
-    print(f"{epoch:5d}  {expected[epoch]:14.4f}  {accuracies[epoch]:8.3f}")
-print(f"\nThe expected score is lowest at epoch {chosen}: accuracy on correct labels {accuracies[chosen]:.3f}.")
+    print(f"{epoch:5d}  {expected[epoch]:17.4f}  {accuracies[epoch]:8.3f}")
+print(f"\nThe expected accuracy is highest at epoch {chosen}: accuracy on correct labels {accuracies[chosen]:.3f}.")
 print(f"At the last one, epoch {last}, it is {accuracies[last]:.3f}; the best is epoch {best}, {accuracies[best]:.3f}.")

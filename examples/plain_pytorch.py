@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import OutputSensitivity, Reference
-from lightning_sensitivity.functional import expected_metric, expected_score
+from lightning_sensitivity.functional import expected_loss, expected_metric
 
-parser = argparse.ArgumentParser(description="Watch the expected score and sensitivity without Lightning.")
+parser = argparse.ArgumentParser(description="Watch the expected loss and sensitivity without Lightning.")
 parser.add_argument("--max-epochs", type=int, default=25)
 parser.add_argument("--seed", type=int, default=0)
 args = parser.parse_args()
@@ -43,7 +43,7 @@ q = torch.tensor(reference.predict_proba(x_new))
 accuracy = MulticlassAccuracy(2, average="micro")  # or any other metric of torchmetrics
 
 history = []
-print("epoch  expected score  expected accuracy  accuracy  sensitivity ± its error")
+print("epoch  expected loss  loss  expected accuracy  accuracy  sensitivity ± its error")
 for epoch in range(args.max_epochs):
     for batch in torch.randperm(len(x_train)).split(30):
         optimizer.zero_grad()
@@ -57,16 +57,18 @@ for epoch in range(args.max_epochs):
         logits = model(x_new)
         sensitivity.update(logits, model(x_new + 0.1 * torch.randn(x_new.shape, generator=generator)))
     model.train()
-    score = expected_score(logits, q).score  # with labels of new rows: `refined_score(logits, y_new)`
+    loss, true_loss = float(expected_loss(logits, q)), float(cross_entropy(logits, y_new))
     expected = float(expected_metric(accuracy, logits, q))
     true = float((logits.argmax(1) == y_new).float().mean())
-    history.append((score, epoch, true))
-    print(f"{epoch:5d}  {score:14.4f}  {expected:17.3f}  {true:8.3f}", end="")
+    history.append((expected, epoch, true))
+    print(f"{epoch:5d}  {loss:13.4f}  {true_loss:.3f}  {expected:17.3f}  {true:8.3f}", end="")
     print(f"  {sensitivity.compute():11.2g} ± {sensitivity.stderr:.1g}")
 
-_, epoch, true = min(history)
+_, epoch, true = max(history, key=lambda each: each[0])
 best, last = max(each[2] for each in history), history[-1][2]
-print(f"\nLowest expected score in epoch {epoch}: accuracy {true:.3f}; last epoch {last:.3f}, best epoch {best:.3f}.")
+print(
+    f"\nHighest expected accuracy in epoch {epoch}: accuracy {true:.3f}; last epoch {last:.3f}, best epoch {best:.3f}."
+)
 both = (logits.softmax(1) + q) / 2
 by_both = float((both.argmax(1) == y_new).float().mean())
 print(f"The reference by itself: {reference.score(x_new, y_new):.3f}; the mean of both, last epoch: {by_both:.3f}.")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_sensitivity import RiskMonitor
 
-parser = argparse.ArgumentParser(description="Train on a noisy table, and keep the epoch of the lowest expected score.")
+parser = argparse.ArgumentParser(description="Train on a noisy table, and keep the epoch of the best expected value.")
 parser.add_argument("--labels", action="store_true", help="hold out a fifth of the rows, with its noisy labels")
 parser.add_argument("--regression", action="store_true", help="a table whose targets are numbers")
 parser.add_argument("--max-epochs", type=int, default=60)
@@ -71,20 +71,24 @@ class Table(LightningModule):
 
 
 class Curves(Callback):
-    """Keeps the expected score and, for comparison, how good the network is on new rows."""
+    """Keeps the expected value and, for comparison, how good the network is on new rows."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             outputs = pl_module(x_new)
         correct = (outputs > 0) == (y_new > 0)
         explained = 1 - mse_loss(outputs, y_new) / y_new.var()
-        expected.append(float(trainer.callback_metrics["val/expected_score"]))
+        expected.append(float(trainer.callback_metrics[monitored]))
         scores.append(float(explained if args.regression else correct.float().mean()))
 
 
 # %% What to copy
-risk = RiskMonitor("regression" if args.regression else "binary", validation_labels=args.labels)
-checkpoint = ModelCheckpoint(monitor="val/expected_score", dirpath="runs/tables", filename="{epoch}")
+if args.regression:
+    task, monitored, mode = "regression", "val/expected_loss", "min"
+else:
+    task, monitored, mode = "binary", "val/expected_accuracy", "max"
+risk = RiskMonitor(task, validation_labels=args.labels)
+checkpoint = ModelCheckpoint(monitor=monitored, mode=mode, dirpath="runs/tables", filename="{epoch}")
 expected: list[float] = []
 scores: list[float] = []
 trainer = Trainer(
@@ -98,11 +102,12 @@ trainer = Trainer(
 trainer.fit(Table(), train_loader, val_loader)
 
 name = "share of the variance explained" if args.regression else "accuracy on correct labels"
-chosen, best, last = expected.index(min(expected)), scores.index(max(scores)), len(scores) - 1
-print(f"\nepoch  expected score  {name}")
+best_of, word = (min, "lowest") if args.regression else (max, "highest")
+chosen, best, last = expected.index(best_of(expected)), scores.index(max(scores)), len(scores) - 1
+print(f"\nepoch  {monitored}  {name}")
 for epoch in sorted({*range(0, last, max(1, last // 7)), chosen, best, last}):
-    print(f"{epoch:5d}  {expected[epoch]:14.4f}  {scores[epoch]:8.3f}")
-print(f"\nThe expected score is lowest at epoch {chosen}: {name} {scores[chosen]:.3f}.")
+    print(f"{epoch:5d}  {expected[epoch]:{len(monitored)}.4f}  {scores[epoch]:8.3f}")
+print(f"\n`{monitored}` is {word} at epoch {chosen}: {name} {scores[chosen]:.3f}.")
 print(f"At the last one, epoch {last}, it is {scores[last]:.3f}; the best is epoch {best}, {scores[best]:.3f}.")
 
 # The reference is a model, too: a rival, and a partner

@@ -2,7 +2,7 @@
 # # Tune without labels
 #
 # Which of eight settings is best, if 30 % of the training labels are wrong, and there are no others? Each run keeps
-# its checkpoint of the lowest expected score. `compare_models` then ranks the runs by the accuracy to expect on 600
+# its checkpoint of the highest expected accuracy. `compare_models` then ranks the runs by the accuracy to expect on 600
 # unlabelled images, by a reference, a small model of the training labels. Correct labels of other images show how well
 # that did.
 #
@@ -79,7 +79,7 @@ paths = {}
 for lr, width, dropout in product([3e-4, 3e-3], [16, 512], [0.0, 0.5]):
     name = f"lr {lr:g}, width {width}, dropout {dropout:g}"
     seed_everything(0, verbose=False)
-    checkpoint = ModelCheckpoint(args.out / name, monitor="val/expected_score")
+    checkpoint = ModelCheckpoint(args.out / name, monitor="val/expected_accuracy", mode="max")
     trainer = Trainer(
         max_epochs=args.max_epochs,
         accelerator="cpu",

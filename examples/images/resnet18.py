@@ -103,7 +103,7 @@ class Table(Callback):
         print(f"{len(rows) - 1:5d}  " + "  ".join(f"{number:8.3g}" for number in rows[-1]), flush=True)
 
 
-COLUMNS = ("val/loss", "val/expected_score", "val/output_sensitivity")
+COLUMNS = ("val/loss", "val/expected_loss", "val/output_sensitivity")
 rows: list[list[float]] = []
 
 
@@ -137,5 +137,5 @@ else:
 
 losses, expected = np.array(rows)[:, 0], np.array(rows)[:, 1]
 chosen, best = int(np.argmin(expected)), int(np.argmin(losses))
-print(f"The expected score is lowest at epoch {chosen}, with a loss of {losses[chosen]:.3f};")
+print(f"The expected loss is lowest at epoch {chosen}, with a loss of {losses[chosen]:.3f};")
 print(f"the loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")

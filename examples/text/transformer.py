@@ -118,7 +118,7 @@ if args.task == "sentences":
         RiskMonitor(validation_labels=True),
         SensitivityMonitor(at=at, per_output=True),
     ]
-    names = ["train_loss", "val/loss", "val/expected_score", "val/output_sensitivity"]
+    names = ["train_loss", "val/loss", "val/expected_loss", "val/output_sensitivity"]
 else:  # classes come last, (N, T, K); nothing can be expected of words
     at = "model.transformer.wte"
     monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
@@ -140,6 +140,6 @@ print(
 )
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
-if "val/expected_score" in columns:
-    chosen = columns["val/expected_score"].index(min(columns["val/expected_score"]))
-    print(f"The expected score is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")
+if "val/expected_loss" in columns:
+    chosen = columns["val/expected_loss"].index(min(columns["val/expected_loss"]))
+    print(f"The expected loss is lowest at epoch {chosen}, where the validation loss is {losses[chosen]:.3f}.")

@@ -43,6 +43,46 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
     return rules.draw(rules.label_matrix(as_tensor(q)), None if residuals is None else as_tensor(residuals))
 
 
+def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
+    r"""Compute the loss to expect on unlabelled samples, if labels are drawn from the predictions of a reference.
+
+    It is the cross-entropy, exactly:
+
+    .. math::
+        L = -\mathbb{E}\, \sum_k q_k \log \operatorname{softmax}(f)_k
+
+    for logits f of the network and predictions q of the reference; in a regression the squared error, that
+    between both and the mean square of ``residuals`` on top. For a loss of your own, take its mean over
+    :func:`draw_labels`.
+
+    Args:
+        outputs: Outputs of the network for unseen samples: logits ``(N, K)``, or ``(N,)`` for ``"binary"``;
+            the numbers of a regression, ``(N,)`` or ``(N, D)``.
+        q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
+            ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``, in a regression
+            ``Reference.predict``.
+        task: The task.
+        residuals: In a regression, quantiles of the left-out errors, ``(20, C)``; see ``Reference.residuals_``.
+
+    Returns:
+        The loss, a scalar tensor in double precision.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sensitivity.functional import expected_loss
+        >>> q = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+        >>> expected_loss(10 * q.log(), q)  # a network that is too sure
+        tensor(2.4849, dtype=torch.float64)
+    """
+    rules, outputs, q = _of_same_samples(task, outputs, q)
+    y = rules.label_matrix(q)
+    draws = rules.draw(y, None if residuals is None else as_tensor(residuals))
+    return rules.losses(outputs, y, draws).double().mean()
+
+
 def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
     """Compute the value of a metric to expect, if labels are drawn from the predictions of a reference.
 
@@ -67,11 +107,17 @@ def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "mu
         >>> expected_metric(MulticlassAccuracy(2, average="micro"), q.log(), q)
         tensor(0.8500)
     """
-    rules, logits, q = find_task(task), as_tensor(logits), as_tensor(q)
-    if len(logits) != len(q):
-        sizes = f"{len(logits)} and {len(q)}"
-        raise ValueError(f"Expected `logits` and `q` of the same samples, but got {sizes}.")
+    rules, logits, q = _of_same_samples(task, logits, q)
     return metric_value(metric, rules.predictions(logits), draw_labels(q, task), rules)
+
+
+def _of_same_samples(task: str, outputs: Numbers, q: Numbers) -> tuple[Task, Tensor, Tensor]:
+    """Return the task and both tensors, or raise ValueError if they are of different numbers of samples."""
+    rules, outputs, q = find_task(task), as_tensor(outputs), as_tensor(q)
+    if len(outputs) != len(q):
+        sizes = f"{len(outputs)} and {len(q)}"
+        raise ValueError(f"Expected outputs of the network and `q` of the same samples, but got {sizes}.")
+    return rules, outputs, q
 
 
 def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:

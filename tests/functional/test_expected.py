@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import (
     BinaryAccuracy,
@@ -16,7 +17,7 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
 )
 
-from lightning_sensitivity.functional import draw_labels, expected_metric
+from lightning_sensitivity.functional import draw_labels, expected_loss, expected_metric
 from lightning_sensitivity.functional.tasks import TASKS
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
@@ -134,3 +135,22 @@ def test_other_samples_or_classes_are_refused() -> None:
     logits, q = sample()
     with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
         expected_metric(MulticlassAccuracy(4), logits, q[:59])
+    with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
+        expected_loss(logits, q[:59])
+
+
+# The loss
+
+
+@pytest.mark.parametrize("task", SIZES)
+def test_the_expected_loss_is_the_mean_of_torchs_over_all_labels_with_their_chances(task: str) -> None:
+    outputs, q = sample(task)
+    if task == "multiclass":
+        by_class = [cross_entropy(outputs, torch.full((60,), k), reduction="none") for k in range(4)]
+        wanted = (torch.stack(by_class, 1) * q).sum(1).mean()
+    elif task == "binary":
+        wanted = binary_cross_entropy_with_logits(outputs, q)
+    else:
+        wanted = mse_loss(outputs, q) + 0.25
+    residuals = torch.tensor([[0.5], [-0.5]]).expand(2, 2) if task == "regression" else None
+    assert expected_loss(outputs, q, task, residuals) == pytest.approx(float(wanted), rel=1e-6)
