@@ -2,10 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -18,6 +17,11 @@ from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.kept import MAX_BYTES, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+else:
+    Callback = compat.callback_class()
 
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
