@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
+from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
+from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
 from lightning_sensitivity.reference.kinds import join_seen
@@ -67,6 +69,7 @@ def compare_models(
     task: str = "multiclass",
     inputs: Selector | None = None,
     outputs: Selector | None = None,
+    call: Function | None = None,
 ) -> Comparison:
     r"""Rank models that learned the same task, without validation labels, on the same samples.
 
@@ -98,6 +101,8 @@ def compare_models(
             :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default
             :func:`~lightning_sensitivity.model.select_outputs`.
+        call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` or ``features``
+            has to say what the reference sees.
 
     Returns:
         A list of :class:`~lightning_sensitivity.ModelScores`, the best one first.
@@ -122,7 +127,8 @@ def compare_models(
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_estimator("reference", reference, rules := TASKS[task])
     check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
-    reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
+    selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
+    reader = BatchReader(**selectors, features=features, task=rules)
     has_any_outputs = rules.has_any_outputs(loss)
     found = {name: _run(name, model, batches, reader, rules, has_any_outputs) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
@@ -130,7 +136,7 @@ def compare_models(
     names = {name: _seen_names(model, batches[0], reader) for name, model in models.items()}
     if features is None and len({*names.values()}) > 1:
         raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
-    shape = None if has_any_outputs else next(iter(shapes.values()))[1:]
+    shape = None if has_any_outputs else tuple(without_ones(next(iter(found.values()))).shape[1:])
     judge = _Judge(next(iter(models.values())), shape, batches, reader, rules, loss)
     values = judge.values(list(found.values()), training, reference, validation_labels)
     return _rank(dict(zip(models, values, strict=True)), highest_first=rules.is_highest_best and loss is None)
@@ -155,7 +161,7 @@ def _run(
     with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
         with isolated(model) as run:
             outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
-        is_flat = outputs.ndim <= 2 or has_any_outputs
+        is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
         check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
         if task.look_like_probabilities(outputs):
             raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
@@ -215,6 +221,12 @@ class _Judge(NamedTuple):
             return found.mean(0).reshape(len(outputs), -1).mean(1)
         return self.task.worth(outputs, y, draws)
 
+    def _check(self, batch: object, labels: Tensor) -> None:
+        """Refuse labels of another task, or among what the reference sees."""
+        if doubt := self.task.doubt(labels):
+            raise Refused(doubt, entry="task")
+        self.reader.check_seen(self.model, batch, self.reader.call(self.model, batch), labels)
+
     def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor, Tensor]:
         """Fit a reference, predict validation samples, ``(N, C)``, and return the form of labels.
 
@@ -224,10 +236,12 @@ class _Judge(NamedTuple):
 
         num_columns = 1 if self.shape is None else self.task.num_columns(self.shape)
         kept, like = self.reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
-        for batch in training:
+        for index, batch in enumerate(training):
             moved = move_batch(self.model, batch)
+            like = self.reader.labels(self.model, moved, self.shape)
+            if index == 0:
+                self._check(moved, like)
             self.reader.keep_observations(kept, self.model, moved, self.shape)
-            like = self.reader.labels(self.model, moved, self.shape)[:0]
         known = kept.joined()
         fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
@@ -237,7 +251,7 @@ class _Judge(NamedTuple):
                 f"labels the models know: take others.{link_to('repeated')}",
                 stacklevel=4,
             )
-        return fitted, torch.from_numpy(fitted.predict_matrix(new)), like
+        return fitted, torch.from_numpy(fitted.predict_matrix(new)), like[:0]
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:

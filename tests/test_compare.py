@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.linear_model import LinearRegression
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
@@ -123,7 +124,7 @@ def test_features_are_what_the_reference_sees_and_ignored_labels_teach_it_nothin
     is_known = torch.arange(150) % 3 > 0
     training = DataLoader(TensorDataset(X, Y.where(is_known, -100)), 40)
     expected = chances(three(), X[is_known, :4], Y[is_known], V[:, :4]).mean(1)
-    assert found(compare(training=training, features=features)) == named(expected) and len(seen) == 8
+    assert found(compare(training=training, features=features)) == named(expected) and len(seen) == 9
 
 
 @pytest.mark.parametrize(("num_labels", "shape"), [(50, (12,)), (20, (1, 3, 4))])
@@ -324,6 +325,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("training is empty", {"training": []}, "`training` gives no reference.* No sample has a label"),
     ("training of ignored labels", {"training": [(X, 0 * Y - 100)]}, "gives no reference.* No sample has a label"),
     ("training without labels", {"training": [X]}, "`training` gives no reference.*`targets` should return the labels"),
+    (
+        "labels among inputs",
+        {"training": [(X.index_copy(1, Y[:1], 2.0 * Y[:, None]), Y)]},
+        "labels are among the inputs",
+    ),
+    (
+        "a regression of integers",
+        {"task": "regression", "training": [(X, one_hot(Y, 4))], "reference": None},
+        "the targets of a regression are integers",
+    ),
     ("inputs of another size", {"training": [(X[:, :7], Y)]}, r"no reference \(`features=.* to have columns \(M, 7\)"),
     ("inputs that can't be seen", {"features": lambda batch: None}, "`features` should be a module, or a function"),
     ("labels only in training", {"validation_labels": True}, "`validation_labels` can't be read.*`targets` should ret"),

@@ -11,16 +11,14 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities
+from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities, without_ones
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
-from lightning_sensitivity.model.batches import tensors_in
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
-_FEWEST = 8  # labels that do not equal an input by chance
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
@@ -28,7 +26,7 @@ _ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
-def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage: str, has_call: bool = False) -> None:
     """Check that the module and the Trainer have what a monitor needs.
 
     Args:
@@ -36,16 +34,19 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
         trainer: The Trainer, after its environment was set up.
         pl_module: The module of the run.
         stage: ``"fit"`` or ``"validate"``.
+        has_call: Whether a function of the user stands in for ``forward``.
 
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
     names = {base.__name__ for base in type(trainer.strategy).__mro__}
+    has_forward = has_call or _is_overridden("forward", pl_module)
+    of_call = ": add one, or set `call=lambda module, batch: ...`" if monitor == "RiskMonitor" else ""
     has_step = stage != "fit" or _is_overridden("validation_step", pl_module)
     has_loop = stage != "fit" or trainer.enable_validation
     is_met = {
         "does not support sharded weights (FSDP, DeepSpeed); use DDP": names.isdisjoint(_SHARDED),
-        "needs a `forward` that returns the logits, and your module has none": _is_overridden("forward", pl_module),
+        f"needs a `forward` that returns the logits, and your module has none{of_call}": has_forward,
         "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": has_step,
         "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": has_loop,
     }
@@ -127,6 +128,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
     Raises:
         MisconfigurationException: If they are dense, or probabilities.
     """
+    outputs = without_ones(outputs)
     if outputs.ndim > 2:
         raise Refused(
             f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: nothing can be expected of pixels and "
@@ -145,21 +147,6 @@ def check_targets(labels: Tensor, task: Task) -> None:
     """
     if doubt := task.doubt(labels):
         raise Refused(doubt, entry="task")
-
-
-def check_inputs(inputs: Mapping[str, object], labels: Tensor) -> None:
-    """Refuse inputs among which are the labels of a batch, from which a reference would know them.
-
-    Raises:
-        MisconfigurationException: If they are.
-    """
-    dense = (x for x in tensors_in(inputs) if x.layout == torch.strided and not x.is_nested)
-    are_equal = (x.shape == labels.shape and torch.equal(x.cpu().double(), labels.double()) for x in dense)
-    if labels.numel() == len(labels) >= _FEWEST and len(torch.unique(labels)) > 1 and any(are_equal):
-        raise Refused(
-            "the labels are among the inputs, where the reference would see them: leave them out of what `inputs=` "
-            "returns, or set `features=`."
-        )
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:

@@ -29,7 +29,7 @@ class FirstStep:
 
     def start(self, module: nn.Module, batch: object, reader: BatchReader) -> None:
         """Note what we send of a training batch, and watch the step, unless the module is compiled."""
-        if compat.is_compiled(module):  # a hook would have it compiled anew
+        if reader.function is not None or compat.is_compiled(module):  # a hook would have it compiled anew
             return
         with suppress(Exception):  # training batches may be of another kind than validation batches
             self._ours = _first_rows(reader.call(module, batch).arguments).clone()

@@ -105,7 +105,7 @@ class Monitor(Callback, ABC):
         """Check what can be checked before the first batch, and forget the last run."""
         if stage not in ("fit", "validate"):
             return
-        check_run(type(self).__name__, trainer, pl_module, stage)
+        check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
         names = self.prefixed_names()
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
@@ -161,6 +161,8 @@ class Monitor(Callback, ABC):
         samples = self.run.samples[dataloader_idx]
         if not samples.wants(batch_idx):
             return
+        if self.run.phase is Phase.BEFORE_FIRST_STEP:
+            self.run.reporter.look_at(batch)
         with (
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),

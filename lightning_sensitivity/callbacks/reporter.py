@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from lightning_sensitivity.messages import Refused, describe_error, link_to
-
-_INPUTS = "`inputs=`, such as `inputs=lambda batch: batch['image']`"
+from lightning_sensitivity.model.entries import inputs_hint
 
 
 class Reporter:
@@ -26,6 +25,11 @@ class Reporter:
         self._monitor = monitor
         self._prefix = prefix
         self._said: set[str] = set()
+        self._hint = ""  # how to select the inputs of the batch that is read
+
+    def look_at(self, batch: object) -> None:
+        """Look at a batch that is read, so that a failure can name its entries."""
+        self._hint = inputs_hint(batch)
 
     def warn(self, entry: str, message: str, kind: str = "") -> None:
         """Warn in the first process, once.
@@ -92,5 +96,5 @@ class Reporter:
             return error  # Lightning's batch-size finder needs it
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
-        advice = "" if is_clear else f" If `forward` takes other arguments, set {_INPUTS}."
+        advice = "" if is_clear else f" If `forward` takes other arguments, set {self._hint or '`inputs=`'}."
         return Refused(f"`{self._monitor}` {what}: {reason}{advice}", getattr(error, "entry", "arguments"))

@@ -13,7 +13,6 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sensitivity.callbacks.checks import (
     EXPECTED,
     check_class_shares,
-    check_inputs,
     check_metrics,
     check_monitored,
     check_outputs,
@@ -33,8 +32,9 @@ from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.functional.tensors import in_32_bits
+from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
+from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.reader import BatchReader, check_count
@@ -87,6 +87,8 @@ class RiskMonitor(Monitor):
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
+        call: A function ``(module, batch) -> result`` in place of ``forward``; then ``inputs`` or ``features``
+            has to say what the reference sees.
         prog_bar: Show the first metric, or the loss without any, on the progress bar.
 
     Attributes:
@@ -119,6 +121,7 @@ class RiskMonitor(Monitor):
         prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
+        call: Function | None = None,
         prog_bar: bool = False,
     ) -> None:
         check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -127,7 +130,8 @@ class RiskMonitor(Monitor):
         rules = TASKS[task]
         check_estimator("reference", reference, rules)
         check_class_shares(class_shares, rules)
-        reader = BatchReader(inputs=inputs, outputs=outputs, targets=targets, features=features, task=rules)
+        selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
+        reader = BatchReader(**selectors, features=features, task=rules)
         super().__init__(reader, num_samples, prefix, prog_bar)
         if validation_labels and self.num_samples is not None:
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
@@ -277,6 +281,7 @@ class RiskMonitor(Monitor):
 
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first batch of a run."""
+        self.run.reporter.look_at(batch)
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
             self._start(trainer, module, batch)
         check_monitored(trainer, self.prefix, self.directions)
@@ -297,13 +302,12 @@ class RiskMonitor(Monitor):
         call = self.reader.call(module, batch)
         with isolated(module) as run, trainer.precision_plugin.val_step_context():
             outputs = self.check_model(run, call)
-        shape = tuple(outputs.shape[1:])
+        shape = tuple(without_ones(outputs).shape[1:])
         labels = self.reader.labels(module, batch, None if self._has_any_outputs else shape)
         shape = tuple(labels.shape[1:]) if self._has_any_outputs else shape
         check_count(labels, len(outputs))
         check_targets(labels, self.task)
-        if not self.reader.has_features:
-            check_inputs(call.inputs(), labels)
+        self.reader.check_seen(module, batch, call, labels)
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:

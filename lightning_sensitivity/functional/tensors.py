@@ -25,6 +25,12 @@ def in_32_bits(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
 
 
+def without_ones(x: Tensor) -> Tensor:
+    """Drop dimensions of 1, such as that of a single target, from ``(N, ..., 1, ...)``, if ``(N, K)`` is left."""
+    shape = [size for size in x.shape[1:] if size != 1]
+    return x.reshape(len(x), *shape) if x.ndim > 2 and len(shape) < 2 else x
+
+
 def by_position(outputs: Tensor) -> Tensor:
     """View outputs ``(N, K, ...)`` or ``(N,)`` as ``(N, K, P)``, with P positions."""
     outputs = outputs.detach()

@@ -65,6 +65,11 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
+def entry(value: object, name: str) -> object:
+    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
 def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """Return some rows of a tensor; all if they are None, or there are no rows."""
     return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]

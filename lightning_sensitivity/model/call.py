@@ -1,12 +1,9 @@
-"""Call any model on any batch: choose its arguments, its outputs and its labels."""
+"""Call any model on any batch, by its arguments, and choose its outputs."""
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,17 +11,23 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.model.batches import clone_tensors, first_of, is_floating, take, tensors_in
+from lightning_sensitivity.messages import Refused, Selector, describe
+from lightning_sensitivity.model.arguments import find_arguments, is_sequence, parameters_of
+from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_floating, take, tensors_in
+from lightning_sensitivity.model.entries import (
+    TARGET_NAMES,
+    beside_labels,
+    holds_numbers,
+    is_empty,
+    is_like_targets,
+    places,
+)
 
 Perturb = Callable[[Tensor], Tensor]
+Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
 
-# Names of labels in batches of torch, transformers and Lightning's examples.
-TARGET_NAMES = ("label", "labels", "target", "targets", "y")
-# Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
-_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
-_CHOOSE = "Select them: `inputs=lambda batch: batch['image']`; for `forward(batch)`, `inputs=lambda batch: (batch,)`."
+_BATCH = "the batch"  # the name of what such a function gets
+_AT = "Perturb the output of a submodule, such as an embedding, by `at=`, or select an input by `inputs=`"
 
 
 class ModelCall:
@@ -32,14 +35,17 @@ class ModelCall:
 
     The arguments of the model are
 
-    - with a function ``inputs``, what it returns: one argument, or a tuple of them;
-    - of a mapping, the entries that ``forward`` names, or all if it takes only ``**kwargs``;
-    - of a tuple or list, as many elements as ``forward`` requires arguments, at least one: by their names
-      if a named tuple has all of these, else the first ones;
+    - with a function ``inputs``, what it returns: one argument, a tuple of them, or a dict of those that
+      ``forward`` names;
+    - of a mapping, the entries that ``forward`` names, or all if it takes only ``**kwargs``. If it names none
+      and has one argument, the only entry beside labels, if that is a tensor, or the whole of several;
+    - of a named tuple that has all that ``forward`` requires, the fields that it names;
+    - of another tuple or list, as many elements as ``forward`` requires arguments, at least one: the first
+      ones, or those of the first one in ``((a, b), y)``;
     - otherwise the batch.
 
-    Perturbed are all floating tensors in the first argument; of a mapping, those in the only entry that has
-    some and is not called like labels.
+    Perturbed is the first argument, or of several by name the only one that has floating tensors and is not
+    called like labels. If it holds several of these, you have to say by ``inputs`` which.
 
     Args:
         model: The module, whose ``forward`` names the arguments.
@@ -62,20 +68,24 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
-        if inputs is None and isinstance(batch, Mapping):
-            self.by_name = True
-            self.arguments = _named_arguments(model, batch)
-        else:
-            self.by_name = False
-            values = _positional_arguments(model, batch, inputs)
-            names = [*parameters_of(model), *map(str, range(len(values)))]
-            self.arguments = dict(zip(names, values, strict=False))
+        self._is_chosen = inputs is not None
+        self._place = "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"  # of an argument by name
+        self._whole = "batch[0]" if is_sequence(batch) else "batch"
+        self.by_name, self.arguments = find_arguments(model, batch, inputs)
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
-        arguments = _without_labels(self.arguments) if self.by_name else self.arguments
-        return {name: _without_labels(value) for name, value in arguments.items()}
+        asked_for = parameters_of(self._model) if self.by_name else self.arguments
+        return {
+            name: _without_labels(value)
+            for name, value in self.arguments.items()
+            if not self.by_name or not (name in TARGET_NAMES if name in asked_for else is_like_targets(name))
+        }
+
+    def left_out(self) -> set[str]:
+        """Name the entries that :meth:`inputs` leaves out, though their names are not those that labels have."""
+        return _names(self.arguments) - _names(self.inputs()) - {*TARGET_NAMES}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
@@ -99,9 +109,12 @@ class ModelCall:
             self._check_class_dimension(outputs)
         return outputs
 
+    def _result(self) -> object:
+        return self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
+
     def _run(self) -> object:
         """Run the model; a single sample gets back its dimension, which ``squeeze()`` drops."""
-        result = self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
+        result = self._result()
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             return result[None]
         return result
@@ -145,23 +158,88 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> str:
         """Find the name of the argument to perturb, which is the first one by position."""
-        inputs = [*self.inputs()] if self.by_name else [*self.arguments][:1]
-        floating = [name for name in inputs if any(map(is_floating, tensors_in(self.arguments[name])))]
-        if len(floating) != 1:
-            names = ", ".join(map(repr, floating)) or "none"
+        names = [*self.inputs()] if self.by_name else [*self.arguments][:1]
+        found = [name for name in names if _floating_in(self.arguments[name])]
+        if len(found) != 1:
+            arguments = ", ".join(map(self._place.format, self.arguments))
+            of_first = f"; of a tuple, the first one is perturbed: `inputs=lambda batch: ({arguments})`"
             raise Refused(
-                f"Expected one dense floating input to perturb, got {names} among the arguments of `forward` ({self}). "
-                f"{_CHOOSE} Or perturb the output of a submodule, such as an embedding, by `at=`.",
+                f"Expected one dense floating input to perturb, got {_listed(found)} among the arguments of `forward` "
+                f"({self}). {_AT}{of_first if len(found) > 1 and not self._is_chosen else ''}.",
                 entry="noise",
             )
-        return floating[0]
+        entries = _floating_in(self.arguments[found[0]])
+        if len(entries) > 1 and not self._is_chosen:
+            whole = self._place.format(found[0]) if self.by_name else self._whole
+            raise Refused(
+                f"Expected one floating input to perturb, got {_listed(entries)} in the argument `{found[0]}`. {_AT}; "
+                f"for noise on all of them, set `inputs=lambda batch: ({whole},)`.",
+                entry="noise",
+            )
+        return found[0]
+
+
+class FunctionCall(ModelCall):
+    """Call a function of the user on a model and a batch, in place of the model.
+
+    Args:
+        model: The module.
+        batch: What the loader gave, on the model's device.
+        function: A function ``(model, batch) -> result``.
+        inputs: A function ``batch -> arguments`` that says what a reference sees, or None for nothing.
+        outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: object,
+        function: Function,
+        inputs: Selector | None = None,
+        outputs: Selector | None = None,
+    ) -> None:
+        self._model = model
+        self._outputs = outputs
+        self._function = function
+        seen: Any = () if inputs is None else inputs(clone_tensors(batch))
+        self.by_name = isinstance(seen, Mapping)
+        if not self.by_name:
+            seen = dict(enumerate(seen if type(seen) is tuple else (seen,)))
+        self.arguments = {_BATCH: batch, **{str(name): value for name, value in seen.items()}}
+        self.size = _num_samples(self.arguments)
+
+    def inputs(self) -> dict[str, object]:
+        """Return what a reference sees."""
+        return {name: value for name, value in self.arguments.items() if name != _BATCH}
+
+    def left_out(self) -> set[str]:
+        """Return nothing: the user has chosen."""
+        return set()
+
+    def _result(self) -> object:
+        return self._function(self._model, self.arguments[_BATCH])
+
+
+def _names(named: Mapping[str, object]) -> set[str]:
+    """Collect the names of values, and of entries of those that are mappings."""
+    return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
+
+
+def _floating_in(value: object) -> list[str]:
+    """List the places of the floating tensors in a value that are not called like labels."""
+    found = beside_labels(value) if isinstance(value, Mapping) else value
+    return [place for place, _, x in places(found, "") if is_floating(x) and holds_numbers(x)]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
 
 
 def _without_labels(value: Any) -> Any:
     """Return a mapping without the entries that are named like labels, and all else as it is."""
-    if not isinstance(value, Mapping) or value.keys().isdisjoint(TARGET_NAMES):
+    if not isinstance(value, Mapping) or not any(map(is_like_targets, value)):
         return value
-    return {name: item for name, item in value.items() if name not in TARGET_NAMES}
+    return {name: item for name, item in value.items() if not is_like_targets(name)}
 
 
 def _num_samples(arguments: Mapping[str, object]) -> int:
@@ -176,7 +254,7 @@ def _has_rows(value: object) -> bool:
         return value.layout == torch.strided and not value.is_nested
     if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
         return all(map(_has_rows, value.values() if isinstance(value, Mapping) else value))
-    return isinstance(value, bool | int | float | str | None)
+    return isinstance(value, bool | int | float | str | None) or is_empty(value)
 
 
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
@@ -193,7 +271,9 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """
     selected = outputs(result) if outputs else _find_outputs(result)
     if not is_floating(selected) or selected.ndim == 0:
-        example = f": `outputs=lambda result: result[{list(result)[-1]!r}]`" if isinstance(result, Mapping) else ""
+        entries = result.items() if isinstance(result, Mapping) else ()
+        found = [name for name, value in entries if is_floating(value) and value.ndim > 0]
+        example = f": `outputs=lambda result: result[{found[0]!r}]`" if len(found) == 1 else ""
         raise Refused(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
             f"from {describe(result)}, which `forward` returned{example}."
@@ -201,93 +281,13 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     return selected
 
 
-def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
-    """Select the labels in a batch.
-
-    Args:
-        model: The module, whose ``forward`` says how many elements of a batch are inputs.
-        batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
-        targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
-            that is called ``label``, ``labels``, ``target``, ``targets`` or ``y``; otherwise the last element
-            of a tuple or list, if all other elements are inputs of ``forward``.
-
-    Raises:
-        MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
-    """
-    if targets is None:
-        selected = _find_targets(model, batch)
-    else:
-        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
-            selected = targets(clone_tensors(batch))
-    if not isinstance(selected, Tensor):
-        example = "`targets=lambda batch: batch[...]`"
-        raise Refused(f"`targets` should return the labels, such as {example}, from {describe(batch)}.")
-    return selected
-
-
-def has_targets(model: nn.Module, batch: object) -> bool:
-    """Return whether it is clear where the labels in a batch are."""
-    return isinstance(_find_targets(model, batch), Tensor)
-
-
-def _find_targets(model: nn.Module, batch: object) -> object:
-    """Find the labels by name or position; None if it is not clear where they are."""
-    required = _required_names(model)
-    names = set(TARGET_NAMES).difference(required if isinstance(batch, tuple) else ())
-    found = [value for value in map(partial(_entry, batch), names) if isinstance(value, Tensor)]
-    if not found and isinstance(batch, list | tuple) and len(batch) == max(1, len(required)) + 1:
-        return batch[-1]
-    return found[0] if len(found) == 1 else None
-
-
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
     if isinstance(result, Mapping) or hasattr(result, "logits"):
-        return _entry(result, "logits")
+        return entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
             f"of {describe(result)}, which `forward` returned."
         )
     return first_of(result)
-
-
-def _entry(value: object, name: str) -> object:
-    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-
-
-def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    module = original_module(model)
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = inspect.signature(module.forward).parameters
-    return _PARAMETERS[module]
-
-
-def _required_names(model: nn.Module) -> list[str]:
-    """List the names of the positional arguments that ``forward`` requires."""
-    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in kinds]
-
-
-def _positional_arguments(model: nn.Module, batch: object, inputs: Selector | None) -> Sequence[object]:
-    if inputs is not None:
-        arguments: object = inputs(clone_tensors(batch))  # which may write to the batch
-        return arguments if type(arguments) is tuple else (arguments,)
-    if not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence):
-        return (batch,)
-    names = _required_names(model)
-    if names and set(names) <= {*getattr(batch, "_fields", ())}:
-        return [getattr(batch, name) for name in names]
-    return batch[: max(1, len(names))]
-
-
-def _named_arguments(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
-    parameters = parameters_of(model)
-    takes_all = all(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not takes_all and parameters.keys().isdisjoint(batch):
-        raise Refused(
-            f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. {_CHOOSE}"
-        )
-    return {name: value for name, value in batch.items() if takes_all or name in parameters}

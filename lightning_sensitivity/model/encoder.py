@@ -8,7 +8,8 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.model.call import ModelCall, parameters_of
+from lightning_sensitivity.model.arguments import parameters_of
+from lightning_sensitivity.model.call import ModelCall
 from lightning_sensitivity.model.isolation import isolated
 
 # Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.model.batches import take, tensors_in
+from lightning_sensitivity.model.entries import is_empty
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
 
 _MAX_DIMENSIONS = 4  # those of images
@@ -51,9 +52,10 @@ class InputReader:
     def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
         for name, value in named.items():
-            tensors = [x for x in tensors_in(value) if x.ndim > 0]
+            tensors = [x for x in tensors_in(value) if x.ndim > 0 and (x.is_nested or 0 not in x.shape[1:])]
             readable = [(name, x) for x in tensors if _has_rows(x, size)]
-            if len(readable) < len(tensors) or not (tensors or isinstance(value, _CONSTANTS)):
+            is_constant = isinstance(value, _CONSTANTS) or is_empty(value)
+            if len(readable) < len(tensors) or not (tensors or is_constant or tensors_in(value)):
                 self.unread[name] = None
             yield from readable
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.messages import Refused, Selector, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.model.answers import find_answers
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
-from lightning_sensitivity.model.call import ModelCall, has_targets, select_targets
+from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall
 from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
+from lightning_sensitivity.model.entries import place_of
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
+from lightning_sensitivity.model.targets import has_targets, select_targets
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
 
@@ -38,10 +42,14 @@ class BatchReader:
         features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
             that gets the inputs of the model.
         task: The task, which labels have to fit.
+        call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` says only what
+            a reference sees, and it or ``features`` is needed.
 
     Attributes:
         task: The task.
+        function: The function ``call``, if there is one.
         has_features: Whether the user says what a reference sees.
+        suspected: Where inputs have a column that may be the labels, which have two values.
 
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
@@ -55,8 +63,16 @@ class BatchReader:
         targets: Selector | None = None,
         features: Selector | nn.Module | None = None,
         task: Task = TASKS["multiclass"],
+        call: Function | None = None,
     ) -> None:
         check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features)
+        check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
+        if call is not None and inputs is None and (features is None or isinstance(features, nn.Module)):
+            raise Refused(
+                "`call=` needs `inputs=`, which says what the reference sees of a batch, and an encoder gets, such as "
+                "`inputs=lambda batch: batch[0]`; or `features=`, a function of the batch."
+            )
+        self.function = call
         self._inputs = inputs
         self._outputs = outputs
         self._targets = targets
@@ -65,6 +81,7 @@ class BatchReader:
         self.has_features = features is not None
         self.task = task
         self._input_reader = InputReader()
+        self.suspected: list[str] = []
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -79,6 +96,7 @@ class BatchReader:
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
+        self.suspected = []
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -87,10 +105,12 @@ class BatchReader:
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
-        if self._inputs is None:
+        if self.function is None and self._inputs is None:
             return ModelCall(model, batch, None, self._outputs)
         with isolated(model) as run:
-            return run(ModelCall, model, batch, self._inputs, self._outputs)
+            if self.function is None:
+                return run(ModelCall, model, batch, self._inputs, self._outputs)
+            return run(FunctionCall, model, batch, self.function, self._inputs, self._outputs)
 
     def may_have_labels(self, model: nn.Module, batch: object) -> bool:
         """Return whether it is clear where the labels of a batch would be."""
@@ -108,15 +128,37 @@ class BatchReader:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
         if self._targets is None:
-            labels = select_targets(model, batch)
+            found = select_targets(model, batch)
         else:
             with isolated(model) as run:
-                labels = run(select_targets, model, batch, self._targets)
-        labels = labels.detach().to("cpu", copy=True)
+                found = run(select_targets, model, batch, self._targets)
+        labels = found.detach().to("cpu", copy=True)
         if output_shape is not None:
             with refuse_on_error("`targets` should fit the outputs", "task"):
-                self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+                try:
+                    self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+                except ValueError as error:
+                    raise ValueError(str(error).replace("batch[1]", place_of(batch, found))) from error
         return labels
+
+    def check_seen(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
+        """Refuse labels among what a reference sees of a batch, other than by an encoder.
+
+        Raises:
+            MisconfigurationException: If they are there; the message names the entry.
+        """
+        self._input_reader.unread.update(dict.fromkeys(sorted(call.left_out())))
+        if self._encoder is not None:
+            return
+        seen: Mapping[str, object] = call.inputs()
+        if self._features is not None:
+            seen = {"features": _select_features(self._features, model, batch, len(labels))}
+        answers, self.suspected = find_answers(seen, labels, self.task.has_label(labels))
+        if answers:
+            raise Refused(
+                f"the labels are among the inputs, in `{answers[0]}`, where the reference would see them: leave them "
+                "out of what `inputs=` or `features=` returns."
+            )
 
     def kept_labels(
         self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None

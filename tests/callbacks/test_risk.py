@@ -142,7 +142,7 @@ CASES = {
     "binary, labels": Case((NOISY > 1).long(), lambda: Squeezed(1, bce), holdout_labels=SOME.clamp(max=1).float()),
     "regression": Case(X[:, :1] + X[:, 1:2].sin(), lambda: Plain(1, mse)),
     "regression, two targets": Case(X[:, :2] + 0.1 * X[:, 2:4], lambda: Plain(2, mse)),
-    "regression, labels": Case(X[:, 0], lambda: Plain(1, mse), holdout_labels=HOLDOUT[:, 0]),
+    "regression, labels": Case(X[:, :2].sum(1), lambda: Plain(1, mse), holdout_labels=HOLDOUT[:, :2].sum(1)),
 }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_any_metric_of_torchmetrics_has_an_expected_value_in_its_own_direction(k
 def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outputs_and_targets() -> None:
     assert logged(fit(Plain(), quick_risk(metrics={})), "val/").keys() == {LOSS}
     metrics = {"mae": MeanAbsoluteError(), "r2": R2Score()}
-    train = batches_of(X, X[:, :1], batch_size=89)  # R² of a batch of one sample is none
+    train = batches_of(X, X[:, :1] + 0.01 * X[:, 1:2], batch_size=89)  # R² of a batch of one sample is none
     model, val = Plain(1, mse), batches_of(HOLDOUT, HOLDOUT[:, :1])
     run = fit(model, quick_risk("regression", metrics=metrics), train=train, val=val)
     found = logged(run, "val/expected_")
@@ -289,7 +289,7 @@ ESTIMATORS: dict[str, tuple[str, Any, Tensor, Any]] = {
     "LogisticRegression": ("multiclass", LogisticRegression(), NOISY, Plain),
     "Drawing": ("binary", Drawing(), (NOISY > 1).float(), lambda: Plain(1, bce)),
     "RandomForestClassifier": ("binary", RandomForestClassifier(9), (NOISY > 1).float(), lambda: Plain(1, bce)),
-    "Ridge": ("regression", Ridge(), X[:, :2], lambda: Plain(2, mse)),
+    "Ridge": ("regression", Ridge(), X[:, :2] + X[:, 2:4], lambda: Plain(2, mse)),
 }  # fmt: skip
 
 

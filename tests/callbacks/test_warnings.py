@@ -103,7 +103,8 @@ DIFFERENT: dict[str, tuple[Any, Any, dict[str, Any], str | None]] = {  # data, o
     "a column": (of(X, Y), DataLoader(SHIFTED, 20), {}, "finds that column 7 of the inputs has another mean"),
     "a column of features=": (of(X, Y), DataLoader(SHIFTED, 20),
         {"features": lambda batch: batch[0] if isinstance(batch, list) else batch}, None),
-    "a column of a regression": (of(X, X[:, :1]), DataLoader(SHIFTED, 20), {"task": "regression"}, "that column 7 of "),
+    "a column of a regression": (of(X, X[:, :1] + X[:, 1:2]), DataLoader(SHIFTED, 20), {"task": "regression"},
+        "that column 7 of "),
 }  # fmt: skip
 
 
@@ -171,11 +172,11 @@ class Changed(Quiet):
         return loss(self(batch[0]), self.change(batch[1]))
 
 
-PRICES = 2e5 + 1e5 * X[:, :1]
+PRICES = 2e5 + 1e5 * (X[:, :1] + X[:, 1:2]) / 2
 CHANGED: dict[str, tuple[Tensor, Any, bool]] = {  # labels, what the step makes of them, and is it said?
     "standardized": (PRICES, lambda y: (y - 2.5e5) / 1e5, True),
     "logarithms": (PRICES, torch.log, True),
-    "as they are": (X[:, :1], lambda y: y, False),
+    "as they are": (X[:, :1] + X[:, 1:2], lambda y: y, False),
     "classes, mapped": (Y, lambda y: (y + 1) % 4, False),
 }  # fmt: skip
 
@@ -196,8 +197,8 @@ def test_a_good_regression_that_does_not_improve_is_not_asked_about_its_targets(
     model = Changed(CHANGED["as they are"][1], 1)
     model.lr = 0.0
     with torch.no_grad():
-        model.net.weight.copy_(0.8 * torch.eye(12)[:1])
-    assert said(quick_risk("regression"), model, of(X, X[:, :1]), max_epochs=5) == []
+        model.net.weight.copy_(0.8 * torch.eye(12)[:2].sum(0))
+    assert said(quick_risk("regression"), model, of(X, X[:, :1] + X[:, 1:2]), max_epochs=5) == []
 
 
 # Outputs that are no logits
@@ -229,7 +230,7 @@ def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share:
 def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
     model = Sigmoid()
     model.training_step = lambda batch, batch_idx: mse_loss(model(batch[0])[:, 0], batch[1])
-    assert said(quick_risk("regression"), model, of(X, X[:, 0])) == []
+    assert said(quick_risk("regression"), model, of(X, X[:, :2].mean(1))) == []
 
 
 # Labels of the wrong kind

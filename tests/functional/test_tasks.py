@@ -16,7 +16,6 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "-100 in 8 bits": ("multiclass", LOGITS, CLASSES.byte().where(CLASSES < 2, 156), "got 0 to 156"),
     "another `ignore_index`": ("multiclass", LOGITS, CLASSES - 1, "-100.* got -1 to 1.*`targets=`.*`ignore_index`"),
     "a label for some": ("multiclass", LOGITS, CLASSES[:4], r"class indices \(N,\).*shape \(4,\)"),
-    "a column of labels": ("multiclass", LOGITS, CLASSES[:, None], r"`targets=lambda batch: batch\[1\].squeeze\(1\)`"),
     "one output": ("multiclass", SINGLE, BITS.float(), "one output. Set `task='binary'`.*`task='regression'`"),
     "class indices as floats": ("multiclass", LOGITS, CLASSES.float(), r"Make class indices .*batch\[1\].long\(\)"),
     "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
@@ -48,6 +47,7 @@ SEEN = EXPECTED.where(CLASSES[:, None] < 2, torch.nan)
 KNOWN, POSITIVE = SOFT.where(SOFT >= 0, torch.nan), BOTH.where(COLUMN == 1, torch.nan)
 ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix that labels become
     "class indices": ("multiclass", LOGITS, CLASSES, EXPECTED),
+    "a column of indices": ("multiclass", LOGITS, CLASSES[:, None], EXPECTED),
     "indices in 8 bits": ("multiclass", LOGITS, CLASSES.to(torch.int8), EXPECTED),
     "some ignored": (
         "multiclass",

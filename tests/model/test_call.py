@@ -12,10 +12,12 @@ from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.model.batches import tensors_in
-from lightning_sensitivity.model.call import has_targets
+from lightning_sensitivity.model.call import FunctionCall
+from lightning_sensitivity.model.targets import has_targets
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
+Masked = namedtuple("Masked", ["x", "mask", "y"])
 Output = namedtuple("Output", ["features", "logits"])
 
 
@@ -26,7 +28,19 @@ def module(forward: Any) -> nn.Module:
 call = ModelCall
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
 THREE_LAST, IMAGES = module(lambda self, x: x.sum(-1, keepdim=True).expand(-1, -1, -1, 3)), torch.zeros(2, 5, 4, 1)
-DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args)
+DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **kwargs: args[0])
+OPTIONAL, OF_DICT = module(lambda self, x, mask=None: x), module(lambda self, batch: batch["a"] + batch["b"])
+
+
+def of_annotated(self: Any, x: dict[str, Tensor]) -> Tensor:
+    return x["a"]
+
+
+def of_tensor(self: Any, x: Tensor) -> Tensor:
+    return x
+
+
+ANNOTATED, OF_TENSOR = module(of_annotated), module(of_tensor)
 
 
 def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
@@ -121,6 +135,21 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "labels of a named tuple that has inputs called so": (lambda: select_targets(DENOISER, Weighted(X, X, IDS)), IDS),
     "labels of a mapping": (lambda: select_targets(TWO, UserDict(x=X, labels=IDS)), IDS),
     "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
+    "labels that are called Y": (lambda: select_targets(ONE, {"x": X, "Y": IDS}), IDS),
+    "labels that are called class": (lambda: select_targets(ONE, {"x": X, "class": IDS}), IDS),
+    "the only tensor beside labels": (lambda: call(ONE, {"image": X, "label": IDS})(), X),
+    "the only tensor for a forward of any arguments": (lambda: call(ANYTHING, {"image": X, "label": IDS})(), X),
+    "the only tensor of a batch without labels": (lambda: call(OF_TENSOR, {"image": X})(), X),
+    "beside what is empty": (lambda: call(ONE, {"a": X, "b": torch.zeros(3, 4, 0), "c": [], "y": IDS})(), X),
+    "the whole dict, of whose entries none is named": (lambda: call(OF_DICT, {"a": X, "b": X, "label": IDS})(), X),
+    "the whole dict where it is annotated": (lambda: call(ANNOTATED, {"a": X, "label": IDS})(), X),
+    "inputs in a pair, as many as arguments": (lambda: call(TWO, [[X, IDS], IDS]).arguments["mask"], IDS),
+    "labels beside inputs in a pair": (lambda: select_targets(TWO, [[X, X], IDS]), IDS),
+    "labels before what is no tensor": (lambda: select_targets(ONE, [X, IDS, ["a"], [IDS, IDS]]), IDS),
+    "a dict of arguments from `inputs`": (lambda: call(TWO, X, lambda x: {"mask": IDS, "x": x})(), X),
+    "a dict as an argument from `inputs`": (lambda: call(OF_DICT, X, lambda x: {"a": x, "b": x})(), X),
+    "an option that is a field": (lambda: call(OPTIONAL, Masked(X, IDS, IDS)).arguments["mask"], IDS),
+    "what a function returns": (lambda: FunctionCall(nn.Module(), (X, IDS), lambda model, batch: batch[0])(), X),
 }
 
 
@@ -133,13 +162,29 @@ def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
-    "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got 'x', 'mask' among the arguments"),
+    "noise on one of two": (
+        lambda: call(TWO, {"x": X, "mask": X})(torch.clone),
+        r"got `x`, `mask` among.*\(batch\['x'\], batch\['mask'\]\)`",
+    ),
+    "noise on several entries": (
+        lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
+        r"got `\['a'\]`, `\['b'\]` in the argument `batch`.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
+    ),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
     "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), r"which of several.*out: out\[1\]"),
     "classes last": (lambda: call(THREE_LAST, IMAGES)(), r"move the classes to dimension 1, got \[2, 5, 4, 3\]; if"),
-    "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*result\['b'\]"),
-    "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
+    "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*which `forward` returned. "),
+    "a mapping with one tensor": (lambda: select_outputs({"a": X, "b": IDS}), r"got NoneType.*result\['a'\]`"),
+    "a mapping of other names": (lambda: call(TWO, {"image": X}), r"names none of dict of 'image'.*batch\['image'\]`"),
+    "several tensors for one": (lambda: call(OF_TENSOR, {"a": X, "b": X}), r"batch\['a'\]`, or `batch\['b'\]`"),
+    "an entry that may be a label": (lambda: call(ANYTHING, {"past_target": X, "weight": X}), r"batch\['weight'\]`;"),
+    "several tensors for any arguments": (lambda: call(ANYTHING, {"a": X, "b": X}), "names none"),
+    "a dict in a dict": (lambda: call(ONE, {"all": {"a": X}, "label": IDS}), r"names none of.*\['all'\]\['a'\]`"),
+    "a dict of too many arguments": (lambda: call(TWO, X, lambda x: {"x": x, "z": x}), "none that is called 'z'"),
+    "labels of two tensors": (lambda: select_targets(ONE, (X, IDS, IDS)), r"batch\[1\]`, or `batch\[2\]`"),
+    "labels that may be a mask": (lambda: select_targets(OPTIONAL, (X, IDS, ["a"])), r"lambda batch: batch\[1\]`"),
+    "labels in a pair": (lambda: select_targets(ONE, (X, (IDS, None))), r"lambda batch: batch\[1\]\[0\]`"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
     "labels of two names": (lambda: select_targets(ONE, {"x": X, "label": IDS, "y": IDS}), "`targets` should return"),
 }

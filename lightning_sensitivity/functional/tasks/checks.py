@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import num_outputs
+from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 BY_CLASS = "Leave `task` out if labels are class indices"
@@ -29,7 +29,7 @@ def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
 
 def check_sizes(outputs: Tensor, targets: Tensor, what: str, advice: str = "") -> None:
     """Raise ValueError unless there is a label, or what they are called, for each output."""
-    if without_single_output(outputs).shape != without_single_output(targets).shape:
+    if without_single_output(outputs).shape != without_single_output(without_ones(targets)).shape:
         advice = f". {advice}" if advice else ""
         raise ValueError(f"Expected one {what} per output, but got {describe_both(outputs, targets)}{advice}")
 
@@ -48,10 +48,7 @@ def check_indices(outputs: Tensor, targets: Tensor) -> None:
         advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
         raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
     if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
-        is_column = targets.shape[1:] == (1,)
-        advice = " Remove the extra dimension: `targets=lambda batch: batch[1].squeeze(1)`" if is_column else ""
-        expected = "Expected class indices (N,) for outputs (N, K)"
-        raise ValueError(f"{expected}, but got {describe_both(outputs, targets)}.{advice}")
+        raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
     targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
     if not bool((((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)).all()):
         raise ValueError(

@@ -17,10 +17,11 @@ from lightning_sensitivity.functional.tasks.checks import (
     check_probabilities,
     check_soft_labels,
     describe_both,
+    without_single_output,
 )
 from lightning_sensitivity.functional.tasks.draws import quantiles
 from lightning_sensitivity.functional.tasks.metrics import MeanAUROC
-from lightning_sensitivity.functional.tensors import num_outputs
+from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
 MAX_AUROC_CLASSES = 100
 _FLOOR = 1e-6  # of probabilities, whose logarithms are taken
@@ -44,9 +45,9 @@ class Multiclass(TaskBase):
             advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
             raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
         if targets.is_floating_point():
-            check_soft_labels(outputs, targets)
+            check_soft_labels(outputs, without_ones(targets))
         else:
-            check_indices(outputs, targets)
+            check_indices(outputs, without_single_output(without_ones(targets)))
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
@@ -57,13 +58,13 @@ class Multiclass(TaskBase):
         """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
 
         Args:
-            labels: Class indices ``(N,)``, or probabilities ``(N, C)``.
+            labels: Class indices ``(N,)`` or ``(N, 1)``, or probabilities ``(N, C)``.
             num_columns: C, which class indices do not say.
         """
-        counts = self.has_label(labels)
+        counts, labels = self.has_label(labels), without_ones(labels)
         if labels.is_floating_point():
             return labels.where(counts[:, None], torch.nan)
-        indices = labels.long().where(counts, 0)
+        indices = without_single_output(labels).long().where(counts, 0)
         return torch.nn.functional.one_hot(indices, num_columns).float().where(counts[:, None], torch.nan)
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class Multiclass(TaskBase):
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return the outputs of a network, of a shape for each sample, that has these predictions."""
-        return p.clamp(min=_FLOOR).log()
+        return p.clamp(min=_FLOOR).log().reshape(len(p), *shape)
 
     # Labels as they are drawn
 
