@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_sensitivity.model.batches import take, tensors_in
 from lightning_sensitivity.model.entries import is_empty
+from lightning_sensitivity.model.graphs import graph_sums
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
 
 _MAX_DIMENSIONS = 4  # those of images
@@ -51,7 +52,13 @@ class InputReader:
 
     def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
+        if (of_graphs := graph_sums(named, size)) is not None:
+            yield "graphs", of_graphs
+            return
         for name, value in named.items():
+            if (of_graphs := graph_sums(value, size)) is not None:
+                yield name, of_graphs
+                continue
             tensors = [x for x in tensors_in(value) if x.ndim > 0 and (x.is_nested or 0 not in x.shape[1:])]
             readable = [(name, x) for x in tensors if _has_rows(x, size)]
             is_constant = isinstance(value, _CONSTANTS) or is_empty(value)
