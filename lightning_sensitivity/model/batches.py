@@ -4,11 +4,14 @@ import copy
 from abc import ABC
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+
+_MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 
 
 class _Cloneable(ABC):  # noqa: B024
@@ -24,23 +27,49 @@ def _clone(item: Any) -> Any:
     return item.detach().clone() if isinstance(item, Tensor) else item.clone()
 
 
-def clone_tensors(value: Any, clone: Callable[[Any], Any] = _clone) -> Any:
-    """Clone what can be cloned in a value and its collections, and the tensors of an object that can't.
+class _Holder(ABC):  # noqa: B024
+    """An object of a class of its own, whose attributes may hold tensors."""
 
-    Other objects are shared, not copied.
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Leave out collections and what is no data."""
+        known = (_Cloneable, Mapping, list, tuple, set, str, type, FunctionType, nn.Module)
+        return other.__dictoffset__ != 0 and not is_dataclass(other) and not issubclass(other, known)
+
+
+def clone_tensors(value: Any, clone: Callable[[Any], Any] = _clone, depth: int = _MAX_DEPTH) -> Any:
+    """Clone what can be cloned in a value and its collections, and of objects that can't what they hold.
+
+    Objects without tensors are shared, not copied.
 
     Args:
         value: A batch, or a part of one.
         clone: Function that clones a tensor, or another object.
+        depth: How many objects, one within the other, are copied.
     """
-    is_known = isinstance(value, _Cloneable) or is_dataclass(value)
-    attributes = {} if is_known else getattr(value, "__dict__", {})
-    tensors = {name: clone(item) for name, item in attributes.items() if isinstance(item, Tensor)}
-    if tensors:
-        value = copy.copy(value)
-        vars(value).update(tensors)
-        return value
-    return apply_to_collection(value, _Cloneable, clone, allow_frozen=True)
+
+    def copied(item: Any) -> Any:
+        if isinstance(item, _Cloneable):
+            return clone(item)
+        held = {name: each for name, each in vars(item).items() if _holds_tensors(each, depth - 1)}
+        if depth == 0 or not held:
+            return item
+        new = copy.copy(item)
+        vars(new).update({name: clone_tensors(each, clone, depth - 1) for name, each in held.items()})
+        return new
+
+    return apply_to_collection(value, (_Cloneable, _Holder), copied, allow_frozen=True)
+
+
+def _holds_tensors(value: object, depth: int) -> bool:
+    """Return whether there is something to clone in a value, or in an object within so many others."""
+    if isinstance(value, Mapping):
+        return _holds_tensors([*value.values()], depth)
+    if isinstance(value, list | tuple):
+        return any(_holds_tensors(item, depth) for item in value)
+    if isinstance(value, _Holder):
+        return depth > 0 and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
+    return isinstance(value, _Cloneable)
 
 
 def is_floating(value: object) -> TypeGuard[Tensor]:

@@ -103,7 +103,8 @@ class ModelCall:
         call = self._with(clone_tensors)
         if perturb is not None:
             name = self._argument_to_perturb()
-            call.arguments[name] = clone_tensors(call.arguments[name], lambda x: perturb(x) if is_floating(x) else x)
+            noisy = apply_to_collection(call.arguments[name], Tensor, _if_floating(perturb), allow_frozen=True)
+            call.arguments[name] = noisy
         outputs = select_outputs(call._run(), self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
@@ -218,6 +219,10 @@ class FunctionCall(ModelCall):
 
     def _result(self) -> object:
         return self._function(self._model, self.arguments[_BATCH])
+
+
+def _if_floating(perturb: Perturb) -> Perturb:
+    return lambda x: perturb(x) if is_floating(x) else x
 
 
 def _names(named: Mapping[str, object]) -> set[str]:

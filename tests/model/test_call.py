@@ -58,10 +58,10 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
     assert len(tensors_in(batch)) == 4 and not any(values.any() for values in tensors_in(batch))
 
 
-def test_objects_that_cannot_be_copied_are_shared() -> None:
+def test_objects_that_cannot_be_copied_are_shared_and_what_others_hold_is_cloned() -> None:
     batch = {"x": X, "meta": [Lock(), SimpleNamespace(x=X)]}
-    forward = ModelCall(module(lambda self, x, meta: x if meta[0] is batch["meta"][0] else None), batch)
-    assert torch.equal(forward.copy_to_cpu()(), X) and forward.copy_to_cpu().arguments["meta"][1] is batch["meta"][1]
+    forward = ModelCall(module(lambda self, x, meta: meta[1].x.add_(x) if meta[0] is batch["meta"][0] else None), batch)
+    assert torch.equal(forward.copy_to_cpu()(), X)
     assert torch.equal(call(ONE, batch, lambda batch: batch["x"])(), X)
 
 
