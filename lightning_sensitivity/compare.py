@@ -1,6 +1,5 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
@@ -16,6 +15,7 @@ from lightning_sensitivity.messages import Refused, Selector, check_argument, ch
 from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader, move_batch
+from lightning_sensitivity.reference.groups import count_groups, known_share, stderr_of_mean
 from lightning_sensitivity.reference.kinds import join_seen
 from lightning_sensitivity.reference.observations import projection, repeated_share
 
@@ -65,6 +65,7 @@ def compare_models(
     targets: Selector | None = None,
     features: Selector | nn.Module | None = None,
     reference: object = None,
+    groups: Selector | None = None,
     validation_labels: bool = False,
     task: str = "multiclass",
     inputs: Selector | None = None,
@@ -94,6 +95,9 @@ def compare_models(
             the models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
         reference: An estimator of scikit-learn that takes the place of the reference's own learners: a
             classifier with ``predict_proba``, or a regressor.
+        groups: A function ``batch -> groups`` of what samples share, such as the patient, if unseen samples are of
+            other ones: numbers or strings, one a sample. The reference then leaves out whole groups, and standard
+            errors count groups.
         validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may
             be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
@@ -128,7 +132,7 @@ def compare_models(
     check_estimator("reference", reference, rules := TASKS[task])
     check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
     selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
-    reader = BatchReader(**selectors, features=features, task=rules)
+    reader = BatchReader(**selectors, features=features, groups=groups, task=rules)
     has_any_outputs = rules.has_any_outputs(loss)
     found = {name: _run(name, model, batches, reader, rules, has_any_outputs) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
@@ -137,9 +141,11 @@ def compare_models(
     if features is None and len({*names.values()}) > 1:
         raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
     shape = None if has_any_outputs else tuple(without_ones(next(iter(found.values()))).shape[1:])
-    judge = _Judge(next(iter(models.values())), shape, batches, reader, rules, loss)
+    groups_of_samples = _groups(next(iter(models.values())), batches, reader)
+    judge = _Judge(next(iter(models.values())), shape, batches, groups_of_samples, reader, rules, loss)
     values = judge.values(list(found.values()), training, reference, validation_labels)
-    return _rank(dict(zip(models, values, strict=True)), highest_first=rules.is_highest_best and loss is None)
+    highest_first = rules.is_highest_best and loss is None
+    return _rank(dict(zip(models, values, strict=True)), highest_first, judge.groups)
 
 
 def _are_models(models: object) -> bool:
@@ -170,12 +176,24 @@ def _run(
     return outputs
 
 
+def _groups(model: nn.Module, batches: Sequence[object], reader: BatchReader) -> Tensor | None:
+    """Return the number of the group of each sample, ``(N,)``; None without groups."""
+    if not reader.has_groups:
+        return None
+    found = []
+    for batch in batches:
+        moved = move_batch(model, batch)
+        found.append(reader.groups(model, moved, reader.size(model, reader.call(model, moved))))
+    return torch.cat([each for each in found if each is not None])
+
+
 class _Judge(NamedTuple):
     """What tells the worth of outputs for batches, which are read as for a model."""
 
     model: nn.Module
     shape: tuple[int, ...] | None  # of outputs for a sample; None if a loss takes any
     batches: Sequence[object]
+    groups: Tensor | None  # the number of the group of each sample
     reader: BatchReader
     task: Task
     loss: Loss | None
@@ -199,12 +217,18 @@ class _Judge(NamedTuple):
         if with_labels:
             labels = self._labels()
             y = self.task.label_matrix(labels, q.shape[1])
-            judged.append((self.task.has_label(labels).double(), y, self.task.hard_labels(y)[None]))
+            judged.append((self._worth(self.task.has_label(labels)), y, self.task.hard_labels(y)[None]))
         total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
         return [
             sum(weights * self._values(each, y, draws, like).nan_to_num() for weights, y, draws in judged) / total
             for each in outputs
         ]
+
+    def _worth(self, has_label: Tensor) -> Tensor:
+        """Return what each label counts, ``(N,)``; those of one group count as one."""
+        num_labels = int(has_label.sum())
+        number = count_groups(None if self.groups is None else self.groups[has_label], num_labels)
+        return has_label.double() * (number / max(1, num_labels))
 
     def _labels(self) -> Tensor:
         """Return the validation labels, ``(N,)`` or ``(N, K)``."""
@@ -243,7 +267,7 @@ class _Judge(NamedTuple):
                 self._check(moved, like)
             self.reader.keep_observations(kept, self.model, moved, self.shape)
         known = kept.joined()
-        fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels)
+        fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels, known.groups)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
         if share := repeated_share(projection(new), projection(known.seen)):
             warnings.warn(
@@ -251,18 +275,24 @@ class _Judge(NamedTuple):
                 f"labels the models know: take others.{link_to('repeated')}",
                 stacklevel=4,
             )
+        if share := known_share(self.groups, known.groups):
+            warnings.warn(
+                f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are of groups in `training`: "
+                f"the comparison holds for these groups alone.{link_to('groups')}",
+                stacklevel=4,
+            )
         return fitted, torch.from_numpy(fitted.predict_matrix(new)), like[:0]
 
 
-def _rank(values: Mapping[str, Tensor], highest_first: bool) -> Comparison:
-    """Sort models by their mean value over samples."""
+def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:
+    """Sort models by their mean value over samples; standard errors count groups, if there are any."""
     sign = -1 if highest_first else 1
     order = sorted(values, key=lambda name: sign * float(values[name].mean()))
     found = Comparison()
     for rank, name in enumerate(order, start=1):
         worse_by = sign * (values[name] - values[order[0]])
         difference = float(worse_by.mean())
-        stderr = float(worse_by.std() / math.sqrt(len(worse_by))) if len(worse_by) > 1 else math.nan
+        stderr = stderr_of_mean(worse_by, groups)
         may_be_best = not difference > _QUANTILE * stderr
         found.append(ModelScores(rank, name, float(values[name].mean()), difference, stderr, may_be_best))
     return found

@@ -15,6 +15,7 @@ from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the last score: below, a network is still learning
@@ -48,6 +49,8 @@ class Expectation:
     def values(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None) -> Values:
         """Compute what to expect on a loader: by the reference, which counts as 1,000 labels, and by labels.
 
+        Labels of one group count as one.
+
         Args:
             outputs: Outputs ``(N, ...)``.
             labels: Labels ``(N, C)``, nan where a sample has none.
@@ -61,6 +64,9 @@ class Expectation:
             return dict.fromkeys(self._names, math.nan)
         counts = ~labels.isnan().any(1) & is_finite
         num_labels, y = int(counts.sum()), labels[counts]
+        worth = num_labels
+        if unseen is not None and unseen.groups is not None:
+            worth = count_groups(unseen.groups[counts], num_labels)
         by_labels = self._measure(outputs[counts], y, self._task.hard_labels(y)[None])
         expected: Values = {}
         if unseen is not None:
@@ -68,7 +74,7 @@ class Expectation:
             expected = self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
         if not expected and not by_labels:
             return {}
-        known = {name: _mean(name, (expected, WORTH), (by_labels, num_labels)) for name in expected | by_labels}
+        known = {name: _mean(name, (expected, WORTH), (by_labels, worth)) for name in expected | by_labels}
         return known | {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:

@@ -71,12 +71,21 @@ class Unseen:
         q: Its predictions for them, ``(N, C)``.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
+        groups: The number of the group of each kept sample, also of those that it can't read; None without groups.
     """
 
     indices: Tensor
     q: Tensor
     draws: Tensor
     score: float
+    groups: Tensor | None = None
+
+    def moved(self, places: Tensor) -> "Unseen":
+        """Return it for the same samples in another order, by the new place of each."""
+        groups = self.groups
+        if groups is not None:
+            groups = torch.empty_like(groups).index_copy_(0, places, groups)
+        return Unseen(places[self.indices], self.q, self.draws, self.score, groups)
 
 
 @dataclass
@@ -111,7 +120,8 @@ class Predicted:
         unseen = {}
         for index, each in state["unseen"].items():
             draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
-            unseen[int(index)] = Unseen(each["indices"].long(), each["q"].float(), draws, float(each["score"]))
+            groups = None if each["groups"] is None else each["groups"].long()
+            unseen[int(index)] = Unseen(each["indices"].long(), each["q"].float(), draws, float(each["score"]), groups)
         fingerprints = {int(index): each.double() for index, each in state["fingerprints"].items()}
         return cls(Verdict(**state["verdict"]), unseen, fingerprints)
 
@@ -132,7 +142,7 @@ class Predicted:
                 return None
             places = torch.empty_like(before)
             places[before] = after
-            unseen[index] = Unseen(places[known.indices], known.q, known.draws, known.score)
+            unseen[index] = known.moved(places)
         return Predicted(self.verdict, unseen, dict(fingerprints))
 
 

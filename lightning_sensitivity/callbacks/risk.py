@@ -79,6 +79,9 @@ class RiskMonitor(Monitor):
             much as the network.
         reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
             Other processes wait while the first one fits it, for at most the timeout of the process group.
+        groups: A function ``batch -> groups`` of what samples share, such as the patient or the machine, if unseen
+            samples are of other ones: numbers or strings, one a sample. The reference then leaves out whole
+            groups.
         class_shares: The shares of the classes among unseen samples, if a sampler or undersampling shows the
             training others: numbers that sum to 1, or ``"estimate"`` (expectation maximization; Saerens et
             al., 2002).
@@ -116,6 +119,7 @@ class RiskMonitor(Monitor):
         validation_labels: bool = False,
         features: Selector | nn.Module | None = None,
         reference: Any = None,
+        groups: Selector | None = None,
         class_shares: Sequence[float] | Literal["estimate"] | None = None,
         num_samples: int | None = 600,
         prefix: str = "val/",
@@ -131,7 +135,7 @@ class RiskMonitor(Monitor):
         check_estimator("reference", reference, rules)
         check_class_shares(class_shares, rules)
         selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
-        reader = BatchReader(**selectors, features=features, task=rules)
+        reader = BatchReader(**selectors, features=features, groups=groups, task=rules)
         super().__init__(reader, num_samples, prefix, prog_bar)
         if validation_labels and self.num_samples is not None:
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
@@ -308,6 +312,7 @@ class RiskMonitor(Monitor):
         check_count(labels, len(outputs))
         check_targets(labels, self.task)
         self.reader.check_seen(module, batch, call, labels)
+        self.reader.groups(module, batch, len(outputs))
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         if self._has_default:

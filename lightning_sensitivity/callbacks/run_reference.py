@@ -19,13 +19,9 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.groups import group_means, known_share
 from lightning_sensitivity.reference.kinds import Seen, are_finite, take
-from lightning_sensitivity.reference.observations import (
-    Observations,
-    largest_difference,
-    projection,
-    repeated_share,
-)
+from lightning_sensitivity.reference.observations import Observations, largest_difference, projection, repeated_share
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
@@ -216,7 +212,7 @@ class RunReference:
             raise ValueError("No training sample has a label")
         known = Observations.join(known_parts)
         known = known.take(self._finite_samples(known.seen, "training samples"))
-        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy())
+        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
         missing = (fitted.shares_ == 0).nonzero()[0]
         is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
         if is_known and len(missing) > 0:
@@ -225,20 +221,20 @@ class RunReference:
         self._warn_of_unread()
         if self.predicted is None:
             verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
-            unseen = self._predict_all(parts, known.seen) if verdict.is_trusted else {}
+            unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
             self.predicted = Predicted(verdict, unseen, _joined_fingerprints(parts))
 
-    def _predict_all(self, parts: Sequence[_Part], known: Seen) -> dict[int, Unseen]:
+    def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
         found: dict[int, Unseen] = {}
-        places = projection(known)
+        places = projection(known.seen)
         for index in sorted({index for part in parts for index in part.unseen}):
             unseen = [part.unseen[index] for part in parts if index in part.unseen]
             if None in unseen:  # which has been said where it happened
                 continue
             with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                 joined = Observations.join([each for each in unseen if each is not None])
-                found[index] = self._predict(index, known, places, joined.seen)
+                found[index] = self._predict(index, known, places, joined)
         return found
 
     def _finite_samples(self, seen: Seen, what: str) -> Tensor:
@@ -253,20 +249,22 @@ class RunReference:
             self._reporter.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
 
-    def _predict(self, dataloader_idx: int, known: Seen, known_places: Tensor, seen: Seen) -> Unseen:
+    def _predict(self, dataloader_idx: int, known: Observations, known_places: Tensor, unseen: Observations) -> Unseen:
         """Predict the kept samples of a loader, and draw labels for them; places are projections."""
-        indices = self._finite_samples(seen, f"validation samples of dataloader {dataloader_idx}")
+        indices = self._finite_samples(unseen.seen, f"validation samples of dataloader {dataloader_idx}")
         if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
-        places, order = projection(take(seen, indices)).sort()
+        places, order = projection(take(unseen.seen, indices)).sort()
         indices = indices[order]
-        seen = take(seen, indices)
-        q = self.predict(seen)
+        new = unseen.take(indices)
+        q = self.predict(new.seen)
         if self._task.has_class_shares and self._class_shares is None:
-            self._warn_of_shares(dataloader_idx, q)
-        self._warn_of_columns(dataloader_idx, known, seen)
+            self._warn_of_shares(dataloader_idx, q, new.groups)
+        self._warn_of_columns(dataloader_idx, known, new)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
-        return Unseen(indices, q.float(), draw_labels(q, self._task.name, self.fitted.residuals_), self.fitted.score_)
+        self._warn_of_groups(dataloader_idx, known, new)
+        draws = draw_labels(q, self._task.name, self.fitted.residuals_)
+        return Unseen(indices, q.float(), draws, self.fitted.score_, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
@@ -286,10 +284,11 @@ class RunReference:
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._reporter.warn("features", message, kind="unread")
 
-    def _warn_of_shares(self, dataloader_idx: int, q: Tensor) -> None:
+    def _warn_of_shares(self, dataloader_idx: int, q: Tensor, groups: Tensor | None) -> None:
         """Warn if classes seem to have other shares among validation samples than among training samples."""
         left_out = torch.from_numpy(self.fitted.left_out_)
-        gap, size = largest_difference(left_out, q)
+        known_groups = None if groups is None else torch.from_numpy(self.fitted.groups_)
+        gap, size = largest_difference(group_means(left_out, known_groups), group_means(q, groups))
         if size > _SHARES_DIFFER:
             message = (
                 f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
@@ -298,11 +297,12 @@ class RunReference:
             )
             self._reporter.warn("class-shares", message, kind=str(dataloader_idx))
 
-    def _warn_of_columns(self, dataloader_idx: int, known: Seen, seen: Seen) -> None:
+    def _warn_of_columns(self, dataloader_idx: int, known: Observations, new: Observations) -> None:
         """Warn if a column has another mean among validation samples than among training samples."""
-        if self._reader.has_features or "columns" not in known:
+        if self._reader.has_features or "columns" not in known.seen:
             return
-        column, size = largest_difference(known["columns"], seen["columns"])
+        of_each = [group_means(each.seen["columns"], each.groups) for each in (known, new)]
+        column, size = largest_difference(*of_each)
         if size > _COLUMNS_DIFFER:
             message = (
                 f"finds that column {column} of the inputs has another mean in dataloader {dataloader_idx} than in "
@@ -319,6 +319,16 @@ class RunReference:
                 "knows their labels, and the values say nothing of others. Validate on other samples."
             )
             self._reporter.warn("repeated", message, kind=str(dataloader_idx))
+
+    def _warn_of_groups(self, dataloader_idx: int, known: Observations, new: Observations) -> None:
+        """Warn if validation samples are of groups that training has seen."""
+        share = known_share(new.groups, known.groups)
+        if share > 0:
+            message = (
+                f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are of groups that training has "
+                "seen: the values hold for these groups alone. Validate on other ones."
+            )
+            self._reporter.warn("groups", message, kind=str(dataloader_idx))
 
 
 def _joined_fingerprints(parts: Sequence[_Part]) -> dict[int, Tensor]:

@@ -24,6 +24,7 @@ from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
 from lightning_sensitivity.model.targets import has_targets, select_targets
+from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
 
@@ -41,6 +42,7 @@ class BatchReader:
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
         features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
             that gets the inputs of the model.
+        groups: A function ``batch -> groups``, numbers or strings, one a sample; None without groups.
         task: The task, which labels have to fit.
         call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` says only what
             a reference sees, and it or ``features`` is needed.
@@ -49,6 +51,7 @@ class BatchReader:
         task: The task.
         function: The function ``call``, if there is one.
         has_features: Whether the user says what a reference sees.
+        has_groups: Whether samples have groups.
         suspected: Where inputs have a column that may be the labels, which have two values.
 
     Raises:
@@ -62,10 +65,11 @@ class BatchReader:
         outputs: Selector | None = None,
         targets: Selector | None = None,
         features: Selector | nn.Module | None = None,
+        groups: Selector | None = None,
         task: Task = TASKS["multiclass"],
         call: Function | None = None,
     ) -> None:
-        check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features)
+        check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups)
         check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
         if call is not None and inputs is None and (features is None or isinstance(features, nn.Module)):
             raise Refused(
@@ -78,7 +82,9 @@ class BatchReader:
         self._targets = targets
         self._encoder = features if isinstance(features, nn.Module) else None
         self._features = None if isinstance(features, nn.Module) else features
+        self._groups = groups
         self.has_features = features is not None
+        self.has_groups = groups is not None
         self.task = task
         self._input_reader = InputReader()
         self.suspected: list[str] = []
@@ -208,6 +214,20 @@ class BatchReader:
         values = _select_features(self._features, model, batch, size)
         return {"columns": take(values, rows).detach().float().flatten(1).cpu()}
 
+    def groups(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
+        """Find the number of the group of each of N samples of a batch, ``(N,)``; None without groups.
+
+        Raises:
+            MisconfigurationException: If ``groups`` fails, or does not return a number or string for each sample.
+        """
+        if self._groups is None:
+            return None
+        with refuse_on_error(f"`groups` failed on {describe(batch)}", "groups"), isolated(model) as run:
+            numbers = group_numbers(run(self._groups, clone_tensors(batch)))
+        if len(numbers) != size:
+            raise Refused(f"`groups` should return a group for each of {size} samples, got {len(numbers)}.", "groups")
+        return numbers
+
     # Validation samples
 
     def keep(
@@ -231,9 +251,12 @@ class BatchReader:
         indices = whole.spread(min(max_samples, num_that_fit))
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
-        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), None, None, indices, is_truncated)
+        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
+        size = whole.size or kept.size
         if self._features is not None:  # all else can be found in the call
-            kept.seen = self.see(model, batch, whole, whole.size or kept.size, indices)
+            kept.seen = self.see(model, batch, whole, size, indices)
+        groups = self.groups(model, batch, size)
+        kept.groups = None if groups is None else take(groups, indices)
         return kept
 
     def join(self, model: nn.Module, samples: KeptSamples) -> Observations:
@@ -247,7 +270,7 @@ class BatchReader:
 
     def _observe(self, model: nn.Module, kept: KeptBatch) -> Observations:
         seen = kept.seen or self.see(model, None, kept.call, kept.size)
-        return Observations(seen, torch.zeros(kept.size, 0))
+        return Observations(seen, torch.zeros(kept.size, 0), kept.groups)
 
     # Training samples
 
@@ -286,8 +309,8 @@ class BatchReader:
         indices = labelled[chosen.indices]
         if len(indices) > 0:
             y = self.task.label_matrix(labels[indices], kept.num_columns).float()  # also of soft labels
-            seen = self.see(model, batch, call, len(labels), indices)
-            kept.add(chosen.priorities, Observations(seen, y))
+            seen, groups = self.see(model, batch, call, len(labels), indices), self.groups(model, batch, len(labels))
+            kept.add(chosen.priorities, Observations(seen, y, None if groups is None else groups[indices]))
 
 
 def move_batch(model: nn.Module, batch: object) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task, classification_of
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
+from lightning_sensitivity.reference.groups import stderr_of_mean
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
@@ -42,7 +43,7 @@ class Calibration:
         return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
 
 
-def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
+def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) -> Calibration:
     """Find the temperature of the lowest Brier score, and how much certainty that leaves too much.
 
     A ridge regression of labels is right more often than it says, which a temperature cures (Guo et al.,
@@ -53,16 +54,18 @@ def calibrate(p: Tensor, y: Tensor, task: Task) -> Calibration:
         p: Left-out predictions, ``(N, C)``.
         y: Labels, ``(N, C)``.
         task: The task.
+        groups: The number of the group of each sample, ``(N,)``; None without groups.
     """
     if not task.needs_calibration:
         return Calibration(task)
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
-    p, y = p[some], y[some]
+    p, y, groups = p[some], y[some], None if groups is None else groups[some]
     power = min(_POWERS, key=lambda each: float(task.distances(task.sharpened(p, each), y).sum()))
     certainty, is_right = task.certainties(task.sharpened(p, power), y)
     accuracy = is_right.mean()
     excess = certainty.mean() - accuracy
-    if excess <= _ERRORS * (accuracy * (1 - accuracy) / len(y)).sqrt():
+    by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
+    if not excess > _ERRORS * by_chance:
         return Calibration(task, power)
     return Calibration(task, power, min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING))
 

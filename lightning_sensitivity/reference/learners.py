@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -22,8 +22,12 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.blocks import Block, Matrix, columns, spread
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import Features, median_distance
+from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations
+
+# Which samples to learn from, and which to predict then; None where each is left out by itself.
+Folds: TypeAlias = list[tuple[Array, Array]] | None
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -54,22 +58,27 @@ class Learner:
         name: ``"forest"``, ``"ridge"``, or the class of an estimator.
         features: What it sees of the samples.
         model: An estimator of scikit-learn, fitted to a matrix.
-        left_out: What it would have predicted of each sample without it.
-        labels: The labels of the same samples, ``(N, C)``.
+        left_out: What it would have predicted of each sample without it, or without its group.
+        known: The samples.
         task: The task.
 
     Attributes:
+        labels: The labels of the samples, ``(N, C)``.
+        groups: The number of the group of each, ``(N,)``; None without groups.
         calibration: What its predictions need.
         left_out: The left-out predictions, calibrated, ``(N, C)``.
     """
 
-    def __init__(self, name: str, features: Features, model: Any, left_out: Array, labels: Tensor, task: Task) -> None:
+    def __init__(
+        self, name: str, features: Features, model: Any, left_out: Array, known: Observations, task: Task
+    ) -> None:
         self.name = name
         self.features = features
-        self.labels = labels
+        self.labels = known.labels
+        self.groups = known.groups
         self._model = model
         p = self._as_matrix(left_out)
-        self.calibration = calibrate(p, labels, task)
+        self.calibration = calibrate(p, known.labels, task, known.groups)
         self.left_out = self.calibration(p)
 
     def predict(self, seen: Seen) -> Tensor:
@@ -107,20 +116,34 @@ class _Choice(NamedTuple):
         score: Its left-out score there.
         name: Its name.
         blocks: What it sees; see :class:`Features`.
-        fit: Fits it to a matrix and targets, and returns a model and left-out predictions.
+        fit: Fits it to a matrix and targets, by folds, and returns a model and left-out predictions.
     """
 
     score: float
     name: str
     blocks: dict[str, Block]
-    fit: Callable[[Matrix, Array], tuple[Any, Array]]
+    fit: Callable[[Matrix, Array, Folds], tuple[Any, Array]]
+
+
+def folds_of(known: Observations) -> Folds:
+    """Return at most five folds that leave out whole groups; None without groups, or of a single one."""
+    if known.groups is None or (number := count_groups(known.groups, 0)) == 1:
+        return None
+    return list(GroupKFold(min(_FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
+
+
+def check_groups(known: Observations) -> None:
+    """Raise ValueError if there is but one group, so that none can be left out."""
+    if known.groups is not None and count_groups(known.groups, 0) == 1:
+        raise ValueError("Expected samples of two or more groups, but all are of one: leave `groups` out.")
 
 
 def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
     """Choose what suits the samples on a part of them, and fit it to all that it can take.
 
     Args:
-        known: Different samples, no larger than ``shrunk`` makes them, with a matrix of labels, ``(N, C)``.
+        known: Different samples, no larger than ``shrunk`` makes them, with a matrix of labels, ``(N, C)``. Where they
+            have groups, whole groups are left out.
         task: The task, which says how predictions are scored.
 
     Returns:
@@ -136,13 +159,14 @@ def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
         indices = spread(len(known), most)
         known = known.take(indices)
         features = Features(best.blocks, known.seen)
-        model, left_out = best.fit(features(known.seen), known.labels.numpy())
-    return Learner(best.name, features, model, left_out, known.labels, task), indices
+        check_groups(known)
+        model, left_out = best.fit(features(known.seen), known.labels.numpy(), folds_of(known))
+    return Learner(best.name, features, model, left_out, known, task), indices
 
 
-def _score(left_out: Array, labels: Tensor, task: Task) -> float:
-    p = torch.from_numpy(left_out).reshape(labels.shape)
-    return float(task.distances(calibrate(p, labels, task)(p), labels).mean())
+def _score(left_out: Array, known: Observations, task: Task) -> float:
+    p = torch.from_numpy(left_out).reshape(known.labels.shape)
+    return float(task.distances(calibrate(p, known.labels, task, known.groups)(p), known.labels).mean())
 
 
 # A random forest
@@ -168,11 +192,11 @@ def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
 
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
-    blocks, y = _blocks_of_forest(part.seen), part.labels.numpy()
+    blocks, y, folds = _blocks_of_forest(part.seen), part.labels.numpy(), folds_of(part)
     matrix = Features(blocks, part.seen)(part.seen)
 
     def score(num_columns: int, leaf: int) -> float:
-        return _score(_fit_forest(matrix, y, num_columns, leaf, _TREES_OF_PART)[1], part.labels, task)
+        return _score(_leave_out(_forest(y, num_columns, leaf, _TREES_OF_PART), matrix, y, folds), part, task)
 
     total = matrix.shape[1]
     half = max(1, total // 2)
@@ -187,15 +211,26 @@ def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
     return _Choice(scores[best], "forest", blocks, partial(_fit_forest, num_columns=best[0], leaf=best[1]))
 
 
-def _fit_forest(matrix: Matrix, y: Array, num_columns: int, leaf: int, trees: int = 0) -> tuple[Any, Array]:
-    """Fit a forest; left-out predictions are those of the trees that did not draw a sample.
+def _forest(y: Array, num_columns: int, leaf: int, trees: int) -> RandomForestRegressor:
+    """Make a forest. The regression of one-hot labels is a classification: its squared error is the Gini impurity."""
+    trees = min(trees, max(_MIN_TREES, _MAX_WORK // (y.size * num_columns)))
+    options = {"max_features": num_columns, "min_samples_leaf": leaf, "random_state": 0}
+    return RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
 
-    The regression of one-hot labels is a classification: its squared error is the Gini impurity.
-    """
-    trees = min(trees or _TREES, max(_MIN_TREES, _MAX_WORK // (y.size * num_columns)))
-    options = {"max_features": num_columns, "min_samples_leaf": leaf, "oob_score": True, "random_state": 0}
-    forest = RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
-    return forest.fit(matrix, y.squeeze()), forest.oob_prediction_
+
+def _leave_out(forest: RandomForestRegressor, matrix: Matrix, y: Array, folds: Folds) -> Array:
+    """Predict samples by the trees that did not draw them, or by half as many trees of the other folds."""
+    if folds is None:
+        return forest.set_params(oob_score=True).fit(matrix, y.squeeze()).oob_prediction_
+    few = clone(forest).set_params(n_estimators=forest.n_estimators // 2)
+    return cross_val_predict(few, matrix, y.squeeze(), cv=folds)
+
+
+def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, leaf: int) -> tuple[Any, Array]:
+    """Fit a forest, and predict the samples that it leaves out."""
+    forest = _forest(y, num_columns, leaf, _TREES)
+    left_out = _leave_out(forest, matrix, y, folds)
+    return (forest if folds is None else forest.fit(matrix, y.squeeze())), left_out
 
 
 # Ridge regression on features of a kernel
@@ -203,23 +238,24 @@ def _fit_forest(matrix: Matrix, y: Array, num_columns: int, leaf: int, trees: in
 
 def _choose_ridge(part: Observations, task: Task) -> _Choice:
     """Try all features, with several widths of the kernel."""
-    y, found = part.labels.numpy(), []
+    y, folds, found = part.labels.numpy(), folds_of(part), []
     centres = _CENTRES if [*part.seen] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part.seen):
         matrix = Features(blocks, part.seen)(part.seen)
         distance = median_distance(matrix)
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
-            score = _score(fit(matrix, y, centres=_CENTRES_OF_PART)[1], part.labels, task)
+            score = _score(fit(matrix, y, folds, centres=_CENTRES_OF_PART)[1], part, task)
             found.append(_Choice(score, "ridge", blocks, fit))
     return min(found, key=lambda each: each.score)
 
 
-def _fit_ridge(matrix: Matrix, y: Array, gamma: float, centres: int) -> tuple[Any, Array]:
+def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres: int) -> tuple[Any, Array]:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
-    alpha, left_out = min(_leave_one_out(features, y), key=lambda each: float(np.square(each[1] - y).mean()))
+    found = _leave_one_out(features, y) if folds is None else _leave_folds_out(features, y, folds)
+    alpha, left_out = min(found, key=lambda each: float(np.square(each[1] - y).mean()))
     return make_pipeline(kernel, Ridge(alpha).fit(features, y)), left_out
 
 
@@ -237,11 +273,24 @@ def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
     return found
 
 
+def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[tuple[float, Array]]:
+    """Return each ridge, and what ridge regression predicts of each fold without it, ``(N, C)``."""
+    found = [(alpha, np.empty_like(y)) for alpha in _ALPHAS]
+    for known, new in folds:
+        mean, mean_label = features[known].mean(0), y[known].mean(0)
+        x = features[known] - mean
+        values, vectors = np.linalg.eigh(x.T @ x)
+        products, basis = vectors.T @ (x.T @ (y[known] - mean_label)), (features[new] - mean) @ vectors
+        for alpha, left_out in found:
+            left_out[new] = mean_label + basis @ (products / (values.clip(0) + alpha)[:, None])
+    return found
+
+
 # Any estimator of scikit-learn
 
 
 def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Learner, Tensor]:
-    """Fit a copy of an estimator; left-out predictions are those of five folds.
+    """Fit a copy of an estimator; left-out predictions are those of five folds, of whole groups if there are any.
 
     Args:
         estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
@@ -259,9 +308,10 @@ def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Lear
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
     # Shuffled: samples come in an order that depends on their inputs.
-    cv = folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
+    check_groups(known)
+    cv = folds_of(known) or folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
     with _quiet():
         left_out = cross_val_predict(model, matrix, y, cv=cv, method=method)
         model.fit(matrix, y)
-    learner = Learner(type(estimator).__name__, features, model, left_out, known.labels, task)
+    learner = Learner(type(estimator).__name__, features, model, left_out, known, task)
     return learner, torch.arange(len(known))

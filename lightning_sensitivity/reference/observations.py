@@ -14,6 +14,7 @@ from lightning_sensitivity.reference.kinds import KINDS, Kind, Seen, join_seen, 
 
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
+_COLUMNS_AT_ONCE = 64  # whose means are compared, in double precision
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
 _REPEATED = 0.1  # share of new samples that are known ones, beyond that of samples that are equal by chance
@@ -72,7 +73,7 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
 
     Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a
     sample repeatedly: that is no second observation, and a reference that leaves one of them out would still
-    know its label.
+    know its label. Equal samples of different groups are different.
 
     Args:
         known: Samples, with labels as the task takes them.
@@ -85,19 +86,23 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     seen, labels = known.seen, known.labels
     place = projection(seen)
     order = _projected(labels).argsort(stable=True)
+    group = torch.zeros(len(order), dtype=torch.int64) if known.groups is None else known.groups
+    order = order[group[order].argsort(stable=True)]
     order = order[place[order].argsort(stable=True)]
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
     y = task.label_matrix(labels[order], num_columns).double()
-    which = torch.unique_consecutive(place[order], return_inverse=True)[1]
-    first = torch.cat([which.new_ones(1), which.diff()]).bool()
+    is_other = (place[order].diff() != 0) | (group[order].diff() != 0)  # than the sample before
+    first = torch.cat([is_other.new_ones(1), is_other])
+    which = first.cumsum(0) - 1
     means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, which, y)
     means /= which.bincount()[:, None]
     if not has_few_values(seen):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
     indices = order[chosen]
-    return indices, Observations(take(seen, indices), y[chosen])
+    groups = None if known.groups is None else known.groups[indices]
+    return indices, Observations(take(seen, indices), y[chosen], groups)
 
 
 def has_few_values(seen: Seen) -> bool:
@@ -155,14 +160,20 @@ def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
     """Return the column whose mean differs most between samples, and by how many standard errors.
 
     Args:
-        known: Columns of some samples, ``(N, D)``.
+        known: Columns of some samples, ``(N, D)``, or the means of groups.
         new: The same columns of others, ``(M, D)``.
     """
+    pairs = zip(*(torch.split(each, _COLUMNS_AT_ONCE, 1) for each in (known, new)), strict=True)
+    sizes = torch.cat([_differences(*pair) for pair in pairs])
+    column = int(sizes.argmax())
+    return column, float(sizes[column])
+
+
+def _differences(known: Tensor, new: Tensor) -> Tensor:
+    """Return by how many standard errors the mean of each column differs, ``(D,)``."""
     known, new = known.double(), new.double()
     of_all = torch.cat([known, new]).var(0) * (1 / len(known) + 1 / len(new))
     of_each = known.var(0, correction=0) / len(known) + new.var(0, correction=0) / len(new)
     variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
     gaps = (known.mean(0) - new.mean(0)).abs() / variances.sqrt()
-    sizes = gaps.where(variances > 0, 0.0)
-    column = int(sizes.argmax())
-    return column, float(sizes[column])
+    return gaps.where(variances > 0, 0.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, find_task
 from lightning_sensitivity.reference.calibration import unexplained_share
+from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different
@@ -38,7 +39,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
       Ng, 2011) or words, which leaves one sample out in closed form.
 
     Probabilities are calibrated by a temperature (Guo et al., 2017); what that leaves too sure is smoothed. A
-    sample that comes repeatedly counts once, except in a table of few categories.
+    sample that comes repeatedly counts once, except in a table of few categories. With ``groups``, both leave whole
+    groups out.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
@@ -52,6 +54,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         left_out_: Predictions for each training sample without it, ``(N, C)``.
         labels_: Their labels, ``(N, C)``.
         rows_: Which samples they are, ``(N,)``.
+        groups_: The number of the group of each, ``(N,)``; None without groups.
         score_: The Brier score of ``left_out_``, or the mean squared error.
         skill_: How much lower it is than that of the mean label, up to 1.
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
@@ -91,7 +94,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         tags.regressor_tags = None if is_classifier else RegressorTags()
         return tags
 
-    def fit(self, x: Samples, y: Array) -> "Reference":
+    def fit(self, x: Samples, y: Array, groups: Array = None) -> "Reference":
         """Fit a small model to training labels, and predict each of them without it.
 
         Args:
@@ -104,21 +107,25 @@ class Reference(BaseEstimator):  # type: ignore[misc]
                 or one-hot or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``;
                 for ``"regression"`` any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left
                 out, except in a regression.
+            groups: What samples of one group share, such as the patient, if new samples are of other ones: numbers
+                or strings ``(N,)``. Whole groups are then left out, in five folds.
 
         Returns:
             The reference itself.
 
         Raises:
             ValueError: If shapes do not fit, there are fewer than four different samples, inputs are nan or
-                inf, or labels do not fit the task.
+                inf, labels do not fit the task, or all samples are of one group.
         """
         task = find_task(self.task)
         seen = read_samples(x)
         labels, self.classes_ = read_labels(y, task)
-        sizes = {len(labels), *map(len, seen.values())}
+        numbers = None if groups is None else group_numbers(groups)
+        sizes = {len(labels), *map(len, seen.values()), len(labels if numbers is None else numbers)}
         if len(sizes) > 1:
-            raise ValueError(f"Expected `x` and `y` of the same samples, but got {sorted(sizes)} of them.")
-        indices, known = choose_different(Observations(seen, labels), len(self.classes_), task)
+            names = "`x` and `y`" if numbers is None else "`x`, `y` and `groups`"
+            raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
+        indices, known = choose_different(Observations(seen, labels, numbers), len(self.classes_), task)
         if len(known) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
         known.seen = shrunk(known.seen)
@@ -137,6 +144,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.learner_ = learner.name
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), indices.numpy()
+        self.groups_ = None if learner.groups is None else learner.groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
         self.score_ = float(task.distances(p, y).mean())
         chance = float(task.distances(y.mean(0).expand_as(y), y).mean())
@@ -265,7 +273,7 @@ def _quantiles(errors: Array) -> Array:
     return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
-def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
+def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
@@ -282,6 +290,7 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
             :meth:`Reference.fit`.
         y: Their labels; see :meth:`Reference.fit`. Those of -100 are left out.
         task: ``"multiclass"`` or ``"binary"``.
+        groups: What samples of one group share, such as the patient; see :meth:`Reference.fit`.
 
     Returns:
         The share, up to 0.85; nan if it can't be estimated, since the reference has learned nothing.
@@ -300,4 +309,4 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass") -> float:
     """
     if find_task(task).estimator_type != "classifier":
         raise ValueError(f"Expected `task` to be 'multiclass' or 'binary', but got {task!r}.")
-    return Reference(task).fit(x, y).unexplained_
+    return Reference(task).fit(x, y, groups).unexplained_

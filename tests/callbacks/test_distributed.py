@@ -75,14 +75,22 @@ def fitted(monitors: Any, model: Any, train: Any, val: Any, **kwargs: Any) -> tu
 
 
 def all_that_is_said(sizes: list[int]) -> Any:
-    monitors = [monitor := RiskMonitor(), SensitivityMonitor(loss_estimate=True)]
+    grouped = quick_risk(groups=groups, prefix="grouped/")
+    monitors = [monitor := RiskMonitor(), grouped, SensitivityMonitor(loss_estimate=True)]
     mine = slice(rank(), None, world_size())  # Lightning's sampler would shuffle
     train = batches_of(X[mine], NOISY[mine], batch_size=40 // world_size())
     lines = list[str]()
     with small_forests() as patch:
         patch.setattr(risk, "rank_zero_info", lines.append)
         run, texts = fitted(monitors, Busy(), train, dealt(sizes), use_distributed_sampler=False)
-    return helpers.logged(run, "val/"), *known_of(monitor), lines, texts
+    found = zip(known_of(monitor), known_of(grouped), strict=True)
+    return helpers.logged(run, "val/"), *(one + other for one, other in found), lines, texts
+
+
+def groups(batch: Any) -> list[str]:
+    """Names by content, which are others in training, where a batch has labels."""
+    x = batch if isinstance(batch, Tensor) else batch[0]
+    return [f"{type(batch).__name__} {int(1e4 * number) % 20}" for number in x.sum(1).tolist()]
 
 
 def known_of(monitor: RiskMonitor) -> tuple[list[Any], list[Any]]:
@@ -110,7 +118,7 @@ def assert_same_as_one(found: list[Any], alone: Any) -> None:
     values, numbers, words, lines, texts = found[0]
     truth, one, one_words, one_line, _ = alone
     assert texts == [] and lines == one_line and words == one_words
-    assert len(lines) == 1 and "The reference (" in lines[0]
+    assert len(lines) == 2 and all("The reference (" in line for line in lines)
     assert values.keys() == truth.keys()
     noisy = {name for name in values if "sensitivity" in name or "loss_estimate" in name}  # noise is drawn by rank
     assert {name: values[name] for name in values.keys() - noisy} == pytest.approx(

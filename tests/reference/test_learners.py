@@ -47,7 +47,7 @@ def sample(task: str = "multiclass", num_samples: int = 24, num_new: int = 7, se
 
 @pytest.fixture
 def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learners, "calibrate", lambda p, y, task: Calibration(task))
+    monkeypatch.setattr(learners, "calibrate", lambda p, y, task, groups: Calibration(task))
 
 
 # Left-out predictions
@@ -58,7 +58,7 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_forest_leaves_out_as_the_classifier_of_sklearn_does(num_classes: int) -> None:
     """By hand: which rows a tree did not draw, and what these trees say of them."""
     x, y = sample(num_samples=90)[0].float().numpy(), torch.randint(num_classes, (90,), generator=generator())
-    model, left_out = learners._fit_forest(x, one_hot(y).double().numpy(), num_columns=2, leaf=5)
+    model, left_out = learners._fit_forest(x, one_hot(y).double().numpy(), None, num_columns=2, leaf=5)
     options = {"max_features": 2, "min_samples_leaf": 5, "oob_score": True, "random_state": 0}
     forest = RandomForestClassifier(40, **options).fit(x, y.numpy())
     np.testing.assert_allclose(left_out, forest.oob_decision_function_, atol=1e-6)
@@ -105,15 +105,17 @@ def both(p: Any, task: str) -> Tensor:
 # The choice
 
 
-def fits(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """The numbers of rows to which a learner is fitted."""
-    rows, fit = [], getattr(learners, name)
-    monkeypatch.setattr(learners, name, lambda x, *args, **options: rows.append(len(x)) or fit(x, *args, **options))
-    return rows
+def fits(monkeypatch: pytest.MonkeyPatch, name: str, place: int = 0) -> list[int]:
+    """The numbers of samples to which a learner is fitted, by its argument at some place."""
+    sizes, fit = [], getattr(learners, name)
+    monkeypatch.setattr(
+        learners, name, lambda *args, **options: sizes.append(len(args[place])) or fit(*args, **options)
+    )
+    return sizes
 
 
 def test_a_learner_is_chosen_on_a_part_and_the_winner_alone_fitted_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    forests, ridges = fits(monkeypatch, "_fit_forest"), fits(monkeypatch, "_fit_ridge")
+    forests, ridges = fits(monkeypatch, "_leave_out", 1), fits(monkeypatch, "_fit_ridge")
     Reference().fit(*steps(400))
     assert ridges == [100] * 8 and forests == [100] * 6 + [400]
     forests.clear(), ridges.clear()
@@ -153,9 +155,9 @@ def test_each_learner_takes_as_many_samples_as_it_can(monkeypatch: pytest.Monkey
 @pytest.mark.filterwarnings("ignore:Some inputs do not have OOB scores")  # of two trees
 def test_columns_of_a_split_and_trees_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    fit = learners._fit_forest
+    make = learners._forest
     monkeypatch.setattr(
-        learners, "_fit_forest", lambda x, y, columns, leaf, trees: sizes.append(columns) or fit(x, y, 1, leaf, 2)
+        learners, "_forest", lambda y, columns, leaf, trees: sizes.append(columns) or make(y, 1, leaf, 2)
     )
     x = torch.rand(40, 900, generator=generator())
     learners._choose_forest(known(x, one_hot(torch.arange(40) % 2)), TASKS["multiclass"], limit=9.0)
@@ -163,7 +165,7 @@ def test_columns_of_a_split_and_trees_are_bounded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(learners, "_MAX_WORK", 40 * 2 * 30)
     monkeypatch.setattr(learners, "_MIN_TREES", 7)
     for num_columns, num_trees in ((1, 30), (3, 10), (4, 7)):
-        assert len(fit(x.numpy(), np.eye(2)[np.arange(40) % 2], num_columns, 5)[0]) == num_trees
+        assert make(np.eye(2)[np.arange(40) % 2], num_columns, 5, 150).n_estimators == num_trees
 
 
 # Other estimators

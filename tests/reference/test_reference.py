@@ -27,6 +27,7 @@ from lightning_sensitivity.reference.calibration import Calibration
 from lightning_sensitivity.reference.features import Features
 from lightning_sensitivity.reference.kinds import KINDS
 from lightning_sensitivity.reference.learners import Learner
+from lightning_sensitivity.reference.observations import Observations
 from tests.reference.conftest import INPUTS, generator, steps
 from tests.reference.test_learners import sample
 
@@ -317,10 +318,11 @@ def made(kind: str, skill: float, num_samples: int = 4000) -> Reference:
     """A reference of a skill, by left-out predictions that are wrong by as much."""
     found, task = Reference(), TASKS["multiclass"]
     labels = one_hot(torch.arange(num_samples) % 2).double()
+    known = Observations({}, labels)
     left_out = labels + (1 - 2 * labels) * 0.5 * math.sqrt(1 - skill)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learners, "calibrate", lambda p, y, task: Calibration(task))
-        learner = Learner("ridge", Features({}, {kind: torch.zeros(1, 3)}), None, left_out.numpy(), labels, task)
+        patch.setattr(learners, "calibrate", lambda p, y, task, groups: Calibration(task))
+        learner = Learner("ridge", Features({}, {kind: torch.zeros(1, 3)}), None, left_out.numpy(), known, task)
     found._describe(learner, torch.arange(num_samples), task)
     return found
 

@@ -1,0 +1,159 @@
+"""Groups of samples in a fit: they are read of any batch, left out whole, and counted."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from sklearn.naive_bayes import GaussianNB
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sensitivity import RiskMonitor, compare_models
+from tests.helpers import Quiet, fitted, fitted_and_said, quick_risk
+
+NUM_PERSONS = 60
+
+
+def persons(first: int, is_random: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Four samples of each of 60 persons, who have a label each, which inputs tell, or say nothing of."""
+    g = torch.Generator().manual_seed(first)
+    centres, which = torch.rand(NUM_PERSONS, 12, generator=g), torch.arange(4 * NUM_PERSONS) // 4
+    labels = torch.randint(4, (NUM_PERSONS,), generator=g) if is_random else centres[:, :4].argmax(1)
+    return centres[which] + 0.01 * torch.randn(len(which), 12, generator=g), labels[which], first + which
+
+
+def loader(first: int, is_random: bool = False) -> DataLoader:
+    return DataLoader(TensorDataset(*persons(first, is_random)), 24)
+
+
+class Net(Quiet):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+TRAIN, VAL = loader(0), loader(1000)
+
+
+def names(batch: Any) -> list[str]:
+    return [f"person {each}" for each in batch[2].tolist()]
+
+
+def second(batch: Any) -> Tensor:
+    return batch[1]
+
+
+def grouped(groups: Any = names, **options: Any) -> RiskMonitor:
+    return quick_risk(groups=groups, targets=second, **options)
+
+
+WAYS: dict[str, Any] = {
+    "numbers": lambda batch: batch[2],
+    "strings": names,
+    "an array": lambda batch: batch[2].numpy().astype(float),
+}
+
+
+def test_with_groups_nothing_is_expected_of_labels_that_tell_nothing_of_others() -> None:
+    single, whole = (
+        RiskMonitor(prefix=prefix, groups=each, targets=second) for prefix, each in (("a/", None), ("b/", names))
+    )
+    fitted_and_said([single, whole], Net(), loader(0, True), VAL)
+    assert single.reference.accuracy_ > 0.8 and whole.reference.accuracy_ < 0.6
+    assert single.summary["skill"] > 0.5 and whole.summary["skill"] < 0.1 and len(whole.reference.groups_) == 240
+
+
+def test_any_names_of_groups_say_the_same() -> None:
+    histories = []
+    for name, groups in WAYS.items():
+        fitted(risk := grouped(groups, prefix=f"{name}/"), Net(), TRAIN, VAL)
+        histories.append(risk.history)
+    assert [row["reference"] for row in histories[0]] == [row["reference"] for row in histories[2]]
+    assert len(histories[0]) == 2 and len({row["reference"] for row in histories[1]}) == 1
+
+
+@pytest.mark.parametrize(("val", "share"), [(VAL, None), (TRAIN, "100%"), (loader(45), "25%")])
+def test_groups_that_training_has_seen_are_said_once(val: Any, share: str | None) -> None:
+    monitor = grouped()
+    texts = [text for text in fitted_and_said(monitor, Net(), TRAIN, val)[1] if "are of groups" in text]
+    assert len(texts) == (share is not None) and all(f"finds that {share} of the samples" in text for text in texts)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no function": ("patient", "`groups` should be a function"),
+    "another number": (lambda batch: batch[2][:5], "`groups` should return a group for each of 24 samples, got 5"),
+    "a matrix": (lambda batch: batch[0], "`groups` failed on .* one a sample, but got shape"),
+    "nan": (lambda batch: batch[2] * float("nan"), "`groups` failed on .* some are nan"),
+    "not there": (lambda batch: batch["patient"], "`groups` failed on "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_are_no_groups_is_refused_before_the_first_step(name: str) -> None:
+    groups, match = BAD[name]
+    with pytest.raises(MisconfigurationException, match=match):
+        fitted(grouped(groups), Net(), TRAIN, VAL)
+
+
+def test_of_a_single_group_there_is_no_reference_which_is_said() -> None:
+    monitor = grouped(lambda batch: torch.zeros(len(batch[0])))
+    _, texts = fitted_and_said(monitor, Net(), TRAIN, VAL)
+    assert any("two or more groups, but all are of one" in text for text in texts) and monitor.reference is None
+
+
+def test_validation_labels_of_one_group_count_as_one() -> None:
+    """The mean of what labels and the reference say has a weight of 60 persons, not of 240 samples."""
+    monitors = {
+        prefix: grouped(groups, prefix=prefix, validation_labels=labelled)
+        for prefix, labelled, groups in (("reference/", False, names), ("groups/", True, names))
+    }
+    labels = Labels()
+    fitted([*monitors.values(), labels], Net(), TRAIN, VAL)
+    of_reference, both = (monitor.history[-1]["expected_accuracy"] for monitor in monitors.values())
+    expected = (1000 * of_reference + NUM_PERSONS * labels.accuracy) / (1000 + NUM_PERSONS)
+    assert both == pytest.approx(expected, abs=1e-5) and monitors["groups/"].history[-1]["num_labels"] == 240
+
+
+class Labels(RiskMonitor):
+    """It measures accuracy by labels."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix="labels/", targets=second, reference=GaussianNB())
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        x, y, _ = persons(1000)
+        with torch.no_grad():
+            self.accuracy = float((pl_module(x).argmax(1) == y).double().mean())
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_resumed_fit_goes_on_as_if_it_were_one() -> None:
+    whole, first, second = (grouped(validation_labels=True) for _ in range(3))
+    fitted(whole, Net(dropout=0.0), TRAIN, VAL, max_epochs=3)
+    run = fitted(first, Net(dropout=0.0), TRAIN, VAL, max_epochs=2)
+    run.save_checkpoint(path := "/dev/shm/groups.ckpt")
+    fitted(second, Net(dropout=0.0), TRAIN, VAL, max_epochs=3, ckpt_path=path)
+    assert second.history == whole.history
+
+
+class Part(nn.Module):
+    """Four of the inputs are its logits."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 9 * x[:, self.first : self.first + 4] - 3
+
+
+def test_a_comparison_counts_groups() -> None:
+    models = {"right": Part(0), "wrong": Part(4)}
+    options = {"training": [persons(0)], "targets": second}
+    plain = compare_models(models, [persons(1000)], **options)
+    grouped = compare_models(models, [persons(1000)], groups=names, **options)
+    assert grouped[1].difference_stderr > 1.3 * plain[1].difference_stderr
+    x, *others = persons(0)
+    with pytest.warns(UserWarning, match="100% of the samples of `dataloader` are of groups in `training`"):
+        compare_models(models, [(x + 1e-3, *others)], groups=names, **options)
