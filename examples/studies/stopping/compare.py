@@ -1,4 +1,4 @@
-"""What ranks several networks of the same data, each at the epoch that its expected score chose."""
+"""What ranks several networks of the same data, each at the epoch that its expected accuracy chose."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rules import COUNTS, METRIC_WORTH, Recorded, draws_of, refined, sample_scores
+from rules import COUNTS, Recorded, draws_of, refined, sample_scores
 from scipy.stats import entropy, kendalltau
 from torch import Tensor
+
+from lightning_sensitivity.functional.expected import WORTH
 
 
 def numbers(run: Recorded, q: Tensor, is_trusted: bool, epoch: int) -> dict[str, list[float]]:
     """Return what each rule says of a network, the lower the better: one number, or one for each draw of labels."""
     p, y = run.predictions("unseen")[epoch], run.found["y_unseen"]
-    classes, places, worth = p.argmax(1), np.arange(len(y)), METRIC_WORTH if is_trusted else 0
+    classes, places, worth = p.argmax(1), np.arange(len(y)), WORTH if is_trusted else 0
     expected = float(q.numpy()[places, classes].mean())
     disagreement = float((classes != q.numpy().argmax(1)).mean())
     found = {
@@ -41,6 +43,8 @@ def lost(scores: np.ndarray, accuracy: np.ndarray) -> float:
 
 def compare(measured: list[dict[str, Any]]) -> pd.DataFrame:
     """Return a row for each group of networks of the same data, from what `judge.py` measured of each."""
+    if not measured:
+        return pd.DataFrame()
     frame, rows = pd.DataFrame(measured), []
     for (pool, judge, group), part in frame.groupby(["pool", "judge", "group"]):
         accuracy = part["accuracy"].to_numpy()

@@ -14,11 +14,11 @@ IS_NUMBER = FOUND["task"] == "regression"
 MORE = pd.DataFrame(
     {
         "share": FOUND["kind"].str.extract(r"(\d+) % (?:wrong|redrawn)")[0].astype(float),  # percent of the labels
-        "reference_leads": (FOUND["reference_accuracy"] > FOUND["chosen_accuracy"]).astype(float),
-        "gained": (FOUND["held_out_by_loss_accuracy_lost"] - FOUND["expected_score_accuracy_lost"]).fillna(
-            (FOUND["held_out_by_loss_loss_lost"] - FOUND["expected_score_loss_lost"]).where(
-                FOUND["task"] == "regression"
-            )
+        "reference_leads": (FOUND["reference_accuracy"] > FOUND["chosen_accuracy"])
+        .astype(float)
+        .where(FOUND["chosen_accuracy"].notna()),
+        "gained": (FOUND["held_out_by_loss_accuracy_lost"] - FOUND["expected_accuracy_accuracy_lost"]).fillna(
+            (FOUND["held_out_by_loss_loss_lost"] - FOUND["expected_loss_loss_lost"]).where(IS_NUMBER)
         ),  # points of accuracy, or % of squared error, against the tenth
         "alarm": (FOUND["shares_z"] > MOST_Z).astype(float).where(FOUND["shares_z"].notna()),
     }
@@ -59,6 +59,8 @@ NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CON
 NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
 NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
 NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")
+NAMES["large_but_one"] = NAMES["large"].where("best_loss > 0.001")
+NAMES["no_loss"] = NAMES["large"].where("best_loss <= 0.001")  # the network knows all
 COMPARED = pd.read_csv(HERE / "compared.csv")
 NAMES["alike"] = Runs(COMPARED.query("pool == 'alike'"))
 for end, judge in SEEN.items():
@@ -89,9 +91,13 @@ CLASSES = {
 }
 
 
-def counted(rows: dict[str, str]) -> dict[str, str]:
-    """Add the numbers of runs to the labels of rows, and leave out rows of which no run was recorded."""
-    return {f"{label} ({{{name}.count}})": name for label, name in rows.items() if NAMES[name].count}
+def counted(rows: dict[str, str], column: str = "run") -> dict[str, str]:
+    """Add the numbers of runs to the labels of rows, and leave out rows of which no run has a column."""
+    return {
+        f"{label} ({{{name}.{column}.count}})": name
+        for label, name in rows.items()
+        if NAMES[name].frame[column].notna().any()
+    }
 
 
 def lost(rule: str, measure: str, form: str = ".1f") -> str:

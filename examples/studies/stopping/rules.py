@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_sensitivity.functional import expected_metric, expected_score
+from lightning_sensitivity.functional import draw_labels, expected_metric, refined_score
+from lightning_sensitivity.functional.expected import WORTH
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
 
-WORTH, METRIC_WORTH = 200, 1000  # labels that a reference is worth: for the refined score; accuracy, and regression
-WORTHS = (200, 1000)  # that were compared
+PATIENCE = 10  # epochs without a lower expected loss, after which the recipe stops
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
-NUM_METRIC_DRAWS = 5  # of labels that choose by a metric of their own: a tenth, or all 600
+NUM_METRIC_DRAWS = 5  # of labels that choose by a metric or loss of their own: a tenth, or all 600
 
 
 # %% Metrics: of labels, and as they are expected.
@@ -103,8 +104,22 @@ class Recorded:
 
     def labels(self, name: str, num_outputs: int) -> Tensor:
         """Return labels as a matrix (N, C)."""
-        y = torch.tensor(self.found[name])
+        return self.as_matrix(self.found[name], num_outputs)
+
+    def as_matrix(self, labels: np.ndarray, num_outputs: int) -> Tensor:
+        y = torch.tensor(labels)
         return y[:, None] if self.task == "regression" else torch.nn.functional.one_hot(y, num_outputs)
+
+    def losses(self, name: str, y: Tensor) -> np.ndarray:
+        """Return the loss of each epoch, for labels or probabilities (N, C), or targets (N, 1) or (R, N, 1)."""
+        outputs, y = self.outputs(name).double(), y.double()
+        if self.task == "regression":
+            return np.array([float((each - y).square().mean()) for each in outputs])
+        return np.array([float(cross_entropy(each, y)) for each in outputs])
+
+    def losses_of(self, name: str, labels: np.ndarray) -> np.ndarray:
+        """Return the loss of each epoch, for class indices or targets (N,)."""
+        return self.losses(name, self.as_matrix(labels, self.outputs(name).shape[2]))
 
 
 def reference_says(reference: Reference, x: Tensor) -> Tensor:
@@ -125,15 +140,19 @@ def as_fitted(q: Tensor, reference: Reference) -> Tensor:
 def expected_curves(
     run: Recorded, reference: Reference, q: Tensor, names: Iterable[str] = ("accuracy", "auc", "balanced", "f1")
 ) -> dict[str, np.ndarray]:
-    """Compute what is expected of unseen samples without their labels."""
-    outputs = run.outputs("unseen")
+    """Compute what is expected of unseen samples without their labels; of a regression, the loss alone."""
     if run.task == "regression":
-        return {"score": np.array([expected_score(each, q, run.task, reference.score_).score for each in outputs])}
-    curves = {"score": np.array([expected_score(each, q).score for each in outputs])}
+        return {"loss": run.losses("unseen", draw_labels(q, run.task, reference.residuals_))}
+    curves = {"loss": run.losses("unseen", q)}
     for name in names:
         metric = metrics(q.shape[1])[name]
-        curves[name] = np.array([float(expected_metric(metric, each, q)) for each in outputs])
+        curves[name] = np.array([float(expected_metric(metric, each, q)) for each in run.outputs("unseen")])
     return curves
+
+
+def score_curve(run: Recorded, q: Tensor) -> np.ndarray:
+    """Compute the score that chose before 0.5.0, but for a constant: refined, against the reference's predictions."""
+    return np.array([refined_score(each, q, run.task).score for each in run.outputs("unseen")])
 
 
 def sample_scores(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -159,14 +178,28 @@ def lowest(curve: np.ndarray) -> int:
     return int(np.nanargmin(curve)) if np.isfinite(curve).any() else len(curve) - 1
 
 
+def by_recipe(curves: dict[str, np.ndarray]) -> int:
+    """Stop ten epochs after the lowest expected loss, and keep the epoch of the highest expected accuracy."""
+    by = -curves["accuracy"] if "accuracy" in curves else curves["loss"]
+    best = 0
+    for epoch, value in enumerate(curves["loss"]):
+        if value < curves["loss"][best]:
+            best = epoch
+        if epoch >= best + PATIENCE:
+            return lowest(by[: epoch + 1])
+    return lowest(by)
+
+
 def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[str, list[int]]:
     """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
-    chosen = {"never_stop": [len(curves["score"]) - 1], "expected_score": [lowest(curves["score"])]}
-    chosen |= {f"expected_{name}": [lowest(-curve)] for name, curve in curves.items() if name != "score"}
+    chosen = {"never_stop": [len(curves["loss"]) - 1], "recipe": [by_recipe(curves)]}
+    chosen |= {f"expected_{name}": [lowest(curve if name == "loss" else -curve)] for name, curve in curves.items()}
+    chosen["former_score"] = [lowest(score_curve(run, q))]
+    chosen["labels_600_by_loss"] = [lowest(run.losses_of("unseen", run.found["y_unseen"]))]
     if run.task != "regression":
         chosen["cbpe"] = [lowest(-run.predictions("unseen").max(2).mean(1))]
         chosen |= by_metrics_of_labels(run)
-    return chosen | by_labels(run, curves["score"], q)
+    return chosen | by_labels(run, curves, q)
 
 
 def draws_of(run: Recorded, number: int) -> list[Tensor]:
@@ -183,23 +216,28 @@ def counts(run: Recorded) -> dict[str, int]:
     return found | {"tenth": min(len(run.found["y"]) // 10, size)}
 
 
-def by_labels(run: Recorded, expected: np.ndarray, q: Tensor) -> dict[str, list[int]]:
-    """Choose by the refined score of noisy labels, beside the expected score, and by that of a tenth of the samples."""
+def by_labels(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[str, list[int]]:
+    """Choose by the refined score of noisy labels; and by what a monitor expects by them and the reference."""
     outputs, chosen = run.outputs("unseen"), {}
-    scores = sample_scores(outputs, run.labels("y_unseen", outputs.shape[2]))
-    distances = sample_scores(outputs, q)
+    y = run.labels("y_unseen", outputs.shape[2])
+    scores, ours, theirs = sample_scores(outputs, y), costs(outputs, y), costs(outputs, q)
+    whole = -curves["accuracy"] if "accuracy" in curves else curves["loss"]
     for name, number in counts(run).items():
-        curves = [refined(scores, rows) for rows in draws_of(run, number)]
-        chosen[name] = list(map(lowest, curves))
-        for worth in WORTHS:
-            both = [number * curve + worth * expected for curve in curves]
-            chosen[f"{name}_and_{worth}"] = list(map(lowest, both))
-    number = counts(run)["tenth"]
-    pairs = [(refined(scores, rows), refined(distances, rows)) for rows in draws_of(run, number)]
-    chosen["tenth_unlabelled"] = [lowest(distance) for _, distance in pairs]
-    for worth in WORTHS:
-        chosen[f"tenth_alone_and_{worth}"] = [lowest(number * score + worth * distance) for score, distance in pairs]
-    return chosen
+        draws = draws_of(run, number)
+        chosen[name] = [lowest(refined(scores, rows)) for rows in draws]
+        chosen[f"{name}_and_reference"] = [lowest(number * ours[:, rows].mean(1) + WORTH * whole) for rows in draws]
+    draws = draws_of(run, counts(run)["tenth"])
+    chosen["tenth_unlabelled"] = [lowest(theirs[:, rows].mean(1)) for rows in draws]
+    both = counts(run)["tenth"] * ours + WORTH * theirs
+    return chosen | {"tenth_alone_and_reference": [lowest(both[:, rows].mean(1)) for rows in draws]}
+
+
+def costs(outputs: Tensor, y: Tensor) -> np.ndarray:
+    """Return what each sample costs by its labels or predictions (N, C), by epoch: a squared error, or no hit."""
+    if outputs.shape[2] == 1:
+        return (outputs - y).square()[:, :, 0].double().numpy()
+    hits = y.double().expand(len(outputs), -1, -1).gather(2, outputs.argmax(2, keepdim=True))
+    return -hits[:, :, 0].numpy()
 
 
 @cache  # further judges see the same labels
@@ -228,17 +266,15 @@ def epochs_of_tenth(run: Recorded) -> dict[str, int]:
 HELD_OUT = [*(f"held_out_by_{each}" for each in ("loss", "accuracy", "auc", "score", "nothing")), "retrained"]
 
 
-def rules(with_reference: bool, is_regression: bool) -> dict[str, str]:
+def rules(with_reference: bool) -> dict[str, str]:
     """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch."""
     labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
     by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
-    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, *HELD_OUT)}
-    for name in ("score", *GAINS):
-        found[f"expected_{name}"] = f"expected_{name}" if with_reference else "never_stop"
-    worth = f"and_{METRIC_WORTH if is_regression else WORTH}"
-    found |= {f"{name}_combined": f"{name}_{worth}" if with_reference else name for name in labels}
-    found["tenth_unlabelled"] = "tenth_unlabelled" if with_reference else "never_stop"
-    return found | {"tenth_alone_combined": f"tenth_alone_{worth}" if with_reference else "tenth"}
+    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, "labels_600_by_loss", *HELD_OUT)}
+    for name in ("recipe", "former_score", *(f"expected_{each}" for each in ("loss", *GAINS)), "tenth_unlabelled"):
+        found[name] = name if with_reference else "never_stop"
+    found |= {f"{name}_combined": f"{name}_and_reference" if with_reference else name for name in labels}
+    return found | {"tenth_alone_combined": "tenth_alone_and_reference" if with_reference else "tenth"}
 
 
 # %% The level, and what is compared.
@@ -248,21 +284,56 @@ def correlation(curve: np.ndarray, truth: np.ndarray) -> float:
     return float("nan") if is_constant else float(spearmanr(curve, truth).statistic)
 
 
-def level(run: Recorded, curves: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, float]:
-    """Say how far expected values are from those of unseen labels, and how they follow the truth by epoch.
+def level(run: Recorded, curves: dict[str, np.ndarray], truth: np.ndarray, noisy: np.ndarray) -> dict[str, float]:
+    """Say how far expected values are from the truth, over all epochs, and how they follow it.
 
-    In points of accuracy; in percent of the squared error of a regression. `truth` is of the test.
+    Accuracy is compared, in points, with that on the unseen labels, and with that on test labels which are as noisy
+    (`test_`); the loss, in percent, with that on those test labels. All the same is said of the unseen labels.
+
+    Args:
+        run: The run.
+        curves: What is expected.
+        truth: Accuracy on the test, by epoch.
+        noisy: Labels of the test that are as noisy as those of training.
     """
-    p, y = run.predictions("unseen"), run.found["y_unseen"]
+    of_labels = run.losses_of("unseen", run.found["y_unseen"])
+    losses = run.losses_of("test", noisy)
+    found = distance("loss", curves["loss"] / losses) | distance("labels_loss", of_labels / losses)
     if run.task == "regression":
-        errors = np.array([loss(each, y) for each in p])
-        off = 100 * (curves["score"] / errors - 1)
-        about = {"expected": correlation(curves["score"], truth), "labels": correlation(errors, truth)}
-        found = {"level_error": float(np.abs(off).mean()), "level_bias": float(off.mean())}
-        return found | {f"spearman_{name}": value for name, value in about.items()}
-    accuracy, found = gain_curve("accuracy", p, y), {}
-    for name, curve in {"level": curves["accuracy"], "cbpe_level": p.max(2).mean(1)}.items():
-        off = 100 * (curve - accuracy)
-        found |= {f"{name}_error": float(np.abs(off).mean()), f"{name}_bias": float(off.mean())}
-    about = {"expected": curves["accuracy"], "score": -curves["score"], "labels": accuracy, "cbpe": p.max(2).mean(1)}
-    return found | {f"spearman_{name}": correlation(curve, truth) for name, curve in about.items()}
+        return found | {"spearman_loss": correlation(curves["loss"], losses)}
+    p, y = run.predictions("unseen"), run.found["y_unseen"]
+    accuracy, on_test = gain_curve("accuracy", p, y), gain_curve("accuracy", run.predictions("test"), noisy)
+    cbpe = p.max(2).mean(1)
+    found |= distance("level", curves["accuracy"], accuracy) | distance("cbpe_level", cbpe, accuracy)
+    found |= distance("test_level", curves["accuracy"], on_test) | distance("labels_level", accuracy, on_test)
+    found |= {"variance_of_a_hit": float((on_test * (1 - on_test)).mean()), "num_test": len(noisy)}
+    about = {"expected": curves["accuracy"], "labels": accuracy, "cbpe": cbpe}
+    found |= {f"spearman_{name}": correlation(curve, truth) for name, curve in about.items()}
+    return found | {"spearman_loss": correlation(curves["loss"], losses)}
+
+
+def distance(name: str, curve: np.ndarray, truth: float | np.ndarray = 1.0) -> dict[str, float]:
+    """Say how far a curve is from the truth in the mean, in percent or points, and whether it is above or below."""
+    off = 100 * (curve - truth)
+    return {f"{name}_error": float(np.abs(off).mean()), f"{name}_bias": float(off.mean())}
+
+
+def against_the_reference(
+    run: Recorded, curves: dict[str, np.ndarray], q_test: Tensor, noisy: np.ndarray
+) -> dict[str, float]:
+    """Say how far the estimate is off where the network is better than the reference, and where it is not.
+
+    Which of them is better is said by test labels as noisy as those of training, how far it is off by the unseen ones.
+    In points of accuracy, or percent of the squared error.
+    """
+    if run.task == "regression":
+        by = 100 * (1 - run.losses_of("test", noisy) / loss(q_test.numpy(), noisy))
+        off = 100 * (curves["loss"] / run.losses_of("unseen", run.found["y_unseen"]) - 1)
+    else:
+        by = 100 * (gain_curve("accuracy", run.predictions("test"), noisy) - accuracy(q_test.numpy(), noisy))
+        off = 100 * (curves["accuracy"] - gain_curve("accuracy", run.predictions("unseen"), run.found["y_unseen"]))
+    is_better = by > 0
+    found = {"network_leads": float(is_better.mean())}
+    if is_better.any():
+        found |= {"leads_by": float(by[is_better].mean()), "off_where_it_leads": float(off[is_better].mean())}
+    return found | ({} if is_better.all() else {"off_elsewhere": float(off[~is_better].mean())})

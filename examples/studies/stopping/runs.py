@@ -44,6 +44,7 @@ class Run:
     correct_unseen: Tensor
     x_test: Tensor
     y_test: Tensor
+    noisy_test: Tensor  # labels as noisy as those of training
     make_network: networks.Make
     make_optimizer: networks.MakeOptimizer
     epochs: int
@@ -83,7 +84,7 @@ def _run(
 ) -> Run:
     training, unseen, test = _split(r, len(x), n)
     parts = {"x": x[training], "y": noisy[training], "x_unseen": x[unseen], "y_unseen": noisy[unseen]}
-    parts |= {"correct_unseen": y[unseen], "x_test": x[test], "y_test": y[test]}
+    parts |= {"correct_unseen": y[unseen], "x_test": x[test], "y_test": y[test], "noisy_test": noisy[test]}
     found = {"is_design": index % 3 == 0} | more
     return Run(pool=pool, index=index, has_schedule=bool(r.rand() < 0.25), **parts, **found)
 
@@ -324,7 +325,7 @@ def series(r: np.random.RandomState, index: int, folder: Path) -> Run:
     return Run(
         "series", index, False, f"{name}, {ahead} steps later{', noisy' * noise}, {network}, {optimizer}",
         "regression", 1, x[training], noisy[training], x[unseen], noisy[unseen], y[unseen], x[test], y[test],
-        make_network=seeded(make, index), make_optimizer=make_optimizer, epochs=30,
+        noisy[test], make_network=seeded(make, index), make_optimizer=make_optimizer, epochs=30,
         batch_size=int(r.choice([32, 64])), has_schedule=bool(r.rand() < 0.25),
     )  # fmt: skip
 
@@ -352,7 +353,7 @@ def annotators(r: np.random.RandomState, index: int, folder: Path) -> Run:
         make_network=seeded(make, group), make_optimizer=make_optimizer, is_design=False,
         epochs=int(np.clip(PASSES["words"] / n, 15, 25)), batch_size=int(of_data.choice([32, 64])),
     )  # fmt: skip
-    run.y_unseen = run.y_unseen[:, 0]
+    run.y_unseen, run.noisy_test = run.y_unseen[:, 0], run.noisy_test[:, 0]
     agree = run.y[:, 0] == run.y[:, 1]
     rows = {"first": slice(None), "agree": agree, "both": torch.arange(len(run.x)).repeat(2)}[way]
     run.y = run.y.T.flatten() if way == "both" else run.y[rows, 0]
@@ -374,7 +375,8 @@ def photos_alike(r: np.random.RandomState, index: int, folder: Path) -> Run:
     told = f"photos by people, {100 * float((said != y).float().mean()):.0f} % wrong, {n}, {network}, {optimizer}"
     return Run(
         "photos_alike", index, False, told, "multiclass", 10, x[training], said[training], x[unseen], said[unseen],
-        y[unseen], x[test], y[test], epochs=20, batch_size=int(r.choice([32, 64])), is_augmented=bool(r.rand() < 0.35),
+        y[unseen], x[test], y[test], said[test], epochs=20, batch_size=int(r.choice([32, 64])),
+        is_augmented=bool(r.rand() < 0.35),
         make_network=seeded(make, index), make_optimizer=make_optimizer, has_schedule=bool(r.rand() < 0.25),
         judges=photo_judges(folder),
     )  # fmt: skip

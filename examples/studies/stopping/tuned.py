@@ -31,7 +31,7 @@ def _run(
     training, unseen, test = torch.arange(len(x)).split([len(x) - NUM_UNSEEN - NUM_TEST, NUM_UNSEEN, NUM_TEST])
     return Run(
         pool, index, False, f"{told}, {len(training)}, adamw {rate:.1g}", "multiclass", num_classes, x[training],
-        noisy[training], x[unseen], noisy[unseen], y[unseen], x[test], y[test], seeded(make, index),
+        noisy[training], x[unseen], noisy[unseen], y[unseen], x[test], y[test], noisy[test], seeded(make, index),
         lambda parameters: torch.optim.AdamW(parameters, rate), batch_size=32, has_schedule=bool(r.rand() < 0.25),
         **more,
     )  # fmt: skip
