@@ -170,7 +170,10 @@ def _run(
         is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
         check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
         if task.look_like_probabilities(outputs):
-            raise Refused("outputs should be logits, but all are from 0 to 1: take what comes before softmax.")
+            raise Refused(
+                "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a single "
+                "one `outputs=lambda p: p.logit(1e-6)`."
+            )
         if not bool(outputs.isfinite().all()):
             raise Refused("outputs should be finite, but some are nan or inf.")
     return outputs

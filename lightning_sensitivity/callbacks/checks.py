@@ -136,7 +136,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             entry="outputs",
         )
     if task.are_probabilities(outputs):
-        raise Refused("outputs are probabilities, and logits are needed: select them with `outputs=`.", entry="outputs")
+        raise Refused("outputs are probabilities, and logits are needed: `outputs=lambda p: p.log()`.", entry="outputs")
 
 
 def check_targets(labels: Tensor, task: Task) -> None:

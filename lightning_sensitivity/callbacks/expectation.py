@@ -18,6 +18,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
+_FEWEST_OUTPUTS, _LABELS_OF_EACH = 4, 5  # from which on it is odd that most classes never occur
 _FALLING = 0.9  # of the last score: below, a network is still learning
 
 
@@ -135,14 +136,25 @@ class Expectation:
                 )
                 self._reporter.warn("metrics", message)
 
+    def warn_of_unused(self, shares: list[float], num_labels: int) -> None:
+        """Warn if most outputs are the label of no training sample, though there are many: they may be features."""
+        num_unused = sum(share == 0 for share in shares)
+        are_many = len(shares) >= _FEWEST_OUTPUTS and num_labels >= _LABELS_OF_EACH * len(shares)
+        if are_many and len(shares) / 2 < num_unused < len(shares) - 1:  # one class alone is said elsewhere
+            message = (
+                f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training "
+                "labels. If `forward` returns features, say where logits are: `outputs=module.head`, or `call=lambda "
+                "module, batch: module.head(module(batch[0]))`."
+            )
+            self._reporter.warn("outputs", message)
+
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
         if bool(is_finite.any()):
             are_now = self._task.may_be_probabilities(outputs[is_finite])
             self._are_probabilities = are_now and self._are_probabilities is not False
-        if self._are_probabilities:
-            self._reporter.warn_of_probabilities()
+            self._reporter.note_outputs(are_now)
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."

@@ -204,7 +204,8 @@ class Monitor(Callback, ABC):
         self.run.free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples."""
+        """Say what only the end of a run tells, and free the samples."""
+        self.run.reporter.finish()
         self.run.free()
 
     # Helpers

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.model.entries import inputs_hint
 
+_SOME_VALIDATIONS = 3  # after which logits of a classifier have left [0, 1]
+
 
 class Reporter:
     """A voice that says each thing once, and turns failures into errors or warnings.
@@ -25,6 +27,7 @@ class Reporter:
         self._monitor = monitor
         self._prefix = prefix
         self._said: set[str] = set()
+        self._may_be_probabilities: list[bool] = []  # outputs, by validation
         self._hint = ""  # how to select the inputs of the batch that is read
 
     def look_at(self, batch: object) -> None:
@@ -42,9 +45,21 @@ class Reporter:
         if self._is_new(entry + kind):
             rank_zero_warn(self._text(entry, message))
 
-    def warn_of_probabilities(self) -> None:
+    def note_outputs(self, may_be_probabilities: bool) -> None:
+        """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
+        self._may_be_probabilities.append(may_be_probabilities)
+        if len(self._may_be_probabilities) >= _SOME_VALIDATIONS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Warn of what only the end of a run, or some validations, can tell."""
+        if self._may_be_probabilities and all(self._may_be_probabilities):
+            self._warn_of_probabilities()
+
+    def _warn_of_probabilities(self) -> None:
         """Warn of outputs that may be probabilities."""
-        self.warn("arguments", "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`.")
+        cure = "If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`."
+        self.warn("arguments", f"got outputs that all lie in [0, 1]. {cure}")
 
     @contextmanager
     def refuse_failure(self, what: str) -> Iterator[None]:

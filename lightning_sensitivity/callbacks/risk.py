@@ -299,6 +299,9 @@ class RiskMonitor(Monitor):
             trainer.precision_plugin.val_step_context(),
         ):
             self._risk_run.reference.add(trainer, module, batch, batch_idx)
+        for mapping in self.reader.odd:
+            message = f"leaves out samples whose label is no class. If it means that there is none, set {mapping}."
+            self.run.reporter.warn("task", message, kind=mapping)
 
     def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check that the model can be measured on a batch, and that its labels and the metrics fit."""

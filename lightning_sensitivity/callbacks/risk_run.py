@@ -73,6 +73,7 @@ class RiskRun:
         self.reference.prepare(trainer, kept)
         if had_none and self.reference.fitted is not None:
             self.expectation.warn_of_thresholds(self.reference.fitted.shares_)
+            self.expectation.warn_of_unused(list(self.reference.fitted.shares_), self.reference.fitted.num_samples_)
 
     def compute(self, trainer: Trainer, dataloader_idx: int, outputs: Tensor, labels: Tensor) -> Values:
         """Compute what to expect on a loader of the network, and of the reference itself.

@@ -203,5 +203,5 @@ class SensitivityMonitor(Monitor):
             messages = {"failed": "there is no value, which needs at least two samples."}
         for entry, message in messages.items():
             self.run.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if not self.per_output and may_be_probabilities(extremes):
-            self.run.reporter.warn_of_probabilities()
+        if not self.per_output and estimate.num_samples > 0:
+            self.run.reporter.note_outputs(may_be_probabilities(extremes))

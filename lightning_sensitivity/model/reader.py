@@ -13,7 +13,7 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.model.answers import find_answers
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
@@ -52,6 +52,7 @@ class BatchReader:
         function: The function ``call``, if there is one.
         has_features: Whether the user says what a reference sees.
         has_groups: Whether samples have groups.
+        odd: What to write to ignore labels that are none of the task, as keys.
         suspected: Where inputs have a column that may be the labels, which have two values.
 
     Raises:
@@ -88,6 +89,7 @@ class BatchReader:
         self.task = task
         self._input_reader = InputReader()
         self.suspected: list[str] = []
+        self.odd: dict[str, None] = {}
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -102,7 +104,7 @@ class BatchReader:
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
-        self.suspected = []
+        self.suspected, self.odd = [], {}
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -122,13 +124,17 @@ class BatchReader:
         """Return whether it is clear where the labels of a batch would be."""
         return self._targets is not None or has_targets(model, batch)
 
-    def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
+    def labels(
+        self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None, has_begun: bool = False
+    ) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
         Args:
             model: The model.
             batch: The batch.
             output_shape: The shape of the outputs for a sample; None if it is not known yet.
+            has_begun: Whether labels of earlier batches did fit, so that those that are none of the task, such as
+                another ``ignore_index``, leave out their samples alone.
 
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
@@ -139,6 +145,8 @@ class BatchReader:
             with isolated(model) as run:
                 found = run(select_targets, model, batch, self._targets)
         labels = found.detach().to("cpu", copy=True)
+        if has_begun and output_shape is not None:
+            labels = self._without_odd(labels, output_shape, batch, found)
         if output_shape is not None:
             with refuse_on_error("`targets` should fit the outputs", "task"):
                 try:
@@ -146,6 +154,17 @@ class BatchReader:
                 except ValueError as error:
                     raise ValueError(str(error).replace("batch[1]", place_of(batch, found))) from error
         return labels
+
+    def _without_odd(self, labels: Tensor, output_shape: tuple[int, ...], batch: object, found: Tensor) -> Tensor:
+        """Ignore labels that are none of the task, and remember how to say so."""
+        is_odd = self.task.is_odd(labels, self.task.num_columns(output_shape))
+        if not bool(is_odd.any()):
+            return labels
+        place = place_of(batch, found)
+        for label in set(labels[is_odd].tolist()):
+            integers = f"{place}.long()" if labels.dtype == torch.uint8 else place  # which has no -100
+            self.odd[f"`targets=lambda batch: {integers}.where({place} != {label}, {IGNORED})`"] = None
+        return labels.long().where(~is_odd, IGNORED)
 
     def check_seen(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
         """Refuse labels among what a reference sees of a batch, other than by an encoder.
@@ -174,7 +193,7 @@ class BatchReader:
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
-        labels = self.labels(model, batch, output_shape)
+        labels = self.labels(model, batch, output_shape, has_begun=True)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]
         check_count(labels, kept.size)
@@ -302,7 +321,7 @@ class BatchReader:
         if kept.plan.num_to_read == 0:
             return
         call = self.call(model, batch)
-        labels = self.labels(model, batch, output_shape)
+        labels = self.labels(model, batch, output_shape, has_begun=True)
         check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         chosen = kept.plan.choose(len(labelled))

@@ -223,7 +223,11 @@ class Sigmoid(Quiet):
 def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share: float) -> None:
     y = (X[:, 0] < share).float()
     texts = said(kind(), Sigmoid(), of(X, y))
-    assert len(texts) == 1 and "got outputs that all lie in [0, 1]. If they are not logits, set `outputs=`" in texts[0]
+    assert (
+        len(texts) == 1
+        and "got outputs that all lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
+        in texts[0]
+    )
     assert said(kind(), Sigmoid(), of(X, y), max_epochs=0) == []
 
 
@@ -239,6 +243,41 @@ def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
 def test_integers_as_targets_of_a_regression_are_refused() -> None:
     match = "leave `task='regression'` out if they are classes, make them floating if not"
     refused(RiskMonitor("regression"), Sigmoid(), of(X, Y), VAL, match=match)
+
+
+def test_another_ignore_index_that_comes_late_leaves_out_its_samples_alone() -> None:
+    class Ignoring(Quiet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self(batch[0]), batch[1].long(), ignore_index=255)
+
+    is_ignored = (torch.arange(200) % 3 == 0) & (torch.arange(200) >= 100)
+    train = DataLoader(TensorDataset(X, Y.where(~is_ignored, 255).byte()), 20)
+    texts = said(monitor := quick_risk(), Ignoring(), train)
+    assert len(texts) == 1 and "`targets=lambda batch: batch[1].long().where(batch[1] != 255, -100)`" in texts[0]
+    assert monitor.summary["num_training"] == 200 - int(is_ignored.sum())
+
+
+def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
+    class Body(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = nn.Linear(12, 32), nn.Linear(32, 4)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self.head(self(batch[0])), batch[1])
+
+    texts = said(quick_risk(), Body())
+    assert len(texts) == 1 and "gets 32 outputs, of which 28 are the class of none of 200 training" in texts[0]
+    assert said(quick_risk(outputs=lambda features: features[:, :4]), Body()) == []
+
+
+def test_outputs_that_leave_0_to_1_in_one_validation_are_no_probabilities() -> None:
+    class Cosines(Sigmoid):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - (0.0 if self.training or self.current_epoch != 1 else 0.5)
+
+    for kind in (SensitivityMonitor, lambda: quick_risk("binary")):
+        assert said(kind(), Cosines(), of(X, (X[:, 0] < 0.5).float()), max_epochs=4) == []
 
 
 def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from lightning_sensitivity.functional.tensors import (
@@ -59,6 +60,10 @@ class TaskBase:
 
     def check_learnable(self, labels: Tensor) -> None:
         """Raise ValueError if there is nothing to learn of labels."""
+
+    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
+        """Return which labels are none of this task, of any shape, such as another ``ignore_index``."""
+        return torch.zeros_like(targets, dtype=torch.bool)
 
     def has_label(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N,)``."""

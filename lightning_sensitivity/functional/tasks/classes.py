@@ -49,6 +49,12 @@ class Multiclass(TaskBase):
         else:
             check_indices(outputs, without_single_output(without_ones(targets)))
 
+    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
+        """Return which class indices are not from 0 to C - 1, and do not say that there is none."""
+        if targets.is_floating_point():
+            return super().is_odd(targets, num_columns)
+        return ((targets < 0) | (targets >= num_columns)) & ~are_ignored(targets)
+
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
         is_unknown = are_ignored(targets) | targets.isnan()
