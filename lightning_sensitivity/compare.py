@@ -14,7 +14,8 @@ from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
 from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader, move_batch
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.groups import count_groups, known_share, stderr_of_mean
 from lightning_sensitivity.reference.kinds import join_seen
 from lightning_sensitivity.reference.observations import projection, repeated_share

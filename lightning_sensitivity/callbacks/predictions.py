@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.reader import BatchReader, move_batch
+from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.kinds import join_seen
 
 

@@ -3,22 +3,16 @@
 import math
 import sys
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import move_data_to_device
-from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.model.answers import find_answers
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall
-from lightning_sensitivity.model.encoder import MAX_ENCODED, cast, check_encoder, encode
+from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.entries import place_of
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
@@ -27,8 +21,6 @@ from lightning_sensitivity.model.targets import has_targets, select_targets
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
-
-_TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 
 
 class BatchReader:
@@ -330,26 +322,6 @@ class BatchReader:
             y = self.task.label_matrix(labels[indices], kept.num_columns).float()  # also of soft labels
             seen, groups = self.see(model, batch, call, len(labels), indices), self.groups(model, batch, len(labels))
             kept.add(chosen.priorities, Observations(seen, y, None if groups is None else groups[indices]))
-
-
-def move_batch(model: nn.Module, batch: object) -> Any:
-    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule.
-
-    Numbers get the precision of the model, as a Trainer gives them with ``precision="bf16-true"``.
-    """
-    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
-    if any(weight.dtype in _TRUE for weight in model.parameters()):
-        batch = apply_to_collection(batch, Tensor, partial(cast, model))
-    if not isinstance(module, LightningModule):
-        return move_data_to_device(batch, device)
-
-    def transfer(batch: object) -> object:
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.transfer_batch_to_device(batch, device, 0)
-        return module.on_after_batch_transfer(batch, 0)
-
-    with isolated(model) as run:
-        return run(transfer, batch)
 
 
 def _select_features(features: Selector, model: nn.Module, batch: object, size: int) -> Tensor:
