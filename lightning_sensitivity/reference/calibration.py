@@ -30,17 +30,19 @@ class Calibration:
     Attributes:
         task: The task; in a regression, predictions stay.
         power: The inverse temperature.
-        smoothing: The share of it that is spread evenly over classes.
+        smoothing: The share of each prediction that is spread over classes.
+        shares: By what it is spread: the mean label, ``(C,)``; None without smoothing.
     """
 
     task: Task
     power: float = 1.0
     smoothing: float = 0.0
+    shares: Tensor | None = None
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
         q = self.task.sharpened(p, self.power)
-        return (1 - self.smoothing) * q + self.smoothing / q.shape[1]
+        return q if self.shares is None else (1 - self.smoothing) * q + self.smoothing * self.shares
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) -> Calibration:
@@ -67,7 +69,8 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
     if not excess > _ERRORS * by_chance:
         return Calibration(task, power)
-    return Calibration(task, power, min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING))
+    smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
+    return Calibration(task, power, smoothing, y.mean(0))  # spread evenly, most of few positives would be random
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:

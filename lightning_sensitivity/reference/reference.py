@@ -62,7 +62,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         majority_: That of the most frequent class, or nan.
         unexplained_: The share of labels that can't be explained, or nan.
         temperature_: What logarithms of probabilities were divided by.
-        smoothing_: The share of a prediction that is spread evenly.
+        smoothing_: The share of a prediction that is spread over classes, as labels are.
         learner_: ``"forest"``, ``"ridge"``, or the class of your estimator.
 
     Example:

@@ -178,7 +178,7 @@ def test_an_estimator_takes_the_place_of_both_learners_and_stays_as_it_is() -> N
     assert not hasattr(model[1], "coef_") and (found.learner_, found.features_) == ("Pipeline", "columns")
     p = model.fit(x.numpy(), y.argmax(1).numpy()).predict_proba(new.numpy())
     calibrated = p ** (1 / found.temperature_) / (p ** (1 / found.temperature_)).sum(1, keepdims=True)
-    mixed = (1 - found.smoothing_) * calibrated + found.smoothing_ / 3
+    mixed = (1 - found.smoothing_) * calibrated + found.smoothing_ * found.shares_
     np.testing.assert_allclose(found.predict_proba(new), mixed, atol=1e-3)
     assert found.is_trusted_ and found.score_ > np.square(model.predict_proba(x.numpy()) - y.numpy()).sum(1).mean()
 
