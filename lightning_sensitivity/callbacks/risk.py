@@ -299,6 +299,10 @@ class RiskMonitor(Monitor):
             trainer.precision_plugin.val_step_context(),
         ):
             self._risk_run.reference.add(trainer, module, batch, batch_idx)
+        self._warn_of_odd_labels()
+
+    def _warn_of_odd_labels(self) -> None:
+        """Say which labels are no class, and how to map them."""
         for mapping in self.reader.odd:
             message = f"leaves out samples whose label is no class. If it means that there is none, set {mapping}."
             self.run.reporter.warn("task", message, kind=mapping)
@@ -370,6 +374,7 @@ class RiskMonitor(Monitor):
                 self.run.reporter.warn(
                     "labels", f"treats some validation batches as unlabelled: {describe_error(error)}"
                 )
+            self._warn_of_odd_labels()
         samples.add(kept)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
