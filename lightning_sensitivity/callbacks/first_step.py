@@ -1,6 +1,8 @@
 """Watch the first training step: does the network get what we send it?"""
 
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,17 +10,40 @@ from torch import Tensor, nn
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
-from lightning_sensitivity.model.batches import is_floating, tensors_in
+from lightning_sensitivity.model.arguments import parameters_of
+from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.entries import is_like_targets
 from lightning_sensitivity.model.reader import BatchReader
 
 _ROWS = 100  # of an input that are compared
+
+
+@dataclass
+class _Input:
+    """A tensor that ``forward`` gets.
+
+    Attributes:
+        shape: Its shape.
+        rows: Its first rows, or all of a scalar.
+    """
+
+    shape: tuple[int, ...]
+    rows: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Input":
+        rows = x.detach() if x.ndim == 0 else x.detach()[:_ROWS]
+        return cls(tuple(x.shape), rows.clone())
+
+
+Inputs = dict[str, list[_Input]]  # by the names of the arguments
 
 
 class FirstStep:
     """A comparison of what ``forward`` gets in the first step with what we send it."""
 
     def __init__(self) -> None:
-        self._ours = torch.zeros(0)
+        self._ours: Inputs = {}
         self._streams: object = None  # of random numbers, before the step
         self._problem: str | None = None
         self._hook = ExitStack()
@@ -32,7 +57,7 @@ class FirstStep:
         if reader.function is not None or compat.is_compiled(module):  # a hook would have it compiled anew
             return
         with suppress(Exception):  # training batches may be of another kind than validation batches
-            self._ours = _first_rows(reader.call(module, batch).arguments).clone()
+            self._ours = _inputs(reader.call(module, batch).arguments)
             self._streams = compat.random_streams()
             self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
@@ -42,20 +67,46 @@ class FirstStep:
             return
         self._hook.close()
         with suppress(Exception):  # a step must not fail because of a hint
-            ours, theirs = self._ours, _first_rows((args, kwargs))
-            if theirs.shape != ours.shape:
-                shapes = f"{tuple(theirs.shape)} in the step, and {tuple(ours.shape)} from us"
-                self._problem = f"`forward` gets an input of shape {shapes}"
-            elif compat.random_streams() == self._streams and not are_close(ours, theirs):
-                self._problem = "`forward` gets other values in the step, though it draws no random numbers"
+            arguments = dict(zip(_names(module, len(args)), args, strict=True)) | kwargs
+            has_drawn = compat.random_streams() != self._streams
+            self._problem = _difference(self._ours, _inputs(arguments), has_drawn)
 
     def stop(self) -> str | None:
         """Stop watching, and say how the step changes inputs, if it does."""
         self._hook.close()
-        self._ours, problem, self._problem = torch.zeros(0), self._problem, None
+        self._ours, problem, self._problem = {}, self._problem, None
         return problem
 
 
-def _first_rows(arguments: object) -> Tensor:
-    """Return the first rows of the first floating tensor."""
-    return next(filter(is_floating, tensors_in(arguments))).detach()[:_ROWS]
+def _names(module: nn.Module, count: int) -> list[str]:
+    """Return the names of the first arguments of ``forward``, and numbers for those of ``*args``."""
+    return [*parameters_of(module), *map(str, range(count))][:count]
+
+
+def _inputs(arguments: Mapping[str, object]) -> Inputs:
+    """Note the dense tensors of arguments that are not named like labels, also in mappings."""
+    found: Inputs = {}
+    for name, value in _without_labels(arguments).items():
+        value = _without_labels(value) if isinstance(value, Mapping) else value
+        found[name] = [_Input.of(x) for x in tensors_in(value) if x.layout == torch.strided and not x.is_nested]
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _without_labels(named: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in named.items() if not is_like_targets(name)}
+
+
+def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
+    """Say how what the step sends differs from what we send; values may if it has drawn random numbers."""
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        where = "in the step, and not from us" if name in theirs else "from us, and not in the step"
+        return f"`forward` gets `{name}` {where}"
+    for name, sent in ours.items():
+        found = [each.shape for each in theirs[name]], [each.shape for each in sent]
+        if found[0] != found[1]:
+            step, us = (", ".join(map(str, shapes)) for shapes in found)
+            return f"`forward` gets an input of shape {step} in the step, and {us} from us"
+        are_equal = all(are_close(a.rows, b.rows) for a, b in zip(sent, theirs[name], strict=True))
+        if not has_drawn and not are_equal:
+            return "`forward` gets other values in the step, though it draws no random numbers"
+    return None

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.model.reader import BatchReader
-from tests.helpers import Linear, fitted_and_said, loader, quick_risk
+from tests.helpers import Linear, fitted_and_said, labelled, loader, quick_risk
 
 Step = Callable[[Any, Tensor, Tensor], Any]
 ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
@@ -53,6 +54,10 @@ def saving(m: Any, x: Tensor, y: Tensor) -> Tensor:
     return plain(m, x, y)
 
 
+def masked(m: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return cross_entropy(m(x, mask=mask), y)
+
+
 VALUES = "`forward` gets other values in the step, though it draws no random numbers"
 CASES = {
     "plain": Case(plain),
@@ -86,6 +91,34 @@ def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -
     starts = [f"`SensitivityMonitor` (val/*) may not measure what your step computes: {case.said}."] * bool(case.said)
     assert len(texts) == len(starts), texts
     assert all(text.startswith(start) and ADVICE in text for text, start in zip(texts, starts, strict=True))
+
+
+class Masked(Stepping):
+    """Its batches have a mask beside labels, which `forward` may take."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.net(x if mask is None else x * mask)
+
+
+MASKS: dict[str, tuple[Step, Any, str | None]] = {
+    "a mask that is not sent": (masked, None, "`forward` gets `mask` in the step, and not from us"),
+    "a mask that is sent": (masked, lambda batch: (batch[0], batch[2]), None),
+    "a mask that the step leaves out": (
+        lambda m, x, y, mask: plain(m, x, y), lambda batch: (batch[0], batch[2]),
+        "`forward` gets `mask` from us, and not in the step"),
+    "another mask": (lambda m, x, y, mask: masked(m, x, y, 1 - mask), lambda batch: (batch[0], batch[2]), VALUES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_all_that_forward_gets_is_compared(name: str) -> None:
+    step, select, expected = MASKS[name]
+    x, y = labelled(64, seed=2).tensors
+    batches = DataLoader(TensorDataset(x, y, (torch.arange(64 * 12).reshape(64, 12) % 3 > 0).long()), 16)
+    monitor = SensitivityMonitor(inputs=select)
+    options = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
+    _, texts = fitted_and_said([monitor], Masked(step), batches, batches, **options)
+    assert [expected in text for text in texts] == [True] * bool(expected), texts
 
 
 def test_passes_of_another_monitor_are_not_the_steps_and_each_says_it() -> None:
