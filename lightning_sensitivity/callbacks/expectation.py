@@ -32,6 +32,8 @@ class Expectation:
         like: A label or more, in the form and on the device that the loss takes.
         reporter: Says what is doubtful.
 
+    Attributes:
+        metrics: The metrics by name.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Expectation:
     ) -> None:
         self._task = task
         self._loss = loss
-        self._metrics = metrics
+        self.metrics = dict(metrics)
         self._like = like
         self._reporter = reporter
         self._are_probabilities: bool | None = None  # perhaps, by the outputs of all validations so far
@@ -91,7 +93,7 @@ class Expectation:
     @property
     def _names(self) -> list[str]:
         """The names of all values."""
-        return [EXPECTED + name for name in (*self._metrics, "loss")]
+        return [EXPECTED + name for name in (*self.metrics, "loss")]
 
     def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
         """Compute the loss and metrics by labels, or by what a reference predicts; what is nan is left out.
@@ -111,7 +113,7 @@ class Expectation:
         found: Values = {"loss": float(loss.mean())}
         if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
-            found |= {name: float(metric_value(each, p, draws, self._task)) for name, each in self._metrics.items()}
+            found |= {name: float(metric_value(each, p, draws, self._task)) for name, each in self.metrics.items()}
         return {EXPECTED + name: value for name, value in found.items() if not math.isnan(value)}
 
     def _are_finite(self, outputs: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class Expectation:
 
     def warn_of_thresholds(self, shares: list[float]) -> None:
         """Warn of an F score whose threshold hardly any sample reaches, since positives are few."""
-        for name, metric in self._metrics.items():
+        for name, metric in self.metrics.items():
             if isinstance(metric, BinaryFBetaScore) and len(shares) == 2 and metric.threshold > 2 * shares[1]:
                 message = (
                     f"expects `{name}` at a threshold of {metric.threshold:g}, though only {shares[1]:.0%} of the "

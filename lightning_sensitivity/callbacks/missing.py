@@ -1,6 +1,7 @@
 """What other callbacks get in place of values that a validation lacks."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
@@ -28,10 +29,9 @@ class MissingValues:
         """Forget what the last validation lacked."""
         self._given = {}
 
-    def remember(self, name: str, dataloader_idx: int, value: float) -> None:
-        """Remember a value, unless it is nan or inf."""
-        if math.isfinite(value):
-            self._last[name, dataloader_idx] = value
+    def remember(self, dataloader_idx: int, values: Mapping[str, float]) -> None:
+        """Remember the values of a loader, but for nan and inf."""
+        self._last |= {(name, dataloader_idx): value for name, value in values.items() if math.isfinite(value)}
 
     def add(self, trainer: Trainer, logged_name: str, name: str, dataloader_idx: int, is_highest: bool) -> None:
         """Note that a value is missing; it is best where it is highest or lowest."""

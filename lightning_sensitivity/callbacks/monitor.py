@@ -201,14 +201,18 @@ class Monitor(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end, for which Lightning does not call us after an exception."""
         Monitor.on_train_end(self, trainer, pl_module)
-        self.run.free()
+        self.free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what only the end of a run tells, and free the samples."""
         self.run.reporter.finish()
-        self.run.free()
+        self.free()
 
     # Helpers
+
+    def free(self) -> None:
+        """Free the samples."""
+        self.run.free()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -308,7 +312,7 @@ class Monitor(Callback, ABC):
             elif name not in values:
                 self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
             else:
-                self.run.missing.remember(name, dataloader_idx, float(values[name]))
+                self.run.missing.remember(dataloader_idx, {name: float(values[name])})
                 self._log(trainer, name, logged_name, values[name])
 
     def _log(self, trainer: Trainer, name: str, logged_name: str, value: Any) -> None:

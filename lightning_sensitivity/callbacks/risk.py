@@ -16,28 +16,22 @@ from lightning_sensitivity.callbacks.checks import (
     check_metrics,
     check_monitored,
     check_outputs,
-    check_targets,
-    try_loss,
-    try_metrics,
 )
-from lightning_sensitivity.callbacks.expectation import Expectation
 from lightning_sensitivity.callbacks.history import History, of_state, plot_history, state_of
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.callbacks.predicted import Predicted
 from lightning_sensitivity.callbacks.predictions import Predictions, predict_both
 from lightning_sensitivity.callbacks.processes import agree
-from lightning_sensitivity.callbacks.risk_run import RiskRun
-from lightning_sensitivity.callbacks.run_reference import RunReference
+from lightning_sensitivity.callbacks.risk_run import Options, RiskRun, begin, warn_of_odd_labels
 from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
 from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import RunIsolated, isolated
+from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader, check_count
+from lightning_sensitivity.model.reader import BatchReader
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 
@@ -57,10 +51,8 @@ class RiskMonitor(Monitor):
     Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
     table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
     it sees too little of the inputs, nothing is logged, and callbacks that monitor these values take the last
-    epoch. Where a later validation has no value, they get the last one again.
-
-    A checkpoint holds the history, and what the reference predicts of the kept validation samples. A resumed
-    fit goes on with that while these are the same.
+    epoch. Where a later validation has no value, they get the last one again. A checkpoint holds what the
+    reference predicts of the kept validation samples; a resumed fit goes on with that.
 
     Args:
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
@@ -99,9 +91,8 @@ class RiskMonitor(Monitor):
         summary: What the line at the end of a fit says, as a dict that ``json`` takes; empty before.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first step, if the Trainer or the
-            model is not supported, labels do not fit the task, or a callback monitors a name that is not
-            logged.
+        MisconfigurationException: If an argument is invalid; before the first step, if the Trainer, the model
+            or labels do not fit, or a callback monitors a name that is not logged.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -141,13 +132,12 @@ class RiskMonitor(Monitor):
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
         self.task = rules
         self.loss = loss
-        self.metrics = rules.default_metrics(2) if metrics is None else check_metrics(metrics)
+        own_metrics = None if metrics is None else check_metrics(metrics)
+        self.metrics = rules.default_metrics(2) if own_metrics is None else own_metrics
         self.validation_labels = validation_labels
         self.history: History = []
         self.summary: dict[str, Any] = {}
-        self._has_default = metrics is None
-        self._estimator = reference
-        self._class_shares = class_shares
+        self._options = Options(reader, loss, own_metrics, reference, class_shares, validation_labels)
         self._saved: Predicted | None = None  # what an earlier part of this fit has predicted
         self._risk_run: RiskRun | None = None  # of the last fit, from its first training batch on
         self._model_id = 0  # of the model of the last fit
@@ -200,13 +190,11 @@ class RiskMonitor(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self._has_default:
+        if self._options.metrics is None:  # of the classes of the last fit
             self.metrics = self.task.default_metrics(2)
-        goes_on = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
-        if goes_on and self._model_id == id(pl_module):  # of which a Trainer holds the last one
-            self._restore(self.history, self._predicted())
-        else:
-            self._restore([], None)
+        has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
+        goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
+        self._restore(self.history if goes_on else [], self._predicted() if goes_on else None)
         self._model_id = id(pl_module)
         self._risk_run = None
         self.summary = {}
@@ -220,9 +208,8 @@ class RiskMonitor(Monitor):
         """Go on with what is known of an earlier part of this fit."""
         self.history, self._saved = history, predicted
         for row in history:
-            for name in self.names:
-                if row.get(name) is not None:
-                    self.run.missing.remember(name, row["dataloader_idx"], row[name])
+            known = {name: value for name, value in row.items() if name in self.names and value is not None}
+            self.run.missing.remember(row["dataloader_idx"], known)
 
     @property
     def state_key(self) -> str:
@@ -255,7 +242,6 @@ class RiskMonitor(Monitor):
         if trainer.state.fn == TrainerFn.FITTING and self.history:
             self._summarize(trainer)
         super().on_exception(trainer, pl_module, exception)
-        self._free()
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
@@ -287,7 +273,10 @@ class RiskMonitor(Monitor):
         """Check the first batch of a run."""
         self.run.reporter.look_at(batch)
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
-            self._start(trainer, module, batch)
+            self._risk_run = begin(
+                self._options, trainer, module, batch, self.check_model, self.run.reporter, self._saved
+            )
+            self.metrics = self._risk_run.expectation.metrics
         check_monitored(trainer, self.prefix, self.directions)
 
     def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
@@ -298,45 +287,7 @@ class RiskMonitor(Monitor):
             self.run.report_failure("could not keep a training batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            self._risk_run.reference.add(trainer, module, batch, batch_idx)
-        self._warn_of_odd_labels()
-
-    def _warn_of_odd_labels(self) -> None:
-        """Say which labels are no class, and how to map them."""
-        for mapping in self.reader.odd:
-            message = f"leaves out samples whose label is no class. If it means that there is none, set {mapping}."
-            self.run.reporter.warn("task", message, kind=mapping)
-
-    def _start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
-        """Check that the model can be measured on a batch, and that its labels and the metrics fit."""
-        self.reader.check_encoder(module)
-        call = self.reader.call(module, batch)
-        with isolated(module) as run, trainer.precision_plugin.val_step_context():
-            outputs = self.check_model(run, call)
-        shape = tuple(without_ones(outputs).shape[1:])
-        labels = self.reader.labels(module, batch, None if self._has_any_outputs else shape)
-        shape = tuple(labels.shape[1:]) if self._has_any_outputs else shape
-        check_count(labels, len(outputs))
-        check_targets(labels, self.task)
-        self.reader.check_seen(module, batch, call, labels)
-        self.reader.groups(module, batch, len(outputs))
-        num_columns = self.task.num_columns(shape)
-        check_class_shares(self._class_shares, self.task, num_columns)
-        if self._has_default:
-            self.metrics = self.task.default_metrics(num_columns)
-        like = in_32_bits(labels).to(outputs.device)
-        counts = self.task.has_label(labels)
-        if bool(counts.any()):
-            y = self.task.label_matrix(labels, num_columns)
-            try_metrics(self.metrics, self.task.output_matrix(outputs.cpu())[counts], y[counts], self.task)
-            if self.loss is not None:
-                with isolated(module) as run:
-                    run(try_loss, self.loss, in_32_bits(outputs)[counts], like[counts])
-        reporter = self.run.reporter
-        options = self._estimator, self._class_shares, reporter
-        reference = RunReference(self.task, self.reader, *options, shape, self._saved)
-        expectation = Expectation(self.task, self.loss, self.metrics, like[:0], reporter)
-        self._risk_run = RiskRun(self.task, outputs, shape, reference, expectation, reporter)
+            self._risk_run.learn(trainer, module, batch, batch_idx)
 
     # A validation
 
@@ -346,14 +297,9 @@ class RiskMonitor(Monitor):
         of_metrics = {EXPECTED + name: bool(metric.higher_is_better) for name, metric in self.metrics.items()}
         return of_metrics | {f"{EXPECTED}loss": False}
 
-    @property
-    def _has_any_outputs(self) -> bool:
-        """Whether outputs may be anything that the loss takes, such as quantiles."""
-        return self.task.has_any_outputs(self.loss)
-
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse outputs of which nothing can be expected."""
-        if not self._has_any_outputs:
+        if not self.task.has_any_outputs(self.loss):
             check_outputs(outputs, self.task)
 
     def is_ready(self, trainer: Trainer) -> bool:
@@ -371,10 +317,9 @@ class RiskMonitor(Monitor):
                 shape = None if self._risk_run is None else self._risk_run.label_shape
                 kept.labels = self.reader.kept_labels(module, batch, kept, shape)
             except MisconfigurationException as error:
-                self.run.reporter.warn(
-                    "labels", f"treats some validation batches as unlabelled: {describe_error(error)}"
-                )
-            self._warn_of_odd_labels()
+                message = f"treats some validation batches as unlabelled: {describe_error(error)}"
+                self.run.reporter.warn("labels", message)
+            warn_of_odd_labels(self.reader, self.run.reporter)
         samples.add(kept)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
@@ -385,31 +330,21 @@ class RiskMonitor(Monitor):
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
-        if self._risk_run is not None:
-            self._risk_run.prepare(trainer, self.run.samples)
+        assert self._risk_run is not None
+        self._risk_run.prepare(trainer, self.run.samples)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes."""
         assert self._risk_run is not None
-        outputs, labels = rows
-        if self.validation_labels and bool(labels.isnan().any(1).all()):
-            message = (
-                f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
-                "some, set `targets=`."
-            )
-            self.run.reporter.warn("labels", message, kind="none")
-        return self._risk_run.compute(trainer, dataloader_idx, outputs, labels)
+        return self._risk_run.compute(trainer, dataloader_idx, *rows)
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
         self.history.append({**row, "reference": None, "num_labels": 0, **values})
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Free the samples."""
-        super().teardown(trainer, pl_module, stage)
-        self._free()
-
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Free the samples, those of training included."""
+        super().free()
         if self._risk_run is not None:
             self._risk_run.reference.free()

@@ -181,6 +181,22 @@ def test_other_names_and_those_of_another_prefix_are_no_concern_of_a_monitor() -
     fitted([quick_risk(prefix="b/"), quick_risk(), *others], Own(), loader(), unlabelled_loader(seed=1))
 
 
+TWICE: dict[str, tuple[str, dict[str, Any], str]] = {  # a hook, options of what is logged there, and what is said
+    "before us": ("on_validation_epoch_start", {}, "does not log `val/expected_loss`, since your own code does"),
+    "after us": ("on_validation_epoch_end", {}, "could not log `val/expected_loss`: .*twice"),
+    "after us, alike": ("on_validation_epoch_end", {"add_dataloader_idx": False}, "so that it is the mean of both"),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_name_that_the_users_code_logs_too_is_said(name: str) -> None:
+    hook, options, match = TWICE[name]
+    model = Linear()
+    setattr(model, hook, lambda: model.log("val/expected_loss", 9.0, **options))
+    _, (text,) = helpers.fitted_and_said(quick_risk(), model, loader(), unlabelled_loader(seed=1))
+    assert re.search(match, text)
+
+
 # Metrics and references that can't be taken
 
 

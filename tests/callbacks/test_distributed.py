@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
@@ -248,6 +249,19 @@ def resuming(folder: Path) -> Any:
     return known_of(whole), known_of(resumed), texts
 
 
+def refusing(folder: Path) -> str:
+    """What is wrong in one process, in its first training batch."""
+
+    def targets(batch: Any) -> Tensor:
+        if rank() == 1:
+            raise ValueError("out of labels")
+        return batch[1]
+
+    with pytest.raises(MisconfigurationException) as caught:
+        fitted([quick_risk(targets=targets)], Moving(), batches_of(X, CORRECT, batch_size=24), dealt([20, 40]))
+    return str(caught.value)
+
+
 class Counting(SensitivityMonitor):
     """It notes how many samples all processes measure."""
 
@@ -271,7 +285,8 @@ def half_an_epoch(folder: Path) -> Any:
 
 
 SCENARIOS = (
-    unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch
+    unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch,
+    refusing,
 )  # fmt: skip
 
 
@@ -302,6 +317,11 @@ def test_a_pass_that_fails_in_one_process_costs_the_value_of_both_and_stops_nobo
     assert epochs[0][LOSS] == epochs[1][LOSS] != epochs[2][LOSS]  # the last one again
     assert texts == [] and all("out of luck" in text and "This epoch has no value" in text for text in other_texts)
     assert len(other_texts) == 2
+
+
+def test_what_one_process_refuses_before_the_first_step_all_refuse(both: Any) -> None:
+    other, own = both["refusing"]
+    assert "Another process has refused this run" in other and "out of labels" in own
 
 
 def test_a_metric_that_fails_in_one_process_costs_a_value_in_both(both: Any) -> None:

@@ -95,7 +95,7 @@ FAULTS = {
     "inputs=": Fault(KEPT, KEPT, options=failing_inputs),
     "noise=": Fault(".*of the user", None, options=failing_noise),
     "targets=": Fault(None, TRAINED + "of the user" + BLIND, options=failing_targets),
-    "features=": Fault(None, TRAINED + "of the user" + BLIND, options=lambda: ({}, {"features": failing(1, True)})),
+    "features=": Fault(None, TRAINED + "of the user" + BLIND, options=lambda: ({}, {"features": failing(2, True)})),
 }  # fmt: skip
 
 

@@ -137,6 +137,24 @@ def test_values_are_right_and_nothing_is_said_in(way: str) -> None:
     assert not texts and truth.expected[-1] and (None in truth.expected) == ("too early" in way)
 
 
+class Pretrained(Plain):
+    """Its first epoch has no labels."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        has_none = self.trainer.training and self.current_epoch == 0
+        return [batch[0], torch.full_like(batch[1], -100)] if has_none else batch
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) if self.current_epoch else self(batch[0]).square().mean()
+
+
+def test_after_an_epoch_without_labels_the_reference_is_made_of_the_next_one() -> None:
+    data = loader(90), unlabelled_loader(seed=1)
+    _, texts = fitted_and_said(monitor := quick_risk(), Pretrained(), *data, max_epochs=3)
+    assert len(texts) == 1 and "No training sample has a label" in texts[0]
+    assert ["expected_loss" in row for row in monitor.history] == [False, True, True]
+
+
 # Where passes fail
 
 

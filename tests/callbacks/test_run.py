@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor, compat
 from lightning_sensitivity.callbacks.checks import check_run
-from tests.helpers import Classifier, Linear, fitted, loader, quick_risk, refused, trainer
+from tests.helpers import Classifier, Linear, fitted, loader, quick_risk, refused, said, trainer
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 
@@ -86,6 +86,15 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
         run = SimpleNamespace(strategy=kind.__new__(kind), enable_validation=True)
         with pytest.raises(MisconfigurationException, match="`M` does not support sharded weights .*; use DDP"):
             check_run("M", run, model, "fit")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
+def test_strategies_that_lose_what_a_fit_leaves_are_said(strategy: str) -> None:
+    chosen: Any = {"enable_validation": True, "callbacks": [], "lr_scheduler_configs": []}
+    run = SimpleNamespace(strategy=trainer(strategy=strategy, devices=2).strategy, **chosen)
+    with said() as texts:
+        SensitivityMonitor().setup(run, Classifier(), "fit")
+    assert ["Set `strategy='ddp'`" in text for text in texts] == [True] * (strategy != "ddp")
 
 
 def test_monitors_that_log_the_same_names_need_two_prefixes() -> None:
