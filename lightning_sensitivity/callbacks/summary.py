@@ -174,9 +174,7 @@ def summarize(
     watched = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
     for name in watched[:1] or (*curves, next(iter(curves))):  # the first again, if none tells epochs apart
         curve = curves[name]
-        rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
-        finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-        found = [row for row in finite if is_same(row["reference"], finite[-1]["reference"])]  # of the last one
+        rows, finite, found = _rows_of(curve, history)
         best = _best_row(found, curve)
         if best:
             break
@@ -200,6 +198,13 @@ def summarize(
         verdict=verdict,
         doubts=(*doubts, *[ANSWER] * (has_reference and verdict is not None and verdict.knows_too_much)),
     )
+
+
+def _rows_of(curve: Curve, history: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return the rows of a loader, those with a value, and those of them by the same reference as the last one."""
+    rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
+    finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
+    return rows, finite, [row for row in finite if is_same(row["reference"], finite[-1]["reference"])]
 
 
 def _best_row(rows: Sequence[Row], curve: Curve) -> Row:
