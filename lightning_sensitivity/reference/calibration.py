@@ -1,6 +1,8 @@
 """What is fitted to left-out predictions: a temperature, class shares, and how many labels they can't explain."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +34,14 @@ class Calibration:
         power: The inverse temperature.
         smoothing: The share of each prediction that is spread over classes.
         shares: By what it is spread: the mean label, ``(C,)``; None without smoothing.
+        unsmoothed: The best inverse temperature without smoothing.
     """
 
     task: Task
     power: float = 1.0
     smoothing: float = 0.0
     shares: Tensor | None = None
+    unsmoothed: float = 1.0
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
@@ -50,7 +54,8 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
 
     A ridge regression of labels is right more often than it says, which a temperature cures (Guo et al.,
     2017, who take the likelihood: a few redrawn labels would then hide it). Where labels are redrawn at
-    random, the rest is surer than it is right.
+    random, the rest is surer than it is right: then a share is spread as labels are, and both are fitted anew,
+    since a temperature by itself has made all predictions too unsure.
 
     Args:
         p: Left-out predictions, ``(N, C)``.
@@ -68,9 +73,40 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
     excess = certainty.mean() - accuracy
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
     if not excess > _ERRORS * by_chance:
-        return Calibration(task, power)
-    smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
-    return Calibration(task, power, smoothing, y.mean(0))  # spread evenly, most of few positives would be random
+        return Calibration(task, power, unsmoothed=power)
+    found = min((_smoothed(p, y, task, each) for each in _POWERS), key=attrgetter("score")).calibration
+    if not _are_redrawn(p, y, found):
+        return Calibration(task, power, unsmoothed=power)
+    return replace(found, unsmoothed=power)
+
+
+class _Fit(NamedTuple):
+    """A calibration, and its Brier score."""
+
+    score: float
+    calibration: Calibration
+
+
+def _smoothed(p: Tensor, y: Tensor, task: Task, power: float) -> _Fit:
+    """Fit the share that is spread, at a temperature; its Brier score is lowest in closed form."""
+    shares = y.mean(0)
+    q = task.sharpened(p, power)
+    towards = shares - q
+    share = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
+    share = min(max(share, 0.0), _MAX_SMOOTHING)
+    return _Fit(float((q + share * towards - y).square().sum()), Calibration(task, power, share, shares))
+
+
+def _are_redrawn(p: Tensor, y: Tensor, calibration: Calibration) -> bool:
+    """Return whether samples that look like none of a class have its label as often as smoothing says.
+
+    Redrawn labels are everywhere. Without this, most of a few positives would be random samples.
+    """
+    assert calibration.shares is not None
+    q, least = calibration(p), calibration.smoothing * calibration.shares
+    looks_unlike = (q < 2 * least).double()
+    wanted, found = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
+    return bool((found >= wanted - _ERRORS * wanted.sqrt()).all())
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class Learner:
         groups: The number of the group of each, ``(N,)``; None without groups.
         calibration: What its predictions need.
         left_out: The left-out predictions, calibrated, ``(N, C)``.
+        unsmoothed: The same, calibrated by a temperature alone.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Learner:
         p = self._as_matrix(left_out)
         self.calibration = calibrate(p, known.labels, task, known.groups)
         self.left_out = self.calibration(p)
+        self.unsmoothed = task.sharpened(p, self.calibration.unsmoothed)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""

@@ -150,12 +150,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         chance = float(task.distances(y.mean(0).expand_as(y), y).mean())
         self.skill_ = 1 - self.score_ / chance if chance > _ROUNDING else 0.0
         self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
-        for q, answers in task.classifications(p, y):
+        unsmoothed = task.classifications(learner.unsmoothed, y)  # smoothing would explain redrawn labels
+        for (q, answers), (before, _) in zip(task.classifications(p, y), unsmoothed, strict=True):
             classes = answers.argmax(1)
             self.accuracy_ = float((q.argmax(1) == classes).double().mean())
             self.majority_ = float(classes.bincount().max()) / len(classes)
             if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(classes)):
-                self.unexplained_ = unexplained_share(q, answers)
+                self.unexplained_ = unexplained_share(before, answers)
         metrics = task.default_metrics(y.shape[1]) if self.majority_ < 1 else {}
         if "auroc" in metrics:
             self.auroc_ = float(metric_value(metrics["auroc"], p, task.hard_labels(y)[None], task))
