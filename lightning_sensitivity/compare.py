@@ -217,7 +217,9 @@ class _Judge(NamedTuple):
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
         worth = torch.full((len(q),), 0.0 if is_blind else WORTH / len(q), dtype=torch.float64)
-        judged = [(worth, q, draw_labels(q, self.task.name, fitted.residuals_))]
+        is_local = self.shape is None and outputs[0].shape[1:].numel() != q.shape[1]  # such as quantiles
+        errors = fitted.residuals_near(q) if is_local else fitted.residuals_
+        judged = [(worth, q, draw_labels(q, self.task.name, errors))]
         if with_labels:
             labels = self._labels()
             y = self.task.label_matrix(labels, q.shape[1])

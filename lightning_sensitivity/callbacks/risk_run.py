@@ -181,6 +181,7 @@ def begin(
     has_any_outputs = task.has_any_outputs(options.loss)
     shape = tuple(without_ones(outputs).shape[1:])
     labels = reader.labels(module, batch, None if has_any_outputs else shape)
+    is_local = has_any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
     shape = tuple(labels.shape[1:]) if has_any_outputs else shape
     check_count(labels, len(outputs))
     check_targets(labels, task)
@@ -191,7 +192,8 @@ def begin(
     metrics = task.default_metrics(num_columns) if options.metrics is None else options.metrics
     _try_values(options, metrics, module, outputs, labels, num_columns)
     like = in_32_bits(labels[:0]).to(outputs.device)
-    reference = RunReference(task, reader, options.estimator, options.class_shares, reporter, shape, saved)
+    fitted_by = options.estimator, options.class_shares, reporter
+    reference = RunReference(task, reader, *fitted_by, shape, is_local, saved)
     expectation = Expectation(task, options.loss, metrics, like, reporter)
     return RiskRun(options, outputs, shape, reference, expectation, reporter)
 

@@ -57,10 +57,10 @@ class RunReference:
         task: The task.
         reader: Reads batches, and their labels.
         estimator: What is fitted; None for the reference's own learners.
-        class_shares: The shares of the classes among unseen samples, ``"estimate"``, or None for those of
-            training.
+        class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
         reporter: Says what is doubtful.
         output_shape: The shape of the network's outputs for a sample.
+        is_local: Whether errors of a regression are drawn near each prediction.
         saved: What an earlier part of this fit has predicted; None without one.
 
     Attributes:
@@ -77,6 +77,7 @@ class RunReference:
         class_shares: Any,
         reporter: Reporter,
         output_shape: tuple[int, ...],
+        is_local: bool,
         saved: Predicted | None,
     ) -> None:
         self.was_tried = False
@@ -88,6 +89,7 @@ class RunReference:
         self._class_shares = class_shares
         self._reporter = reporter
         self._output_shape = output_shape
+        self._is_local = is_local
         self._saved = saved  # until it is compared with the kept samples
         self._kept: KeptObservations | None = None  # training samples of this process; None before there are some
         self._is_from_start = False  # whether they are those of an epoch from its first batch on
@@ -263,8 +265,8 @@ class RunReference:
         self._warn_of_columns(dataloader_idx, known, new)
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
         self._warn_of_groups(dataloader_idx, known, new)
-        draws = draw_labels(q, self._task.name, self.fitted.residuals_)
-        return Unseen(indices, q.float(), draws, self.fitted.score_, unseen.groups)
+        errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
+        return Unseen(indices, q.float(), draw_labels(q, self._task.name, errors), self.fitted.score_, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
@@ -301,8 +303,7 @@ class RunReference:
         """Warn if a column has another mean among validation samples than among training samples."""
         if self._reader.has_features or "columns" not in known.seen:
             return
-        of_each = [group_means(each.seen["columns"], each.groups) for each in (known, new)]
-        column, size = largest_difference(*of_each)
+        column, size = largest_difference(*(group_means(each.seen["columns"], each.groups) for each in (known, new)))
         if size > _COLUMNS_DIFFER:
             message = (
                 f"finds that column {column} of the inputs has another mean in dataloader {dataloader_idx} than in "

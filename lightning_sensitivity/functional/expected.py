@@ -26,8 +26,8 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
     Args:
         q: Predictions ``(N, C)``; for ``"binary"`` also probabilities of class 1, ``(N,)`` or ``(N, 1)``.
         task: The task.
-        residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, C)``; see
-            ``Reference.residuals_``.
+        residuals: In a regression, quantiles of the left-out errors, which are added: ``(20, C)``, or near each
+            prediction, ``(20, N, C)``; see ``Reference.residuals_`` and ``Reference.residuals_near``.
 
     Returns:
         Class indices ``(20, N)``; for a regression targets ``(20, N, C)``, or ``(1, N, C)`` without

@@ -27,6 +27,7 @@ _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and 
 _ROUNDING = 1e-12  # of scores that are 0
 _MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
+_NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 
 class Reference(BaseEstimator):  # type: ignore[misc]
@@ -187,6 +188,20 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         errors = self.labels_ - self.left_out_
         return _quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
 
+    def residuals_near(self, predictions: Array) -> Array:
+        """Return quantiles of left-out errors near each of some predictions of a regression, ``(20, M, C)``.
+
+        They are those of the tenth of the training samples whose left-out predictions are the nearest: where
+        numbers are large, errors mostly are.
+
+        Args:
+            predictions: Predictions ``(M, C)``.
+        """
+        number = len(self.left_out_)
+        num_near = min(number, max(_FEWEST_NEAR, min(number // _NEAR_SHARE, _MOST_NEAR)))
+        columns = zip(self.left_out_.T, self.labels_.T, np.asarray(predictions).T, strict=True)
+        return np.stack([_quantiles(_near(p, y - p, new, num_near)) for p, y, new in columns], axis=2)
+
     @property
     def is_trusted_(self) -> bool:
         """Whether it sees enough to choose by, if its samples are all that a network sees."""
@@ -263,6 +278,13 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             part = {kind: values[start : start + _CHUNK] for kind, values in seen.items()}
             found.append(self._learner.predict(shrunk(part)).numpy())
         return np.concatenate(found)
+
+
+def _near(left_out: Array, errors: Array, predictions: Array, num_near: int) -> Array:
+    """Return the errors of the left-out predictions ``(N,)`` nearest to others ``(M,)``, ``(num_near, M)``."""
+    order = left_out.argsort(kind="stable")
+    first = (np.searchsorted(left_out[order], predictions) - num_near // 2).clip(0, len(order) - num_near)
+    return errors[order[np.arange(num_near)[:, None] + first]]
 
 
 def _quantiles(errors: Array) -> Array:
