@@ -58,8 +58,7 @@ class RiskMonitor(Monitor):
         task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
         loss: Your loss: a function of outputs and labels, in the form of ``targets``, on the device of the
             model. It returns their mean, or a number for each sample. In a regression outputs may then have
-            any shape with samples first, such as quantiles ``(N, Q)``; errors are then drawn near each
-            prediction.
+            any shape with samples first, such as quantiles ``(N, Q)``; errors are drawn near a prediction.
         metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get
             probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and
             targets.
