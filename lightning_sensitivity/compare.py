@@ -101,7 +101,7 @@ def compare_models(
             errors count groups.
         validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may
             be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         inputs: A function ``batch -> arguments``; by default see
             :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``; by default
@@ -219,11 +219,16 @@ class _Judge(NamedTuple):
         worth = torch.full((len(q),), 0.0 if is_blind else WORTH / len(q), dtype=torch.float64)
         is_local = self.shape is None and outputs[0].shape[1:].numel() != q.shape[1]  # such as quantiles
         errors = fitted.residuals_near(q) if is_local else fitted.residuals_
-        judged = [(worth, q, draw_labels(q, self.task.name, errors))]
+        draws = draw_labels(q, self.task.name, errors)
+        q = self.task.told(q, fitted.blind_labels_)
+        judged = [(worth, q, draws)]
         if with_labels:
             labels = self._labels()
             y = self.task.label_matrix(labels, q.shape[1])
-            judged.append((self._worth(self.task.has_label(labels)), y, self.task.hard_labels(y)[None]))
+            y = self.task.told(y, q.isnan().all(0).nonzero()[:, 0].tolist())
+            hard = self.task.hard_labels(self.task.label_matrix(labels, q.shape[1]))[None]
+            worth = self._worth(self.task.has_label(y)) * self.task.known(y).double().mean(1)
+            judged.append((worth, y, self.task.completed(hard, draws)))
         total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
         return [
             sum(weights * self._values(each, y, draws, like).nan_to_num() for weights, y, draws in judged) / total

@@ -14,11 +14,12 @@ from lightning_sensitivity.callbacks.predicted import Unseen
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
 from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FEWEST_OUTPUTS, _LABELS_OF_EACH = 4, 5  # from which on it is odd that most classes never occur
+_ROUNDING = 1e-6  # of a number of labels
 _FALLING = 0.9  # of the last score: below, a network is still learning
 
 
@@ -65,20 +66,32 @@ class Expectation:
         is_finite = self._are_finite(outputs)
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys(self._names, math.nan)
-        counts = ~labels.isnan().any(1) & is_finite
-        num_labels, y = int(counts.sum()), labels[counts]
+        counts = self._task.has_label(labels) & is_finite
+        y = labels[counts]
+        num_labels = math.ceil(float(self._task.known(y).double().mean(1).sum()) - _ROUNDING)  # of all columns
+        drawn = self._drawn(labels, unseen)[:, counts]
         worth = num_labels
         if unseen is not None and unseen.groups is not None:
             worth = count_groups(unseen.groups[counts], num_labels)
-        by_labels = self._measure(outputs[counts], y, self._task.hard_labels(y)[None])
         expected: Values = {}
         if unseen is not None:
             rows = is_finite[unseen.indices]
             expected = self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
+            y = y.where(~unseen.q.isnan().all(0), math.nan)  # of what the reference can't tell
+        by_labels = self._measure(outputs[counts], y, drawn)
         if not expected and not by_labels:
             return {}
         known = {name: _mean(name, (expected, WORTH), (by_labels, worth)) for name in expected | by_labels}
         return known | {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
+
+    def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
+        """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
+        drawn = self._task.hard_labels(labels)[None]
+        if unseen is None or bool(self._task.are_known(drawn).all()):
+            return drawn
+        drawn = drawn.repeat(len(unseen.draws), *[1] * (drawn.ndim - 1))
+        drawn[:, unseen.indices] = self._task.completed(drawn[:, unseen.indices], unseen.draws.to(drawn.dtype))
+        return drawn
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
@@ -100,20 +113,24 @@ class Expectation:
 
         Args:
             outputs: Outputs ``(N, ...)``, finite.
-            y: Labels as a matrix, or predictions, ``(N, C)``.
-            draws: The same as one or more labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``.
-                No metric is computed if all are of one class.
+            y: Labels as a matrix, or predictions, ``(N, C)``; nan is unknown, and left out by default.
+            draws: The same as one or more labels for each sample, ``(R, N)``, or ``(R, N, C)``. No metric is
+                computed if all are of one class.
         """
         if draws.numel() == 0:
             return {}
         if self._loss is None:
             loss = self._task.losses(outputs, y, draws).double()
         else:
-            loss = losses(self._loss, outputs, draws, self._task, self._like)
-        found: Values = {"loss": float(loss.mean())}
+            whole = self._task.are_whole(draws)
+            loss = losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
+        found: Values = {"loss": float(loss.nanmean())}
         if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
-            found |= {name: float(metric_value(each, p, draws, self._task)) for name, each in self.metrics.items()}
+            known = self._task.masked(draws, y)
+            for name, metric in self.metrics.items():
+                labels = known if isinstance(metric, OfKnownLabels) else draws
+                found[name] = float(metric_value(metric, p, labels, self._task))
         return {EXPECTED + name: value for name, value in found.items() if not math.isnan(value)}
 
     def _are_finite(self, outputs: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Verdict:
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
+        blind_labels: Which of several labels it can't tell.
     """
 
     learner: str
@@ -34,6 +35,7 @@ class Verdict:
     majority: float
     unexplained: float
     is_trusted: bool
+    blind_labels: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, reference: Any, is_trusted: bool, has_features: bool) -> "Verdict":
@@ -51,6 +53,7 @@ class Verdict:
             skill=reference.skill_,
             majority=reference.majority_,
             unexplained=reference.unexplained_,
+            blind_labels=reference.blind_labels_.tolist(),
             is_trusted=is_trusted,
         )
 
@@ -68,7 +71,7 @@ class Unseen:
     Attributes:
         indices: Which samples it can read, in an order that does not depend on the number of processes,
             ``(N,)``.
-        q: Its predictions for them, ``(N, C)``.
+        q: Its predictions for them, ``(N, C)``; nan of labels that it can't tell.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
         groups: The number of the group of each kept sample, also of those that it can't read; None without groups.

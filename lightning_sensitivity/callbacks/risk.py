@@ -46,7 +46,7 @@ class RiskMonitor(Monitor):
 
     - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
     - ``expected_accuracy`` and ``expected_auroc``, none in a regression; or ``expected_<name>`` for each of
-      ``metrics``.
+      ``metrics``. By default the means for ``"multilabel"`` leave out labels that the reference can't tell.
 
     Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
     table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
@@ -55,7 +55,7 @@ class RiskMonitor(Monitor):
     reference predicts of the kept validation samples; a resumed fit goes on with that.
 
     Args:
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         loss: Your loss: a function of outputs and labels, in the form of ``targets``, on the device of the
             model. It returns their mean, or a number for each sample. In a regression outputs may then have
             any shape with samples first, such as quantiles ``(N, Q)``; errors are drawn near a prediction.
@@ -63,7 +63,8 @@ class RiskMonitor(Monitor):
             probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and
             targets.
         targets: A function ``batch -> labels``; by default
-            :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored.
+            :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored; for
+            ``"multilabel"`` and in a regression a sample may have nan for what is unknown.
         validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as
             1,000 of them.
         features: What the reference sees, by default the inputs: an ``nn.Module``, such as a pretrained

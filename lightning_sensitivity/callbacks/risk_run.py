@@ -216,4 +216,4 @@ def _try_values(
     if options.loss is not None:
         like = in_32_bits(labels).to(outputs.device)
         with isolated(module) as run:
-            run(try_loss, options.loss, in_32_bits(outputs)[counts], like[counts])
+            run(try_loss, options.loss, in_32_bits(outputs)[counts], task.filled(like[counts]))

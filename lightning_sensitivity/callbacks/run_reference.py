@@ -266,7 +266,9 @@ class RunReference:
         self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
         self._warn_of_groups(dataloader_idx, known, new)
         errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
-        return Unseen(indices, q.float(), draw_labels(q, self._task.name, errors), self.fitted.score_, unseen.groups)
+        draws = draw_labels(q, self._task.name, errors)
+        q = self._task.told(q.float(), self.fitted.blind_labels_)
+        return Unseen(indices, q, draws, self.fitted.score_, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
@@ -346,5 +348,6 @@ def _are_enough(kept: KeptObservations) -> bool:
         return False
     y = kept.labels.double()
     first, second = y.tensor_split(2)
-    variances = y.var(0) * (1 / max(1, len(first)) + 1 / max(1, len(second)))
-    return not bool(((first.mean(0) - second.mean(0)).square() > _SORTED**2 * variances).any())
+    sizes = [(~half.isnan()).sum(0).clamp(min=1) for half in (first, second)]
+    variances = (y - y.nanmean(0)).square().nanmean(0) * (1 / sizes[0] + 1 / sizes[1])
+    return not bool(((first.nanmean(0) - second.nanmean(0)).square() > _SORTED**2 * variances).any())

@@ -97,6 +97,7 @@ class Summary:
             said = [self._why_nothing()]
         else:
             said = [self._best(), self._what_chose(), *(_DOUBTS[each] for each in self.doubts), self._rival()]
+            said.append(self._blind())
             if self.num_gaps:
                 said.append(f"There is no value for {self.num_gaps} of {self.num_validations} validations.")
         said.append(self._unexplained())
@@ -142,6 +143,13 @@ class Summary:
         advice = ": consider it, or the mean of both" if is_better and not self.doubts else ""
         reached = f"{self.network:.3g}, the reference by itself {self.reference:.3g}"
         return f"There the network is expected to reach {reached}{advice}."
+
+    def _blind(self) -> str:
+        """Name the labels that the reference can't tell, if there are several."""
+        if self.verdict is None or not self.verdict.blind_labels:
+            return ""
+        names = ", ".join(map(str, self.verdict.blind_labels))
+        return f"The reference can't tell these labels, which means by default leave out: {names}."
 
     def _unexplained(self) -> str:
         """Say how many labels can't be explained, if that is worth a sentence."""

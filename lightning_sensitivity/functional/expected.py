@@ -30,8 +30,8 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
             prediction, ``(20, N, C)``; see ``Reference.residuals_`` and ``Reference.residuals_near``.
 
     Returns:
-        Class indices ``(20, N)``; for a regression targets ``(20, N, C)``, or ``(1, N, C)`` without
-        residuals.
+        Class indices ``(20, N)``; for ``"multilabel"`` labels ``(20, N, L)``; for a regression targets
+        ``(20, N, C)``, or ``(1, N, C)`` without residuals.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
     rules, outputs, q = _of_same_samples(task, outputs, q)
     y = rules.label_matrix(q)
     draws = rules.draw(y, None if residuals is None else as_tensor(residuals))
-    return rules.losses(outputs, y, draws).double().mean()
+    return rules.losses(outputs, y, draws).double().nanmean()
 
 
 def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
@@ -91,7 +91,7 @@ def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "mu
         logits: Logits of unseen samples, ``(N, K)``; ``(N,)`` or ``(N, 1)`` for ``"binary"``.
         q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
             ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: The task.
 
     Returns:
         The value, a scalar tensor.
@@ -126,17 +126,16 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
     Args:
         metric: The metric, which stays as it is.
         predictions: Probabilities of the classes, or numbers in a regression, ``(N, C)``.
-        labels: Several labels for each sample, ``(R, N)``; in a regression ``(R, N, C)``.
+        labels: Several labels for each sample, ``(R, N)``; ``(R, N, C)`` if a sample has several, or in a regression.
         task: The task.
     """
     copied = metric.clone()
     copied.reset()
     stay_alone(copied)
-    preds = task.metric_preds(predictions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that no draw has
         for target in labels:
-            copied.update(preds, task.metric_target(target, preds))
+            copied.update(*task.metric_inputs(copied, predictions, target))
         value: Tensor = copied.compute()
     return value
 
@@ -147,7 +146,7 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
     Args:
         loss: The loss: of outputs and labels, a number, or one for each sample.
         outputs: Outputs ``(N, ...)``.
-        draws: Labels ``(R, N)``; in a regression ``(R, N, C)``.
+        draws: Labels ``(R, N)``; ``(R, N, C)`` if a sample has several, or in a regression.
         task: The task.
         like: Labels in the form and on the device that the loss takes, of any number.
     """

@@ -1,5 +1,7 @@
 """What is fitted to left-out predictions: a temperature, class shares, and how many labels they can't explain."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import NamedTuple
@@ -7,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import Task, classification_of
+from lightning_sensitivity.functional.tasks import Task, classification_of, find_task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.groups import stderr_of_mean
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _FEW, _MANY = torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)
@@ -26,27 +29,66 @@ _ROUNDS = 100  # of expectation maximization
 
 
 @dataclass
-class Calibration:
-    """What makes probabilities of predictions.
+class Sharpening:
+    """What makes probabilities of what is predicted for one question.
 
     Attributes:
-        task: The task; in a regression, predictions stay.
         power: The inverse temperature.
         smoothing: The share of each prediction that is spread over classes.
         shares: By what it is spread: the mean label, ``(C,)``; None without smoothing.
         unsmoothed: The best inverse temperature without smoothing.
     """
 
-    task: Task
     power: float = 1.0
     smoothing: float = 0.0
     shares: Tensor | None = None
     unsmoothed: float = 1.0
 
     def __call__(self, p: Tensor) -> Tensor:
-        """Calibrate predictions ``(N, C)``."""
-        q = self.task.sharpened(p, self.power)
+        """Calibrate predictions ``(N, K)``."""
+        q = (self.power * _logarithms(p)).softmax(1)
         return q if self.shares is None else (1 - self.smoothing) * q + self.smoothing * self.shares
+
+
+@dataclass
+class Calibration:
+    """What makes probabilities of predictions; the numbers of a regression stay.
+
+    Attributes:
+        task: The task.
+        parts: What to do for each of its questions, by default the least.
+    """
+
+    task: Task
+    parts: Sequence[Sharpening] = ()
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Calibrate predictions ``(N, C)``."""
+        questions = self.task.questions(p)
+        parts = self.parts or [Sharpening()] * len(questions)
+        found = [part(q) for part, q in zip(parts, questions, strict=True)]
+        return self.task.of_questions(found) if found else p
+
+    @property
+    def unsmoothed(self) -> "Calibration":
+        """The best one without smoothing."""
+        return Calibration(self.task, [Sharpening(part.unsmoothed) for part in self.parts])
+
+    @property
+    def power(self) -> float:
+        """The inverse temperature, the mean over questions."""
+        return sum(part.power for part in self.parts) / len(self.parts) if self.parts else 1.0
+
+    @property
+    def smoothing(self) -> float:
+        """The share of predictions that is spread evenly over classes, the mean over questions."""
+        return sum(part.smoothing for part in self.parts) / len(self.parts) if self.parts else 0.0
+
+
+def _logarithms(p: Tensor) -> Tensor:
+    """Return the logarithms of numbers near probabilities."""
+    p = p.clamp(0, 1)
+    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) -> Calibration:
@@ -59,51 +101,59 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
 
     Args:
         p: Left-out predictions, ``(N, C)``.
-        y: Labels, ``(N, C)``.
+        y: Labels, ``(N, C)``, nan where they are unknown.
         task: The task.
         groups: The number of the group of each sample, ``(N,)``; None without groups.
     """
-    if not task.needs_calibration:
-        return Calibration(task)
+    parts = []
+    for indices, q, answers in task.classifications(p, y):
+        parts.append(_sharpen(q, answers, None if groups is None else groups[indices]))
+    return Calibration(task, parts)
+
+
+def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
+    """Calibrate predictions and labels of one question, ``(N, K)``."""
     some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
     p, y, groups = p[some], y[some], None if groups is None else groups[some]
-    power = min(_POWERS, key=lambda each: float(task.distances(task.sharpened(p, each), y).sum()))
-    certainty, is_right = task.certainties(task.sharpened(p, power), y)
+    logarithms = _logarithms(p)
+    power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
+    certainty, classes = (power * logarithms).softmax(1).max(1)
+    is_right = y.gather(1, classes[:, None])[:, 0]
     accuracy = is_right.mean()
     excess = certainty.mean() - accuracy
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
-    if not excess > _ERRORS * by_chance:
-        return Calibration(task, power, unsmoothed=power)
-    found = min((_smoothed(p, y, task, each) for each in _POWERS), key=attrgetter("score")).calibration
+    if not excess > _ERRORS * by_chance:  # also without a label
+        return Sharpening(power, unsmoothed=power)
+    found = min((_smoothed(p, y, each) for each in _POWERS), key=attrgetter("score")).sharpening
     if not _are_redrawn(p, y, found):
-        return Calibration(task, power, unsmoothed=power)
+        return Sharpening(power, unsmoothed=power)
     return replace(found, unsmoothed=power)
 
 
 class _Fit(NamedTuple):
-    """A calibration, and its Brier score."""
+    """What makes probabilities, and its Brier score."""
 
     score: float
-    calibration: Calibration
+    sharpening: Sharpening
 
 
-def _smoothed(p: Tensor, y: Tensor, task: Task, power: float) -> _Fit:
+def _smoothed(p: Tensor, y: Tensor, power: float) -> _Fit:
     """Fit the share that is spread, at a temperature; its Brier score is lowest in closed form."""
     shares = y.mean(0)
-    q = task.sharpened(p, power)
+    q = Sharpening(power)(p)
     towards = shares - q
     share = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
     share = min(max(share, 0.0), _MAX_SMOOTHING)
-    return _Fit(float((q + share * towards - y).square().sum()), Calibration(task, power, share, shares))
+    return _Fit(float((q + share * towards - y).square().sum()), Sharpening(power, share, shares))
 
 
-def _are_redrawn(p: Tensor, y: Tensor, calibration: Calibration) -> bool:
+def _are_redrawn(p: Tensor, y: Tensor, sharpening: Sharpening) -> bool:
     """Return whether samples that look like none of a class have its label as often as smoothing says.
 
     Redrawn labels are everywhere. Without this, most of a few positives would be random samples.
     """
-    assert calibration.shares is not None
-    q, least = calibration(p), calibration.smoothing * calibration.shares
+    assert sharpening.shares is not None
+    q, least = sharpening(p), sharpening.smoothing * sharpening.shares
     looks_unlike = (q < 2 * least).double()
     wanted, found = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
     return bool((found >= wanted - _ERRORS * wanted.sqrt()).all())
@@ -146,7 +196,7 @@ def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:
     return p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)
 
 
-def unexplained_share(predictions: object, labels: object) -> float:
+def unexplained_share(predictions: object, labels: object, task: str | None = None) -> float:
     r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
 
     Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the
@@ -169,9 +219,11 @@ def unexplained_share(predictions: object, labels: object) -> float:
             two classes. A :class:`~lightning_sensitivity.Reference` has them as ``left_out_``.
         labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
             ``predictions``.
+        task: ``"multilabel"`` for labels that are yes, no or unknown, ``(N, L)``, each by itself; None for one class
+            a sample.
 
     Returns:
-        N, the expected share, up to 0.85.
+        N, the expected share, up to 0.85; the mean over several labels, or nan if none is known.
 
     Raises:
         ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
@@ -188,11 +240,17 @@ def unexplained_share(predictions: object, labels: object) -> float:
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
     y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    task = classification_of(num_outputs(q))
-    task.check(q, y)
-    q, y = task.label_matrix(q).double(), task.label_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
-    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(task.has_label(y).all()):
+    rules = classification_of(num_outputs(q)) if task is None else find_task(task)
+    rules.check(q, y)
+    q, y = rules.label_matrix(q).double(), rules.label_matrix(y, rules.num_columns(tuple(q.shape[1:]))).double()
+    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(rules.has_label(y).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
+    found = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _unexplained(q: Tensor, y: Tensor) -> float:
+    """Compute the share of one question, of probabilities and labels ``(N, K)``."""
     occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output
     q, y = q[:, occurs], y[:, occurs]
     q = q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY)

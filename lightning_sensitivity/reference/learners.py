@@ -25,6 +25,15 @@ from lightning_sensitivity.reference.features import Features, median_distance
 from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.unknown import (
+    FEWEST,
+    ByColumns,
+    KnownTargets,
+    column_means,
+    have_several,
+    same_samples,
+    within,
+)
 
 # Which samples to learn from, and which to predict then; None where each is left out by itself.
 Folds: TypeAlias = list[tuple[Array, Array]] | None
@@ -81,7 +90,7 @@ class Learner:
         p = self._as_matrix(left_out)
         self.calibration = calibrate(p, known.labels, task, known.groups)
         self.left_out = self.calibration(p)
-        self.unsmoothed = task.sharpened(p, self.calibration.unsmoothed)
+        self.unsmoothed = self.calibration.unsmoothed(p)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
@@ -168,7 +177,7 @@ def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
 
 def _score(left_out: Array, known: Observations, task: Task) -> float:
     p = torch.from_numpy(left_out).reshape(known.labels.shape)
-    return float(task.distances(calibrate(p, known.labels, task, known.groups)(p), known.labels).mean())
+    return float(task.distances(calibrate(p, known.labels, task, known.groups)(p), known.labels).nanmean())
 
 
 # A random forest
@@ -194,11 +203,12 @@ def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
 
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
-    blocks, y, folds = _blocks_of_forest(part.seen), part.labels.numpy(), folds_of(part)
+    blocks, y, folds = _blocks_of_forest(part.seen), KnownTargets(part.labels.numpy()), folds_of(part)
     matrix = Features(blocks, part.seen)(part.seen)
 
     def score(num_columns: int, leaf: int) -> float:
-        return _score(_leave_out(_forest(y, num_columns, leaf, _TREES_OF_PART), matrix, y, folds), part, task)
+        forest = _forest(y.targets, num_columns, leaf, _TREES_OF_PART)
+        return _score(_leave_out(forest, matrix, y, folds), part, task)
 
     total = matrix.shape[1]
     half = max(1, total // 2)
@@ -220,19 +230,23 @@ def _forest(y: Array, num_columns: int, leaf: int, trees: int) -> RandomForestRe
     return RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
 
 
-def _leave_out(forest: RandomForestRegressor, matrix: Matrix, y: Array, folds: Folds) -> Array:
+def _leave_out(forest: RandomForestRegressor, matrix: Matrix, known: KnownTargets, folds: Folds) -> Array:
     """Predict samples by the trees that did not draw them, or by half as many trees of the other folds."""
+    targets = known.targets.squeeze()
     if folds is None:
-        return forest.set_params(oob_score=True).fit(matrix, y.squeeze()).oob_prediction_
+        return known.labels(forest.set_params(oob_score=True).fit(matrix, targets).oob_prediction_)
     few = clone(forest).set_params(n_estimators=forest.n_estimators // 2)
-    return cross_val_predict(few, matrix, y.squeeze(), cv=folds)
+    return known.labels(cross_val_predict(few, matrix, targets, cv=folds))
 
 
 def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, leaf: int) -> tuple[Any, Array]:
     """Fit a forest, and predict the samples that it leaves out."""
-    forest = _forest(y, num_columns, leaf, _TREES)
-    left_out = _leave_out(forest, matrix, y, folds)
-    return (forest if folds is None else forest.fit(matrix, y.squeeze())), left_out
+    known = KnownTargets(y)
+    forest = _forest(known.targets, num_columns, leaf, _TREES)
+    left_out = _leave_out(forest, matrix, known, folds)
+    if folds is not None:
+        forest.fit(matrix, known.targets.squeeze())
+    return known.model(forest), left_out
 
 
 # Ridge regression on features of a kernel
@@ -256,13 +270,26 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
-    found = _leave_one_out(features, y) if folds is None else _leave_folds_out(features, y, folds)
-    alpha, left_out = min(found, key=lambda each: float(np.square(each[1] - y).mean()))
-    return make_pipeline(kernel, Ridge(alpha).fit(features, y)), left_out
+    groups = [*same_samples(y)]
+    found = [np.full_like(y, np.nan) for _ in _ALPHAS]
+    for samples, which in groups:
+        places = np.ix_(samples, which)
+        if folds is None:
+            parts = _leave_one_out(features[samples], y[places])
+        else:
+            parts = _leave_folds_out(features[samples], y[places], within(folds, samples, len(y)))
+        for left_out, part in zip(found, parts, strict=True):
+            left_out[places] = part
+    best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
+    model = ByColumns(column_means(y))
+    for samples, which in groups:
+        ridge = Ridge(_ALPHAS[best]).fit(features[samples], y[np.ix_(samples, which)])
+        model.add(which, make_pipeline(kernel, ridge))
+    return model, model.filled(found[best], matrix)
 
 
-def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
-    """Return each ridge, and what ridge regression would predict of each sample without it, ``(N, C)``."""
+def _leave_one_out(features: Array, y: Array) -> list[Array]:
+    """Return what ridge regression would predict of each sample without it, ``(N, C)``, for each ridge."""
     x, targets = features - features.mean(0), y - y.mean(0)
     values, vectors = np.linalg.eigh(x.T @ x)
     basis = x @ vectors
@@ -271,19 +298,19 @@ def _leave_one_out(features: Array, y: Array) -> list[tuple[float, Array]]:
     for alpha in _ALPHAS:
         weights = 1 / (values.clip(0) + alpha)
         residuals = targets - basis @ (weights[:, None] * products)
-        found.append((alpha, y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None]))
+        found.append(y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None])
     return found
 
 
-def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[tuple[float, Array]]:
-    """Return each ridge, and what ridge regression predicts of each fold without it, ``(N, C)``."""
-    found = [(alpha, np.empty_like(y)) for alpha in _ALPHAS]
+def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[Array]:
+    """Return what ridge regression predicts of each fold without it, ``(N, C)``, for each ridge."""
+    found = [np.tile(y.mean(0), (len(y), 1)) for _ in _ALPHAS]
     for known, new in folds:
         mean, mean_label = features[known].mean(0), y[known].mean(0)
         x = features[known] - mean
         values, vectors = np.linalg.eigh(x.T @ x)
         products, basis = vectors.T @ (x.T @ (y[known] - mean_label)), (features[new] - mean) @ vectors
-        for alpha, left_out in found:
+        for alpha, left_out in zip(_ALPHAS, found, strict=True):
             left_out[new] = mean_label + basis @ (products / (values.clip(0) + alpha)[:, None])
     return found
 
@@ -302,18 +329,44 @@ def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Lear
         task: The task.
     """
     features = Features(possible_blocks(known.seen)[0], known.seen)
-    matrix, method = features(known.seen), task.estimator_method
-    y = task.hard_labels(known.labels).numpy().squeeze()
-    is_stratified = task.estimator_type == "classifier" and max(np.bincount(y)) >= _FOLDS
-    folds = StratifiedKFold if is_stratified else KFold
+    matrix, labels = features(known.seen), task.hard_labels(known.labels).numpy()
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    # Shuffled: samples come in an order that depends on their inputs.
     check_groups(known)
-    cv = folds_of(known) or folds(min(_FOLDS, len(y)), shuffle=True, random_state=0)
+    fit = _fit_by_columns if task.is_by_column or known.labels.isnan().any() else _fit_folds
     with _quiet():
-        left_out = cross_val_predict(model, matrix, y, cv=cv, method=method)
-        model.fit(matrix, y)
+        model, left_out = fit(model, matrix, labels, task, folds_of(known))
     learner = Learner(type(estimator).__name__, features, model, left_out, known, task)
     return learner, torch.arange(len(known))
+
+
+def _fit_folds(
+    model: Any, matrix: Matrix, labels: Array, task: Task, folds: Folds, number: int = _FOLDS
+) -> tuple[Any, Array]:
+    """Fit a model, and predict each fold without it; by default there are some folds of single samples."""
+    labels = labels.squeeze()
+    is_stratified = task.estimator_type == "classifier" and max(np.bincount(labels)) >= number
+    kind = StratifiedKFold if is_stratified else KFold
+    # Shuffled: samples come in an order that depends on their inputs.
+    cv = folds or kind(min(number, len(labels)), shuffle=True, random_state=0)
+    left_out = cross_val_predict(model, matrix, labels, cv=cv, method=task.estimator_method)
+    return model.fit(matrix, labels), left_out
+
+
+def _fit_by_columns(model: Any, matrix: Matrix, labels: Array, task: Task, folds: Folds) -> tuple[Any, Array]:
+    """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
+    is_known = task.are_known(torch.from_numpy(labels)).numpy()
+    y = np.where(is_known, labels, np.nan)
+    found, left_out = ByColumns(column_means(y)), np.full_like(y, np.nan)
+    for column, known in enumerate(is_known.T):
+        samples = known.nonzero()[0]
+        own, own_folds = labels[samples, column], None if folds is None else within(folds, samples, len(y))
+        # Of a class that occurs once, no fold could know anything.
+        counts = np.unique(own, return_counts=True)[1]
+        number = min(_FOLDS, min(counts, default=0)) if task.estimator_type == "classifier" else _FOLDS
+        if len(samples) >= FEWEST and number > 1 and have_several(own, own_folds):
+            one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
+            left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
+            found.add(np.array([column]), one)
+    return found, found.filled(left_out, matrix)

@@ -95,8 +95,8 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     is_other = (place[order].diff() != 0) | (group[order].diff() != 0)  # than the sample before
     first = torch.cat([is_other.new_ones(1), is_other])
     which = first.cumsum(0) - 1
-    means = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype).index_add_(0, which, y)
-    means /= which.bincount()[:, None]
+    sums = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype)
+    means = sums.index_add(0, which, y.nan_to_num()) / sums.index_add(0, which, (~y.isnan()).to(y))  # nan of none
     if not has_few_values(seen):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))

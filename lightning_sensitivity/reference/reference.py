@@ -1,11 +1,13 @@
 """A reference: the best small model of the training labels, which never sees the network."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from sklearn.base import BaseEstimator
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
@@ -24,6 +26,7 @@ _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = 0.05  # up to it, a reference is blind, unless it sees all inputs as columns
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
+_CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well
 _ROUNDING = 1e-12  # of scores that are 0
 _MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
@@ -44,7 +47,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     groups out.
 
     Args:
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``.
+        task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         estimator: An estimator of scikit-learn in place of both, with ``predict_proba`` unless in a
             regression; it leaves samples out in five folds.
 
@@ -58,6 +61,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         groups_: The number of the group of each, ``(N,)``; None without groups.
         score_: The Brier score of ``left_out_``, or the mean squared error.
         skill_: How much lower it is than that of the mean label, up to 1.
+        blind_labels_: Which of several labels it can't tell, ``(B,)``; the other attributes are means without them.
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
         auroc_: Its area under the ROC curve, mean over classes, or nan.
         majority_: That of the most frequent class, or nan.
@@ -106,8 +110,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
                 side by side.
             y: Their labels, which may be noisy: for ``"multiclass"`` integers or names of classes ``(N,)``,
                 or one-hot or soft labels ``(N, K)``; for ``"binary"`` from 0 to 1, ``(N,)`` or ``(N, 1)``;
-                for ``"regression"`` any numbers, ``(N,)`` or ``(N, D)``. Samples with labels of -100 are left
-                out, except in a regression.
+                for ``"multilabel"`` from 0 to 1, ``(N, L)``, each label by itself; for ``"regression"`` any
+                numbers, ``(N,)`` or ``(N, D)``. What is -100, or nan for several labels or in a regression, is
+                unknown, except that -100 is a number in a regression.
             groups: What samples of one group share, such as the patient, if new samples are of other ones: numbers
                 or strings ``(N,)``. Whole groups are then left out, in five folds.
 
@@ -147,18 +152,23 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), indices.numpy()
         self.groups_ = None if learner.groups is None else learner.groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
-        self.score_ = float(task.distances(p, y).mean())
-        chance = float(task.distances(y.mean(0).expand_as(y), y).mean())
+        self._describe_answers(p, learner.unsmoothed, y, task)
+
+    def _describe_answers(self, p: Tensor, unsmoothed: Tensor, y: Tensor, task: Task) -> None:
+        """Set what is known of each question that has a class as its answer, and means over those that it can tell."""
+        questions = [(q, answers) for _, q, answers in task.classifications(p, y)]
+        before = [q for _, q, _ in task.classifications(unsmoothed, y)]  # smoothing would explain redrawn labels
+        found = [_answers(*pair, sharp) for pair, sharp in zip(questions, before, strict=True)]
+        blind = [place for place, pair in enumerate(questions) if task.is_by_column and _is_blind(*pair)]
+        self.blind_labels_ = np.array(blind, dtype=int)
+        y = task.told(y, blind) if len(blind) < len(found) else y
+        told = [each for place, each in enumerate(found) if place not in blind] or found
+        self.score_ = float(task.distances(p, y).nanmean())
+        chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
         self.skill_ = 1 - self.score_ / chance if chance > _ROUNDING else 0.0
-        self.accuracy_ = self.majority_ = self.auroc_ = self.unexplained_ = math.nan
-        unsmoothed = task.classifications(learner.unsmoothed, y)  # smoothing would explain redrawn labels
-        for (q, answers), (before, _) in zip(task.classifications(p, y), unsmoothed, strict=True):
-            classes = answers.argmax(1)
-            self.accuracy_ = float((q.argmax(1) == classes).double().mean())
-            self.majority_ = float(classes.bincount().max()) / len(classes)
-            if self.skill_ > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(classes)):
-                self.unexplained_ = unexplained_share(before, answers)
+        self.accuracy_, self.majority_, self.unexplained_ = _means(told)
         metrics = task.default_metrics(y.shape[1]) if self.majority_ < 1 else {}
+        self.auroc_ = math.nan
         if "auroc" in metrics:
             self.auroc_ = float(metric_value(metrics["auroc"], p, task.hard_labels(y)[None], task))
 
@@ -170,7 +180,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     @property
     def shares_(self) -> Array:
         """The mean label, ``(C,)``."""
-        return torch.from_numpy(self.labels_).mean(0).numpy()
+        return torch.from_numpy(self.labels_).nanmean(0).numpy()
 
     @property
     def kind_(self) -> str:
@@ -197,10 +207,12 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Args:
             predictions: Predictions ``(M, C)``.
         """
-        number = len(self.left_out_)
-        num_near = min(number, max(_FEWEST_NEAR, min(number // _NEAR_SHARE, _MOST_NEAR)))
-        columns = zip(self.left_out_.T, self.labels_.T, np.asarray(predictions).T, strict=True)
-        return np.stack([_quantiles(_near(p, y - p, new, num_near)) for p, y, new in columns], axis=2)
+        found = []
+        for p, y, new in zip(self.left_out_.T, self.labels_.T, np.asarray(predictions).T, strict=True):
+            p, y = p[~np.isnan(y)], y[~np.isnan(y)]
+            num_near = min(len(y), max(_FEWEST_NEAR, min(len(y) // _NEAR_SHARE, _MOST_NEAR)))
+            found.append(_quantiles(_near(p, y - p, new, num_near)))
+        return np.stack(found, axis=2)
 
     @property
     def is_trusted_(self) -> bool:
@@ -225,7 +237,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         return f"Reference({what}, skill {self.skill_:.2f})"
 
     def predict_proba(self, x: Samples) -> Array:
-        """Predict the probabilities of all classes, ``(M, C)``, with two columns for ``"binary"``.
+        """Predict the probabilities of all classes, or of each label, ``(M, C)``; two columns for ``"binary"``.
 
         Args:
             x: Samples as those that it was fitted to, ``(M, ...)``; images may have any size.
@@ -239,7 +251,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         return self.predict_matrix(x)
 
     def predict(self, x: Samples) -> Array:
-        """Predict classes, ``(M,)``, or the targets of a regression, ``(M,)`` or ``(M, D)``.
+        """Predict classes, ``(M,)``, several labels, ``(M, L)``, or targets, ``(M,)`` or ``(M, D)``.
 
         Args:
             x: As for :meth:`predict_proba`.
@@ -250,14 +262,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         return find_task(self.task).answers(torch.from_numpy(self.predict_matrix(x)), self.classes_)
 
     def score(self, x: Samples, y: Array) -> float:
-        """Return the accuracy on labelled samples, or R2 in a regression.
+        """Return the accuracy on labelled samples, of all known labels, or R2 in a regression.
 
         Args:
             x: As for :meth:`predict_proba`.
             y: Classes ``(M,)``, or targets.
         """
         measure = _MEASURES[self._estimator_type]
-        return float(measure(np.asarray(y), self.predict(x)))
+        predicted, labels = find_task(self.task).comparable(self.predict(x), np.asarray(y))
+        return float(measure(labels, predicted))
 
     def predict_matrix(self, x: Samples) -> Array:
         """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
@@ -287,12 +300,57 @@ def _near(left_out: Array, errors: Array, predictions: Array, num_near: int) -> 
     return errors[order[np.arange(num_near)[:, None] + first]]
 
 
+class _Answers(NamedTuple):
+    """How good left-out predictions of a question are.
+
+    Attributes:
+        accuracy: The share of labels that they hit.
+        majority: That of the most frequent class.
+        unexplained: The share of labels that can't be explained, or nan.
+    """
+
+    accuracy: float
+    majority: float
+    unexplained: float
+
+
+def _answers(q: Tensor, y: Tensor, unsmoothed: Tensor) -> _Answers:
+    """Describe left-out predictions and labels of a question, ``(N, K)``."""
+    if len(y) == 0:
+        return _Answers(math.nan, math.nan, math.nan)
+    classes = y.argmax(1)
+    accuracy, majority = float((q.argmax(1) == classes).double().mean()), float(classes.bincount().max()) / len(y)
+    has_skill = _skill(q, y) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
+    return _Answers(accuracy, majority, unexplained_share(unsmoothed, y) if has_skill else math.nan)
+
+
+def _skill(q: Tensor, y: Tensor) -> float:
+    """Return how much lower the score of predictions is than that of the mean label."""
+    score, chance = float((q - y).square().sum(1).mean()), float((y.mean(0) - y).square().sum(1).mean())
+    return 1 - score / chance if chance > _ROUNDING else 0.0
+
+
+def _is_blind(q: Tensor, y: Tensor) -> bool:
+    """Return whether predictions ``(N, 2)`` say no more of yes and no than chance, by their score or their order."""
+    no, yes = (q[y.argmax(1) == each, 1].numpy() for each in (0, 1))
+    if len(no) == 0 or len(yes) == 0 or not _skill(q, y) > 0:
+        return True
+    return not mannwhitneyu(yes, no, alternative="greater").pvalue < _CHANCE
+
+
+def _means(found: Sequence[_Answers]) -> list[float]:
+    """Return accuracy, majority and unexplained share, means over questions; nan without one."""
+    columns = [torch.tensor([each[place] for each in found], dtype=torch.float64) for place in range(3)]
+    return [float(column.nanmean()) for column in columns]
+
+
 def _quantiles(errors: Array) -> Array:
     """Return 20 quantiles of errors ``(N, C)``, which have their mean square."""
     places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
-    found = np.quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
+    quantile = np.nanquantile if np.isnan(errors).any() else np.quantile
+    found = quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
     found = found - found.mean(0)
-    size, wanted = (np.sqrt(np.square(each).mean(0)) for each in (found, errors))
+    size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (found, errors))
     return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
@@ -312,7 +370,7 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
         x: Samples, such as images or the rows of a table, or what a pretrained network makes of them; see
             :meth:`Reference.fit`.
         y: Their labels; see :meth:`Reference.fit`. Those of -100 are left out.
-        task: ``"multiclass"`` or ``"binary"``.
+        task: ``"multiclass"``, ``"binary"``, or ``"multilabel"``, which takes the mean over labels.
         groups: What samples of one group share, such as the patient; see :meth:`Reference.fit`.
 
     Returns:
@@ -331,5 +389,5 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
         [0.0, 0.2]
     """
     if find_task(task).estimator_type != "classifier":
-        raise ValueError(f"Expected `task` to be 'multiclass' or 'binary', but got {task!r}.")
+        raise ValueError(f"Expected a `task` of classes, but got {task!r}.")
     return Reference(task).fit(x, y, groups).unexplained_

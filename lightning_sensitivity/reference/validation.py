@@ -92,7 +92,7 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     has_names = task.takes_names and array.ndim == 1
     labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
     if not bool(task.has_label(labels).any()):
-        raise ValueError(f"Expected a label in `y` that is not {IGNORED}, but got none.")
+        raise ValueError(f"Expected a label in `y` that is not {IGNORED} or nan, but got none.")
     return labels, classes
 
 
@@ -113,7 +113,9 @@ def _of_names(names: Array) -> tuple[Tensor, Array]:
 
 def _of_numbers(numbers: Array, task: Task) -> tuple[Tensor, Array]:
     """Return probabilities and measurements, ``(N,)`` or ``(N, C)``, as they are."""
-    labels = _as_tensor("y", numbers.astype(float))
+    numbers = numbers.astype(float)
+    is_unknown = torch.from_numpy(np.isnan(numbers))
+    labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(~is_unknown, torch.nan)
     shape = tuple(labels.shape[1:])
     task.check(torch.zeros(len(labels), *task.sample_shape(shape)), labels)
     task.check_learnable(labels)

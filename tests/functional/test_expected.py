@@ -15,9 +15,11 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
     MulticlassCalibrationError,
+    MultilabelF1Score,
 )
 
 from lightning_sensitivity.functional import draw_labels, expected_loss, expected_metric
+from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import TASKS
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
@@ -70,6 +72,14 @@ def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
     torch.testing.assert_close(targets - q, torch.tensor(errors)[:, None].expand(20, 60, 2))
 
 
+def test_several_labels_are_drawn_each_by_its_probability_and_independently() -> None:
+    q = torch.rand(400, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = draw_labels(q, "multilabel")
+    assert labels.shape == (20, 400, 9) and ((labels.sum(0) - 20 * q).abs() < 1 + 1e-9).all()
+    halves = draw_labels(torch.full((400, 9), 0.5), "multilabel").flatten(0, 1).double()
+    assert (halves.T.corrcoef() - torch.eye(9)).abs().max() < 0.3
+
+
 # The metrics
 
 
@@ -110,6 +120,23 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
 
 
+def test_of_several_labels_those_that_are_unknown_are_left_out_and_those_of_one_class_have_no_area() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(90, 4, generator=generator), torch.randint(2, (90, 4), generator=generator)
+    y[:, 2], y[:, 3], y[:30, 0] = 1, -100, -100
+    metrics, task = TASKS["multilabel"].default_metrics(4), TASKS["multilabel"]
+    found = {name: float(metric_value(each, logits.sigmoid(), y[None], task)) for name, each in metrics.items()}
+    areas = [roc_auc_score(y[y[:, each] >= 0, each], logits[y[:, each] >= 0, each]) for each in (0, 1)]
+    assert found["auroc"] == pytest.approx(np.mean(areas), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float(((logits > 0) == y)[y >= 0].double().mean()), rel=1e-5)
+    own = MultilabelF1Score(4)
+    expected = MultilabelF1Score(4, ignore_index=-100)(logits.sigmoid(), y)
+    assert metric_value(own, logits.sigmoid(), y[None], task) == expected and own.ignore_index is None
+    loss = expected_loss(logits, y.double().where(y >= 0, torch.nan), "multilabel")
+    known = binary_cross_entropy_with_logits(logits[y >= 0], y[y >= 0].float())
+    assert float(loss) == pytest.approx(float(known), rel=1e-5)
+
+
 def test_a_metric_stays_as_it_is() -> None:
     logits, q = sample()
     metric = MulticlassAccuracy(4, average="micro")
@@ -123,6 +150,7 @@ def test_a_metric_stays_as_it_is() -> None:
     ("multiclass", 100, ["accuracy", "auroc"]),
     ("multiclass", 101, ["accuracy"]),
     ("binary", 2, ["accuracy", "auroc"]),
+    ("multilabel", 1, ["accuracy", "auroc"]),
     ("regression", 2, []),
 ])  # fmt: skip
 def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:

@@ -19,7 +19,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "one output": ("multiclass", SINGLE, BITS.float(), "one output. Set `task='binary'`.*`task='regression'`"),
     "class indices as floats": ("multiclass", LOGITS, CLASSES.float(), r"Make class indices .*batch\[1\].long\(\)"),
     "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
-    "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*\(multilabel\) are not supported"),
+    "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*set `task='multilabel'`"),
     "bools": ("multiclass", LOGITS, BITS.bool(), "Expected class indices .* torch.bool"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2$"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
@@ -28,7 +28,8 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "two columns of bits": ("binary", SINGLE, MULTI_HOT[:, :2], "one label per output.*Leave `task` out"),
     "two classes at once": ("binary", SINGLE, MULTI_HOT[:, :2].float(), "sum to 1"),
     "a target for some outputs": ("regression", LOGITS, SINGLE, r"one target per output.*\(6, 3\).*\(6, 1\)"),
-    "nan for a target": ("regression", LOGITS, LOGITS * torch.nan, "finite targets.*Leave such samples out"),
+    "a number for a label": ("multilabel", LOGITS, 2.0 * MULTI_HOT, "labels from 0 to 1, .* got 0 to 2$"),
+    "indices for labels": ("multilabel", LOGITS, CLASSES, "one label per output.*Leave `task` out"),
     "an infinite target": ("regression", SINGLE, SINGLE / 0, "finite targets"),
 }
 
@@ -43,6 +44,7 @@ def test_labels_of_another_task_are_refused(what: str) -> None:
 EXPECTED = torch.eye(3)[CLASSES]
 COLUMN = BITS[:, None].float()
 BOTH = torch.cat([1 - COLUMN, COLUMN], 1)  # probabilities of both classes
+YES, NUMBERS = (each.where(MULTI_HOT == 1, torch.nan) for each in (MULTI_HOT.float(), LOGITS))
 SEEN = EXPECTED.where(CLASSES[:, None] < 2, torch.nan)
 KNOWN, POSITIVE = SOFT.where(SOFT >= 0, torch.nan), BOTH.where(COLUMN == 1, torch.nan)
 ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix that labels become
@@ -74,6 +76,11 @@ ACCEPTED: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {  # and the matrix th
     "probabilities of both classes": ("binary", SINGLE, 0.5 * BOTH + 0.25, 0.5 * BOTH + 0.25),
     "numbers": ("regression", SINGLE, CLASSES, CLASSES[:, None].float()),
     "several numbers": ("regression", LOGITS, -LOGITS, -LOGITS),
+    "several numbers, some unknown": ("regression", LOGITS, LOGITS.where(MULTI_HOT == 1, torch.nan), NUMBERS),
+    "several labels": ("multilabel", LOGITS, MULTI_HOT, MULTI_HOT.float()),
+    "several labels, some unknown": ("multilabel", LOGITS, MULTI_HOT.where(MULTI_HOT == 1, -100), YES),
+    "several labels, some nan": ("multilabel", LOGITS, YES.half(), YES),
+    "one of several labels": ("multilabel", SINGLE, BITS.bool(), COLUMN),
     "-100, which is a number like others": ("regression", SINGLE[:, 0], SINGLE - 100, SINGLE - 100),
 }
 
@@ -90,8 +97,8 @@ def test_labels_of_the_task_become_a_matrix_like_predictions_and_a_matrix_stays(
         torch.testing.assert_close(matrix.float(), expected, rtol=0, atol=0, equal_nan=True)
     logits = task.output_matrix(outputs)
     assert torch.equal(task.output_matrix(logits), logits) and torch.equal(task.predictions(logits), p)
-    is_ignored = (targets.double().reshape(6, -1) == -100).any(1) & (name != "regression")
-    assert torch.equal(task.has_label(targets), ~is_ignored)
+    assert torch.equal(task.has_label(targets), ~expected.isnan().all(1))
+    assert torch.equal(task.known(targets).expand_as(expected), ~expected.isnan())
 
 
 def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_them_would_have() -> None:
@@ -106,8 +113,10 @@ def test_predictions_choose_classes_and_have_the_score_that_labels_drawn_from_th
 
 
 def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ValueError, match="`task` to be one of 'multiclass', 'binary', 'regression', but got 'multi"):
-        T.find_task("multilabel")
+    with pytest.raises(
+        ValueError, match="`task` to be one of 'multiclass', 'binary', 'multilabel', 'regression', but got 'multi-"
+    ):
+        T.find_task("multi-label")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

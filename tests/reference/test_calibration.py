@@ -14,7 +14,13 @@ from torch.nn.functional import one_hot
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import label_noise, unexplained_share
-from lightning_sensitivity.reference.calibration import Calibration, calibrate, estimate_class_shares, reweigh
+from lightning_sensitivity.reference.calibration import (
+    Calibration,
+    Sharpening,
+    calibrate,
+    estimate_class_shares,
+    reweigh,
+)
 from lightning_sensitivity.reference.observations import largest_difference
 
 SEEDS = st.integers(0, 99)
@@ -118,7 +124,7 @@ def test_numbers_near_probabilities_become_probabilities_whose_logarithms_a_temp
     near = torch.tensor([[-1.0, 0.5, 2.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(Calibration(TASKS["multiclass"])(near), torch.tensor([[0, 1, 2], [1, 1, 1]]) / 3.0)
     p = torch.tensor([[0.2, 0.8]])
-    torch.testing.assert_close(Calibration(TASKS["binary"], 2.0)(p), torch.tensor([[0.04, 0.64]]) / 0.68)
+    torch.testing.assert_close(Calibration(TASKS["binary"], [Sharpening(2.0)])(p), torch.tensor([[0.04, 0.64]]) / 0.68)
 
 
 def test_a_regression_stays_as_it_is_and_so_does_one_class() -> None:
@@ -186,7 +192,7 @@ def test_correct_labels_that_inputs_do_not_determine_can_not_be_explained() -> N
 
 
 def test_a_regression_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="Expected `task` to be 'multiclass' or"):
+    with pytest.raises(ValueError, match="Expected a `task` of classes, but got 'regression'"):
         label_noise(X, Y, "regression")
 
 

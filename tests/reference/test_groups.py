@@ -100,7 +100,8 @@ def test_a_forest_leaves_out_whole_groups_too() -> None:
 def test_ridge_regression_leaves_out_what_sklearn_leaves_out() -> None:
     x, y, who = persons(12)
     folds, targets = list(GroupKFold(5).split(x, groups=who)), np.stack([y, 1 - y], 1).astype(float)
-    for alpha, left_out in learners._leave_folds_out(x.double().numpy(), targets, folds):
+    left_out_by_ridge = learners._leave_folds_out(x.double().numpy(), targets, folds)
+    for alpha, left_out in zip(learners._ALPHAS, left_out_by_ridge, strict=True):
         expected = cross_val_predict(Ridge(alpha), x.double().numpy(), targets, cv=folds)
         np.testing.assert_allclose(left_out, expected, atol=1e-8)
 

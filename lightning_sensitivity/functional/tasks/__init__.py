@@ -8,10 +8,12 @@ is nan there. What differs between tasks is asked here alone: of a task that is 
 from lightning_sensitivity.functional.tasks.checks import IGNORED
 from lightning_sensitivity.functional.tasks.classes import Binary, Multiclass
 from lightning_sensitivity.functional.tasks.draws import NUM_DRAWS
+from lightning_sensitivity.functional.tasks.metrics import OfKnownLabels
+from lightning_sensitivity.functional.tasks.multilabel import Multilabel
 from lightning_sensitivity.functional.tasks.regression import Regression
 
-Task = Multiclass | Regression
-TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Regression())}
+Task = Multiclass | Multilabel | Regression
+TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel(), Regression())}
 TASK_NAMES = ", ".join(map(repr, TASKS))
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "TASK_NAMES",
     "Binary",
     "Multiclass",
+    "Multilabel",
+    "OfKnownLabels",
     "Regression",
     "Task",
     "classification_of",

@@ -1,9 +1,12 @@
 """What all tasks share."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
@@ -12,6 +15,8 @@ from lightning_sensitivity.functional.tensors import (
     may_be_probabilities,
 )
 
+FLOOR = 1e-6  # of probabilities, whose logarithms are taken
+
 
 class TaskBase:
     """What all tasks share: the layout of outputs, and that they are logits of classes.
@@ -19,6 +24,7 @@ class TaskBase:
     Attributes:
         takes_names: Whether labels that a user gives a reference may be names of classes.
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
+        is_by_column: Whether each column of a matrix is the answer to a question of its own.
         draws_errors: Whether labels are drawn by errors of a reference, whose predictions are no chances.
         may_be_scaled: Whether a training step may learn labels on another scale.
         is_highest_best: Whether what :meth:`worth` returns is the better, the higher it is.
@@ -28,6 +34,7 @@ class TaskBase:
 
     takes_names = False
     has_class_shares = True
+    is_by_column = False
     draws_errors = False
     may_be_scaled = False
     is_highest_best = True
@@ -72,6 +79,61 @@ class TaskBase:
     def known(self, targets: Tensor) -> Tensor:
         """Return which labels count, by column of their matrix; a column for all where they count together."""
         raise NotImplementedError
+
+    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
+        """Return drawn labels with a mark in place of those that are unknown among labels ``(N, C)``."""
+        return draws
+
+    def told(self, y: Tensor, blind: Sequence[int]) -> Tensor:
+        """Return labels ``(N, C)`` as if those of some columns were unknown, which a reference can't tell."""
+        y = y.clone()
+        y[:, list(blind)] = math.nan
+        return y
+
+    def are_whole(self, draws: Tensor) -> Tensor:
+        """Return for which samples all labels ``(R, N, ...)`` are known, as a loss of a user needs them, ``(N,)``."""
+        return self.are_known(draws).transpose(0, 1).flatten(1).all(1)
+
+    def completed(self, draws: Tensor, others: Tensor) -> Tensor:
+        """Return drawn labels with others, ``(R, N, ...)``, in place of those that are unknown."""
+        is_unknown = ~self.are_known(draws)
+        return others.where(is_unknown, draws) if bool(is_unknown.any()) else draws
+
+    def are_known(self, draws: Tensor) -> Tensor:
+        """Return which of labels that were drawn are known, of the same shape."""
+        return torch.ones_like(draws, dtype=torch.bool)
+
+    def filled(self, labels: Tensor) -> Tensor:
+        """Return labels in the form of a user, with a number in place of those that are unknown."""
+        return labels
+
+    def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
+        """Return predicted and true labels, arrays, as scikit-learn compares them."""
+        return predicted, labels
+
+    # Questions that have one class as their answer
+
+    def questions(self, p: Tensor) -> list[Tensor]:
+        """Return predictions or labels ``(N, C)`` of each question, ``(N, K)``."""
+        raise NotImplementedError
+
+    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the matrix of what there is for each question, ``(N, C)``."""
+        raise NotImplementedError
+
+    def classifications(self, p: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return which samples have a label, and their predictions and labels, for each question."""
+        found = []
+        for q, answers in zip(self.questions(p), self.questions(y), strict=True):
+            indices = (~answers.isnan().any(1)).nonzero()[:, 0]
+            found.append((indices, q[indices], answers[indices]))
+        return found
+
+    # Metrics
+
+    def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions and labels that were drawn as a metric takes them: probabilities and classes."""
+        return p, drawn
 
     # Whether outputs are probabilities, where they should be logits; each waits for the device
 

@@ -7,7 +7,7 @@ from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 BY_CLASS = "Leave `task` out if labels are class indices"
-_MULTILABEL = "Several classes for one sample (multilabel) are not supported"
+_MULTILABEL = "If several classes are right for one sample, set `task='multilabel'`"
 
 
 def are_ignored(targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
 
-from lightning_sensitivity.functional.tasks.base import TaskBase
+from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase
 from lightning_sensitivity.functional.tasks.checks import (
     BY_CLASS,
     IGNORED,
@@ -24,8 +24,6 @@ from lightning_sensitivity.functional.tasks.metrics import MeanAUROC
 from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
 MAX_AUROC_CLASSES = 100
-_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
-_UNLIKELY = 1e-12
 
 
 class Multiclass(TaskBase):
@@ -102,7 +100,7 @@ class Multiclass(TaskBase):
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return the outputs of a network, of a shape for each sample, that has these predictions."""
-        return p.clamp(min=_FLOOR).log().reshape(len(p), *shape)
+        return p.clamp(min=FLOOR).log().reshape(len(p), *shape)
 
     # Labels as they are drawn
 
@@ -134,35 +132,17 @@ class Multiclass(TaskBase):
             found["auroc"] = MeanAUROC(num_columns, average="none")
         return found
 
-    def metric_preds(self, p: Tensor) -> Tensor:
-        """Return predictions as torchmetrics takes them: probabilities ``(N, C)``."""
-        return p
-
-    def metric_target(self, drawn: Tensor, preds: Tensor) -> Tensor:
-        """Return labels that were drawn as torchmetrics takes them beside predictions."""
-        return drawn
-
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""
         return bool((draws != draws[0, 0]).any())
 
-    def classifications(self, p: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return predictions and labels ``(N, C)`` of each question that has one class as its answer: these."""
-        return [(p, y)]
+    def questions(self, p: Tensor) -> list[Tensor]:
+        """Return predictions or labels ``(N, C)`` of the only question."""
+        return [p]
 
-    # Calibration
-
-    needs_calibration = True
-
-    def sharpened(self, p: Tensor, power: float) -> Tensor:
-        """Divide the logarithms of numbers near probabilities by a temperature, the inverse of a power."""
-        p = p.clamp(0, 1)
-        return (power * (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()).softmax(1)
-
-    def certainties(self, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how sure predictions are of what they choose, ``(N,)``, and its label."""
-        certainty, classes = p.max(1)
-        return certainty, y.gather(1, classes[:, None])[:, 0]
+    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the matrix of what there is for the only question."""
+        return found[0]
 
 
 class Binary(Multiclass):
@@ -206,12 +186,12 @@ class Binary(Multiclass):
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return logits of class 1."""
-        return p.clamp(min=_FLOOR).log().diff(dim=1).reshape(len(p), *shape)
+        return p.clamp(min=FLOOR).log().diff(dim=1).reshape(len(p), *shape)
 
     def default_metrics(self, num_columns: int) -> dict[str, Metric]:
         """Make the metrics that are expected by default, by name."""
         return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
 
-    def metric_preds(self, p: Tensor) -> Tensor:
-        """Return the probabilities of class 1, ``(N,)``."""
-        return p[:, 1]
+    def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probabilities of class 1, ``(N,)``, and classes."""
+        return p[:, 1], drawn

@@ -22,7 +22,6 @@ class Regression(TaskBase):
     is_highest_best = False
     estimator_type = "regressor"
     estimator_method = "predict"
-    needs_calibration = False
 
     def has_any_outputs(self, loss: object) -> bool:
         """Return whether there is a loss of a user, which may take quantiles or a distribution."""
@@ -33,10 +32,10 @@ class Regression(TaskBase):
         return self.output_matrix(outputs)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise ValueError if outputs and targets do not fit, or are no finite numbers."""
+        """Raise ValueError if outputs and targets do not fit, or are infinite; nan is unknown."""
         check_sizes(outputs, targets, "target")
-        if not bool(targets.isfinite().all()):
-            raise ValueError("Expected finite targets, but got nan or inf. Leave such samples out")
+        if bool(targets.isinf().any()):
+            raise ValueError("Expected finite targets, or nan where they are unknown, but got inf. Set it to nan")
 
     def doubt(self, labels: Tensor) -> str:
         """Say that integers are rather classes."""
@@ -46,29 +45,33 @@ class Regression(TaskBase):
         return f"the targets of a regression are integers, {labels.dtype}: {advice}."
 
     def check_learnable(self, labels: Tensor) -> None:
-        """Raise ValueError if all targets are equal."""
-        if len(labels) > 1 and bool((labels == labels[0]).all()):
-            raise ValueError(f"All targets in `y` are {labels[0].tolist()}: there is nothing to learn.")
+        """Raise ValueError if all targets are equal, or a column has none."""
+        y = self.label_matrix(labels)
+        if bool((is_unknown := ~self.known(labels).any(0)).any()):
+            raise ValueError(f"No target of column {int(is_unknown.nonzero()[0, 0])} is known: leave it out.")
+        means = y.nanmean(0)
+        if len(y) > 1 and bool(((y == means) | y.isnan()).all()):
+            raise ValueError(f"All targets in `y` are {means.squeeze().tolist()}: there is nothing to learn.")
 
     def known(self, targets: Tensor) -> Tensor:
-        """Return which samples have a target: all."""
-        return torch.ones(len(targets), 1, dtype=torch.bool, device=targets.device)
+        """Return which targets are known, ``(N, D)``."""
+        return ~targets.isnan()[:, None].flatten(1)
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
-        """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``."""
+        """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``, nan where they are unknown."""
         return self.output_matrix(labels)
 
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by their squared differences from targets, or from other predictions."""
-        return (p - other).square().mean(-1)
+        """Score predictions by their squared differences from known targets, or from other predictions."""
+        return (p - other).square().nanmean(-1)
 
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
-        """Compute the squared error of each sample, the mean over drawn targets ``(R, N, C)``, ``(N, 1)``."""
-        return self.distances(self.output_matrix(outputs), draws).double().mean(0)[:, None]
+        """Compute squared errors, the mean over drawn targets ``(R, N, C)``, ``(N, C)``; nan of what is unknown."""
+        return (self.output_matrix(outputs) - self.masked(draws, y)).square().double().mean(0)
 
     def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the squared error of each sample, ``(N,)``."""
-        return self.losses(outputs, y, draws)[:, 0]
+        return self.losses(outputs, y, draws).nanmean(1)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return predictions as outputs; None if outputs are something else, such as quantiles."""
@@ -77,6 +80,18 @@ class Regression(TaskBase):
     def hard_labels(self, p: Tensor) -> Tensor:
         """Return predictions or labels ``(N, C)``, which are numbers that may be drawn."""
         return p
+
+    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
+        """Return drawn targets with nan in place of those that are unknown."""
+        return draws.where(~y.isnan(), torch.nan)
+
+    def are_known(self, draws: Tensor) -> Tensor:
+        """Return which of targets that were drawn are known, ``(R, N, C)``."""
+        return ~draws.isnan()
+
+    def filled(self, labels: Tensor) -> Tensor:
+        """Return targets in the form of a user, 0 where they are unknown, as a loss can take them."""
+        return labels.nan_to_num(0.0)
 
     def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
         """Add errors ``(20, C)`` or ``(20, N, C)`` to predictions ``(N, C)``; without any there is one draw."""
@@ -92,29 +107,19 @@ class Regression(TaskBase):
         """Return nothing: the loss says it all."""
         return {}
 
-    def metric_preds(self, p: Tensor) -> Tensor:
-        """Return predictions as torchmetrics takes them: ``(N,)`` or ``(N, D)``."""
-        return without_single_output(p)
-
-    def metric_target(self, drawn: Tensor, preds: Tensor) -> Tensor:
-        """Return targets that were drawn as torchmetrics takes them beside predictions."""
-        return drawn.reshape(preds.shape).to(preds).contiguous()
+    def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions and targets as torchmetrics takes them, ``(N,)`` or ``(N, D)``, of whole samples."""
+        known = ~drawn.isnan().flatten(1).any(1)
+        preds = without_single_output(p[known])
+        return preds, drawn[known].reshape(preds.shape).to(preds).contiguous()
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether metrics say something: of numbers they do."""
         return True
 
-    def classifications(self, p: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return no question that has a class as its answer."""
+    def questions(self, p: Tensor) -> list[Tensor]:
+        """Return no question: there are no classes."""
         return []
-
-    def sharpened(self, p: Tensor, power: float) -> Tensor:
-        """Return predictions as they are."""
-        return p
-
-    def certainties(self, p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return nothing: numbers do not say how sure they are."""
-        return p[:0, 0], p[:0, 0]
 
     def are_probabilities(self, outputs: Tensor) -> bool:
         """Return False: measurements may lie anywhere."""

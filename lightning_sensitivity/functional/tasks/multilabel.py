@@ -1,0 +1,124 @@
+"""The task of several questions, each of which is answered by yes or no, or not at all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics import Metric
+
+from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase
+from lightning_sensitivity.functional.tasks.checks import BY_CLASS, IGNORED, are_ignored, check_probabilities
+from lightning_sensitivity.functional.tasks.draws import NUM_DRAWS, quantiles
+from lightning_sensitivity.functional.tasks.metrics import KnownAccuracy, KnownAUROC
+from lightning_sensitivity.functional.tensors import may_be_probabilities
+
+
+class Multilabel(TaskBase):
+    """Each of L labels is yes or no, or unknown: a sigmoid, and the mean over known labels of (p - y)^2."""
+
+    name = "multilabel"
+    has_class_shares = False
+    is_by_column = True
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Turn outputs of a network into probabilities of yes, ``(N, L)``."""
+        return self.output_matrix(outputs).sigmoid()
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and labels do not fit the task."""
+        known = targets.nan_to_num(float(IGNORED)) if targets.is_floating_point() else targets
+        check_probabilities(outputs, known, BY_CLASS)
+
+    def known(self, targets: Tensor) -> Tensor:
+        """Return which labels are known, ``(N, L)``."""
+        return ~(are_ignored(targets) | targets.isnan())[:, None].flatten(1)
+
+    def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
+        """Turn labels into a matrix ``(N, L)``, nan where they are unknown; a matrix stays."""
+        y = labels if labels.is_floating_point() else labels.float()
+        return y[:, None].flatten(1).where(self.known(labels), torch.nan)
+
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Compute the mean over known labels of squared differences; nan without one."""
+        return (p - other).square().nanmean(-1)
+
+    def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the binary cross-entropy of each label, ``(N, L)``, exact in its probability; nan if unknown."""
+        return binary_cross_entropy_with_logits(self.output_matrix(outputs), y.to(outputs), reduction="none")
+
+    def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Return the chance that a network is right about a known label, the mean of each sample, ``(N,)``."""
+        return y.double().where(self.predictions(outputs) > 0.5, 1 - y.double()).nanmean(1)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return the logits of probabilities; 0 where these are unknown."""
+        return p.nan_to_num(0.5).clamp(FLOOR, 1 - FLOOR).logit().reshape(len(p), *shape)
+
+    # Labels as they are drawn
+
+    def hard_labels(self, p: Tensor) -> Tensor:
+        """Return yes and no as 1 and 0, ``(N, L)``, and -100 where a label is unknown."""
+        return (p > 0.5).long().where(~p.isnan(), IGNORED)
+
+    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
+        """Return drawn labels with -100 in place of those that are unknown."""
+        return draws.where(~y.isnan(), IGNORED)
+
+    def are_known(self, draws: Tensor) -> Tensor:
+        """Return which of labels that were drawn are known, ``(R, N, L)``."""
+        return draws != IGNORED
+
+    def filled(self, labels: Tensor) -> Tensor:
+        """Return labels in the form of a user, 0 where they are unknown, as a loss can take them."""
+        return labels.where(self.known(labels).reshape(labels.shape), 0)
+
+    def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
+        """Draw each label by its probability, ``(20, N, L)``; those of a sample are independent."""
+        p, generator = p.double().cpu(), torch.Generator().manual_seed(0)
+        samples, at = torch.arange(len(p)), quantiles(len(p))
+        drawn = []
+        for label, column in enumerate(p.T, start=1):
+            # Each label takes the same quantiles in an order of its own, which begins elsewhere in each sample.
+            order = torch.randperm(NUM_DRAWS, generator=generator)
+            places = order[(torch.arange(NUM_DRAWS)[:, None] + label * samples) % NUM_DRAWS]
+            drawn.append(at.gather(0, places) < column)
+        return torch.stack(drawn, 2).long()
+
+    def answers(self, p: Tensor, classes: Any) -> Any:
+        """Return what a user wants to know of predictions ``(N, L)``: 1 for yes and 0 for no, an array."""
+        return self.hard_labels(p).numpy()
+
+    def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
+        """Return predicted and true labels, arrays, of all that are known, one after the other."""
+        known = self.known(torch.as_tensor(labels)).reshape(predicted.shape).numpy()
+        return predicted[known], labels.reshape(predicted.shape)[known]
+
+    # Metrics
+
+    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+        """Make the metrics that are expected by default, by name: of known labels."""
+        return {"accuracy": KnownAccuracy(ignore_index=IGNORED), "auroc": KnownAUROC()}
+
+    def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
+        if getattr(metric, "ignore_index", 0) is None:
+            metric.ignore_index = IGNORED
+        return p, drawn.where(drawn != IGNORED, getattr(metric, "ignore_index", IGNORED))
+
+    def can_measure(self, draws: Tensor) -> bool:
+        """Return whether some label ``(R, N, L)`` is both yes and no, so that metrics say something."""
+        return bool(((draws == 1).flatten(0, 1).any(0) & (draws == 0).flatten(0, 1).any(0)).any())
+
+    def questions(self, p: Tensor) -> list[Tensor]:
+        """Return the probabilities of no and yes of each label, ``(N, 2)``."""
+        return [torch.stack([1 - column, column], 1) for column in p.T]
+
+    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the matrix of such probabilities, ``(N, L)``."""
+        return torch.stack([each[:, 1] for each in found], 1)
+
+    def look_like_probabilities(self, outputs: Tensor) -> bool:
+        """Check whether outputs are those of trained sigmoids."""
+        return may_be_probabilities(outputs)

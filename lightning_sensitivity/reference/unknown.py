@@ -1,0 +1,121 @@
+"""Labels of which some are unknown, column by column, for learners that need them all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lightning_sensitivity.reference.blocks import Matrix
+from lightning_sensitivity.reference.kinds import Array
+
+FEWEST = 4  # known labels of a column, from which on there is something to learn
+_SMALL = 1e-3  # weight of what is known among the targets of a forest, too small for it to split by
+_LEAST = 1e-6  # share of known labels around a sample
+
+
+class KnownTargets:
+    """What a forest learns in place of labels of which some are unknown.
+
+    A tree predicts means over the labels in a leaf. So it gets the label's difference from its mean, 0 where it
+    is unknown, and beside it a small number where it is known: the ratio of both is the mean of known labels.
+
+    Args:
+        y: Labels ``(N, C)``, nan where they are unknown.
+
+    Attributes:
+        targets: What to learn, ``(N, C)`` or ``(N, 2 C)``.
+    """
+
+    def __init__(self, y: Array) -> None:
+        known = ~np.isnan(y)
+        self._are_all_known = bool(known.all())
+        self._means = column_means(y)
+        differences = np.where(known, y - self._means, 0.0)
+        self.targets = y if self._are_all_known else np.hstack([differences, _SMALL * known])
+
+    def labels(self, found: Array) -> Array:
+        """Turn what was predicted of the targets into labels, ``(M, C)``."""
+        if self._are_all_known:
+            return found
+        differences, known = np.split(found, 2, axis=1)
+        return self._means + differences / np.maximum(known / _SMALL, _LEAST)
+
+    def model(self, forest: Any) -> Any:
+        """Return what predicts labels by a forest of the targets."""
+        return forest if self._are_all_known else _OfTargets(forest, self)
+
+
+class _OfTargets:
+    def __init__(self, forest: Any, targets: KnownTargets) -> None:
+        self._forest = forest
+        self._targets = targets
+
+    def predict(self, matrix: Matrix) -> Array:
+        """Predict labels, ``(M, C)``."""
+        return self._targets.labels(self._forest.predict(matrix))
+
+
+class ByColumns:
+    """Models of some columns each, which were fitted to other samples; a column without one has a constant.
+
+    Args:
+        constants: What is predicted of a column without a model, ``(C,)``.
+    """
+
+    def __init__(self, constants: Array) -> None:
+        self._constants = constants
+        self._parts: list[tuple[Array, Any]] = []
+
+    def add(self, columns: Array, model: Any) -> None:
+        """Add a model of some columns: a classifier of one, or a regressor."""
+        self._parts.append((columns, model))
+
+    def predict(self, matrix: Matrix) -> Array:
+        """Predict all columns, ``(M, C)``."""
+        found = np.tile(self._constants, (matrix.shape[0], 1))
+        for columns, model in self._parts:
+            is_classifier = hasattr(model, "classes_")
+            part = model.predict_proba(matrix)[:, 1:] if is_classifier else model.predict(matrix)
+            found[:, columns] = part.reshape(len(found), -1)
+        return found
+
+    def filled(self, left_out: Array, matrix: Matrix) -> Array:
+        """Put what is predicted in the place of left-out predictions that there are not, since labels are unknown."""
+        is_missing = np.isnan(left_out)
+        return np.where(is_missing, self.predict(matrix), left_out) if is_missing.any() else left_out
+
+
+def column_means(y: Array) -> Array:
+    """Return the mean of the known labels of each column, ``(C,)``; ½ without one."""
+    known = ~np.isnan(y)
+    return np.where(known.any(0), np.nansum(y, 0) / np.maximum(known.sum(0), 1), 0.5)
+
+
+def same_samples(y: Array) -> Iterator[tuple[Array, Array]]:
+    """List the samples with a label, ``(N,)``, and the columns, of columns that are known for the same samples."""
+    masks, which = np.unique(~np.isnan(y), axis=1, return_inverse=True)
+    for place, known in enumerate(masks.T):
+        if known.sum() >= FEWEST:
+            yield known.nonzero()[0], (which.ravel() == place).nonzero()[0]
+
+
+def within(folds: list[tuple[Array, Array]], samples: Array, number: int) -> list[tuple[Array, Array]]:
+    """Return folds of some samples, by their places among these; none that has nothing to learn from.
+
+    Args:
+        folds: Which of all samples to learn from, and which to predict then.
+        samples: The samples, ``(M,)``.
+        number: How many samples there are in all.
+    """
+    places = np.full(number, -1)
+    places[samples] = np.arange(len(samples))
+    found = [tuple(part[part >= 0] for part in (places[known], places[new])) for known, new in folds]
+    return [(known, new) for known, new in found if len(known) > 0 and len(new) > 0]
+
+
+def have_several(labels: Array, folds: list[tuple[Array, Array]] | None) -> bool:
+    """Return whether labels ``(N,)`` have several values, also in what each fold learns from."""
+    if folds is None:
+        return len(np.unique(labels)) > 1
+    is_whole = sum(len(new) for _, new in folds) == len(labels)
+    return is_whole and all(len(np.unique(labels[known])) > 1 for known, _ in folds)
