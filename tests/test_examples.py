@@ -39,7 +39,10 @@ def test_the_first_example_keeps_the_checkpoint_of_the_highest_expected_accuracy
     assert {"train/loss", "train/accuracy", "val/output_sensitivity", "val/expected_loss"} < curves.keys()
 
 
-@pytest.mark.parametrize("command", ["tables.py --regression", "tables.py", "finetuning.py --labels", "signals.py"])
+COMMANDS = ["tables.py --regression", "tables.py", "multilabel.py", "finetuning.py --labels", "signals.py"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_other_examples_keep_it_too(run: Any, command: str) -> None:
     text, variables = run(*command.split(), "--max-epochs", "3")
     expected = variables["expected"]
