@@ -1,44 +1,75 @@
-"""README's five questions, and what each answer was worth: the phrases of `pages/blocks.py`."""
+"""README's numbers: settings for each kind of data, what they are worth, and why not a tenth."""
 
 import runpy
 from pathlib import Path
 
+from stopping.parts import NAMES
+
+__all__ = ["BLOCKS", "NAMES"]
 PAGES = runpy.run_path(str(Path(__file__).parents[1] / "pages" / "blocks.py"))
-NAMES = PAGES["NAMES"]
 WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
+
+
+def cell(part: str, rule: str, measure: str, end: str = "") -> str:
+    """Give what an epoch loses, without labels and in the last one, with a sign where it may be chance."""
+    column, last = f"{rule}_{measure}_lost", f"never_stop_{measure}_lost"
+    values = getattr(NAMES[part], column)
+    doubt = " (?)" if values.minus[last].chance else ""
+    return f"{{{part}.{column}:.1f}}{end}{doubt} | {{{part}.{last}:.1f}}{end}{doubt}"
+
+
+def off(part: str) -> str:
+    """Give how far the expected accuracy is off."""
+    return f"{{{part}.level_error:.1f}}"
+
+
+ROWS = {
+    "table | `RiskMonitor()`": ("as_they_are", "expected_accuracy", "accuracy", ""),
+    "table, a fifth of the labels wrong | the same": ("fifth", "expected_accuracy", "accuracy", ""),
+    "table of 5,000 to 20,000 rows | the same": ("large", "expected_accuracy", "accuracy", ""),
+    '[few positives](docs/guide/few_positives.md): AUROC | `RiskMonitor("binary")`': ("few", "expected_auc", "auc", ""),
+    '[a number](docs/guide/regression.md): squared error | `RiskMonitor("regression")`': (
+        "numbers",
+        "expected_loss",
+        "loss",
+        " %",
+    ),
+    "texts | `RiskMonitor()`": ("texts", "expected_accuracy", "accuracy", ""),
+    "signals | `RiskMonitor()`": ("signals", "expected_accuracy", "accuracy", ""),
+    "photos | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md), pretrained": (
+        "photos_lite0",
+        "expected_accuracy",
+        "accuracy",
+        "",
+    ),
+    "a fine-tuned ResNet | the same, stronger than yours": ("tuned_lite0", "expected_accuracy", "accuracy", ""),
+    "a fine-tuned EfficientNet-Lite0 | the same": ("pretrained_lite0", "expected_accuracy", "accuracy", ""),
+}
+
+
+def settings() -> str:
+    """Give a row for each kind of data: what to write, and what it is worth."""
+    lines = ["| your data | write | off | kept | last |", "|---|---|---|---|---|"]
+    for label, (part, rule, measure, end) in ROWS.items():
+        level = off(part) if NAMES[part].frame["level_error"].notna().any() else ""
+        if part == "numbers":
+            level = "{numbers.loss_error:.0f} %"
+        lines.append(f"| {label} | {level} | {cell(part, rule, measure, end)} |")
+    return "\n".join(lines)
+
+
 TENTH = """
-On @tenth of tables@, training on all samples and choosing the epoch without labels reached @tenth gained@ points more
-test accuracy than training on nine tenths and choosing by the lowest loss on the rest (@tenth, trained again@, if then
-trained again on all); on large ones @tenth of large@, on texts @tenth of texts@. On photos and few positives the
-difference may be [chance](docs/guide/hold_out.md).
+Because training then loses a tenth of its labels, and few, noisy ones choose: on @tenth of tables@ that was
+@tenth gained@ points worse (@tenth, trained again@, if then trained again on all), on large ones @tenth of large@.
 """
-QUESTIONS = """
-| ask | then | it was worth |
-|---|---|---|
-| Did rules or a model, not people, make the labels? Is each pixel or token labelled? |
-  **Not for you**: it can't see their errors.
-  [Label some by hand](docs/guide/labels.md#rule-generated-labels), or take
-  [`SensitivityMonitor`](docs/guide/sensitivity.md) alone | |
-| Do you augment, and does the learning rate end at zero? |
-  [Train to the end](docs/guide/stopping.md#schedules) | |
-| Is the network pretrained? | Take a stronger one as [`features=`](docs/guide/encoders.md); without it, train to
-  the end | @pretrained@ |
-| Are positives few, or does AUROC or F1 count? | `RiskMonitor("binary")`; [monitor](docs/guide/few_positives.md)
-  `"val/expected_auroc"` or `"val/expected_f1"`, `mode="max"` | @few positives@ |
-| Are targets numbers, of any kind of data? | [`RiskMonitor("regression")`](docs/guide/regression.md) | @regression@ |
-| Is it a table? | [`RiskMonitor()`](docs/guide/data.md#tables) | @tables@; from 5,000 rows on @large tables@ |
-| Is it images? | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md); without one, train to the end |
-  photos: @encoder@ |
-| Texts, signals? | [`RiskMonitor()`](docs/guide/data.md), or with an encoder |
-  texts @texts@; [signals](docs/guide/data.md#signals): may be chance |
-
-Can you spare hundreds of labels? Add [`validation_labels=True`](docs/guide/labels.md): @labels@.
-""".replace("\n  ", " ")
-SENTENCES = """
-**The level**: over all epochs, expected accuracy is @level@, on labels as noisy as yours.
-
-**Your network may lose to the reference**: @rival@. Then use [either](docs/guide/stopping.md#the-mean-of-both).
-"""
-BLOCKS = {"tenth": TENTH, "five questions": QUESTIONS, "level and rival": SENTENCES}
+WORTH_IN_LABELS = runpy.run_path(str(Path(__file__).parents[1] / "stopping" / "blocks.py"))["labels_worth"]
+LABELS = f"On tables, the estimate of accuracy is as good as {WORTH_IN_LABELS('as_they_are')} labels would be"
+LABELS += ", and that of the loss as 600: @expected loss@."
+BLOCKS = {
+    "tenth": TENTH,
+    "worth in labels": LABELS,
+    "settings": settings(),
+    "falls short": "on tables by {tables.off_where_it_leads:.1f} points, in the epochs where it is",
+}
 for name, text in WORTH.items():
     BLOCKS = {block: whole.replace(f"@{name}@", text) for block, whole in BLOCKS.items()}

@@ -138,22 +138,26 @@ def recorded() -> str:
 
 
 # %% How many labels an estimate is worth.
-def worth() -> str:
+def labels_worth(name: str) -> str:
     """Say how many labels would be as far off in the mean as the estimate, on the same test labels.
 
     The mean absolute error of n labels, on m test labels of variance v, is √(2 / π · v (1/n + 1/m)).
     """
+    frame = NAMES[name].frame.dropna(subset=["test_level_error"])
+    variance, of_test = frame["variance_of_a_hit"].mean(), (1 / frame["num_test"]).mean()
+    rest = np.pi / 2 * (frame["test_level_error"].mean() / 100) ** 2 / variance - of_test
+    return f"{float(f'{1 / rest:.2g}'):.0f}" if rest > 0 else "more than can be told"
+
+
+def worth() -> str:
+    """Say of each kind of data how many labels an estimate is worth."""
     rows = []
     for label, name in CLASSES.items():
         frame = NAMES[name].frame.dropna(subset=["test_level_error"])
         if frame.empty:
             continue
         off, of_labels = frame["test_level_error"].mean(), frame["labels_level_error"].mean()
-        variance, of_test = frame["variance_of_a_hit"].mean(), (1 / frame["num_test"]).mean()
-        rest = np.pi / 2 * (off / 100) ** 2 / variance - of_test
-        number = f"{1 / rest:.2g}" if rest > 0 else "more than can be told"
-        number = f"{float(number):.0f}" if rest > 0 else number
-        rows.append(f"| {label} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {number} |")
+        rows.append(f"| {label} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |")
     head = "| points of accuracy, all epochs | expected accuracy: off | 600 labels: off | it is worth, in labels |\n"
     return head + "|---|---|---|---|\n" + "\n".join(rows)
 
