@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS, README, TESTS = ROOT / "docs", ROOT / "README.md", ROOT / "tests" / "README.md"
 SITE = [README, *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
 RECIPES = ("encoders", "data", "few_positives")  # pages of which `test_recipes.py` runs each section
+NOT_HERE = (*RECIPES, "libraries")  # of other libraries, which `.ci/clients` runs
 PAGES = [*SITE, TESTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/**/README.md"))]
 SOURCES = "\n".join(path.read_text() for path in Path(lightning_sensitivity.__file__).parent.rglob("*.py"))
 PUBLIC_MODULES = ("lightning_sensitivity", "lightning_sensitivity.functional", "lightning_sensitivity.reference")
@@ -70,7 +71,7 @@ def what_pages_have() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page, "python") and page != README and page.stem not in RECIPES],
+    [page for page in PAGES if blocks(page, "python") and page != README and page.stem not in NOT_HERE],
     ids=name_of,
 )
 @pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists", "ignore:.*survives averaging over classes")
