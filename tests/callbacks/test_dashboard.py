@@ -15,9 +15,10 @@ from lightning_sensitivity import SensitivityMonitor
 from tests.helpers import Classifier, fitted, loader, quick_risk
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-README = Path(__file__).parents[2] / "README.md"
+DOCS = Path(__file__).parents[2] / "docs"
 ADDRESS = "?smoothing=0&tagFilter=val%2F(loss%7Coutput_sensitivity%7Cexpected)#timeseries"
-EXPECTED = [f"val/expected_{name}" for name in ("accuracy", "auroc", "score")]
+EXPECTED = [f"val/expected_{name}" for name in ("accuracy", "auroc", "loss")]
+(LAYOUT,) = re.findall(r"^names = .*?custom_scalars\(.*?\)$", (DOCS / "guide" / "stopping.md").read_text(), re.M | re.S)
 CARDS = [*EXPECTED, "val/loss", "val/output_sensitivity", "val/output_sensitivity_stderr"]
 
 
@@ -27,6 +28,11 @@ class WithGroup(Classifier):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val/loss", cross_entropy(self(batch[0]), batch[1]))
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
 
 @pytest.fixture
 def tensorboard_url(tmp_path: Path) -> Iterator[str]:
@@ -34,6 +40,7 @@ def tensorboard_url(tmp_path: Path) -> Iterator[str]:
     if not (logs := os.environ.get("LOGDIR", "")):
         monitors = [SensitivityMonitor(), quick_risk()]
         logger = TensorBoardLogger(logs := tmp_path, name=None)
+        exec(LAYOUT, {"logger": logger})
         fitted(monitors, WithGroup(), val=loader(seed=1), logger=logger, max_epochs=5, log_every_n_steps=1)
         logger.finalize("success")
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--host", "127.0.0.1", "--port", "0"]
@@ -75,10 +82,10 @@ def show_all_of_the_curves(page: Any) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
-def test_the_values_stand_beside_the_loss_at_the_address_of_readme(
+def test_the_values_stand_beside_the_loss_at_the_address_of_the_guide(
     tensorboard_url: str, page: Any, tmp_path: Path
 ) -> None:
-    assert f"http://localhost:6006/{ADDRESS}" in README.read_text()
+    assert f"http://localhost:6006/{ADDRESS}" in (DOCS / "getting_started.md").read_text()
     page.goto(tensorboard_url + ADDRESS, wait_until="commit")
     cards = page.locator("metrics-filtered-view card-view")
     cards.nth(5).wait_for()
@@ -88,3 +95,14 @@ def test_the_values_stand_beside_the_loss_at_the_address_of_readme(
     page.wait_for_timeout(1000)  # until the curves are drawn
     # This is the picture of docs/guide, with $LOGDIR and --basetemp.
     page.screenshot(path=tmp_path / "tensorboard.png", clip={"x": 0, "y": 0, "width": 1400, "height": 500})
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
+def test_training_expected_and_validation_loss_stand_in_one_chart(
+    tensorboard_url: str, page: Any, tmp_path: Path
+) -> None:
+    page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit")
+    page.get_by_text("Matches (3)").wait_for()
+    page.wait_for_timeout(1000)  # until the curves are drawn
+    page.screenshot(path=tmp_path / "one_chart.png")
