@@ -119,6 +119,14 @@ def test_copies_of_customers_make_a_reference_look_better_than_it_is(run: Any) -
 
 
 @pytest.mark.long
+def test_a_reference_that_leaves_out_persons_takes_itself_for_what_it_is(run: Any, tmp_path: Path) -> None:
+    _, variables = run("studies/groups/groups.py", str(tmp_path), "--quick")
+    (unions,) = (table for table in variables["tables"]() if table.name == "unions (PSID)")
+    found = variables["judge"](unions, 0, *variables["record"](unions, 0, 2))
+    assert found["rows_left_out_error"] > 6 and found["groups_left_out_error"] < 6
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
 def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
     text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
