@@ -127,6 +127,18 @@ def test_a_reference_that_leaves_out_persons_takes_itself_for_what_it_is(run: An
 
 
 @pytest.mark.long
+def test_labels_of_molecules_are_read_where_they_are_known(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("rdkit")
+    smiles = ["C" * i + atom + "C" * j for atom in "NOS" for i in range(1, 16) for j in range(1, 16)]
+    frame = pd.DataFrame({"smiles": smiles, "nitrogen": [int("N" in each) for each in smiles]})
+    frame["oxygen"] = [int("O" in each) if len(each) % 2 else np.nan for each in smiles]
+    frame.to_csv(tmp_path / "clintox.csv", index=False)
+    text, variables = run("studies/molecules/molecules.py", str(tmp_path), str(tmp_path / "runs"), "--quick")
+    known = 1 - variables["read"](tmp_path, "clintox").y.isnan().float().mean(0)
+    assert known[0] == 1 and 0.4 < known[1] < 0.6 and "expected_auroc_auroc_lost" in text
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
 def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
     text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
