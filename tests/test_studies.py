@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,13 @@ def test_labels_of_molecules_are_read_where_they_are_known(run: Any, tmp_path: P
 def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
     text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
     assert "gap" in text.splitlines() and Path("runs/reading_curves/gap.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
+def test_of_three_estimates_of_the_loss_the_expected_one_is_right(run: Any) -> None:
+    found = pd.read_csv(StringIO(run("studies/three_ways/losses.py", "--quick")[0]))
+    off = {way: (found[way] / found["loss"] - 1).abs().median() for way in ("expected", "entropy", "equation9")}
+    assert off["expected"] < 0.1 and off["entropy"] > 0.2 and off["equation9"] > 0.5, off
 
 
 @pytest.mark.long
