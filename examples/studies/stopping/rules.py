@@ -132,7 +132,8 @@ def reference_says(reference: Reference, x: Tensor) -> Tensor:
 def as_fitted(q: Tensor, reference: Reference) -> Tensor:
     """Return a reference's predictions as they were before they were calibrated."""
     share = reference.smoothing_
-    found = ((q - share / q.shape[1]) / (1 - share)).clamp(min=1e-200) ** reference.temperature_
+    spread = share * torch.tensor(reference.shares_)
+    found = ((q - spread) / (1 - share)).clamp(min=1e-200) ** reference.temperature_
     return found / found.sum(1, keepdim=True)
 
 
