@@ -145,7 +145,7 @@ CASES = {
     "dict for a forward that takes a tensor": Case("!set `inputs=lambda batch: batch\\['z'\\]`",
         "!set `inputs=lambda batch: batch\\['z'\\]`", batch=lambda x, y: {"z": x, "n": ids(x)[:, 1], "y": y},
         step=part("z")),
-    "dict of several floating tensors": Case(r"!got `\['z'\]`, `\['scale'\]` in the argument `b`.*`at=`.*\(batch,\)",
+    "dict of several floating tensors": Case(r"!got `b\['z'\]`, `b\['scale'\]` among.*`at=`.*\(batch,\)",
         batch=lambda x, y: {"z": x, "scale": x[:, :1], "y": y}, forward=lambda m, b: m.net(b["z"]) * b["scale"],
         step=lambda m, b, noise: m(b),
         seen=lambda b: torch.cat([b["z"], b["scale"]], 1)),
@@ -158,7 +158,7 @@ CASES = {
     "dict of arguments, inputs=": Case("!got `x`, `mask`", options={"inputs": lambda b: {"x": b[0], "mask": b[0]}},
         forward=masked, step=lambda m, b, noise: m(noise(b[0]), b[0]),
         seen=lambda b: torch.cat([b[0], b[0]], 1)),
-    "tuple of inputs": Case(r"!got `\[0\]`, `\[1\]` in the argument `x`.*`at=`.*\(batch\[0\],\)", batch=lambda x, y:
+    "tuple of inputs": Case(r"!got `x\[0\]`, `x\[1\]` among.*`at=`.*\(batch\[0\],\)", batch=lambda x, y:
         ((x[:, :6], x[:, 6:]), y), forward=lambda m, x: m.net(torch.cat(x, 1)), step=lambda m, b, noise: m(b[0]),
         seen=lambda b: torch.cat(b[0], 1)),
     "pair of inputs, labels": Case(batch=lambda x, y: ((x[:, :6], x[:, 6:]), y),

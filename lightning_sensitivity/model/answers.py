@@ -6,15 +6,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.entries import holds_numbers, places
+from lightning_sensitivity.model.batches import has_samples
+from lightning_sensitivity.model.entries import places
 
 _FEWEST = 8  # labels that do not equal an input by chance
 _CHANCE = math.log(1e4)  # one in so many columns has the values of labels in their order by chance
 _ROUNDING = 1e-7  # of a correlation, in single precision
 
 
-def find_answers(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -> tuple[list[str], list[str]]:
-    """Find inputs that have a column of the labels of a batch, up to scale and shift.
+def find_answer(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -> str | None:
+    """Find the first input that has a column of the labels of a batch, up to scale and shift.
+
+    Labels of two values are not looked for, since a good flag may equal them in a batch.
 
     Args:
         inputs: The inputs by the names of the arguments.
@@ -22,42 +25,30 @@ def find_answers(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -
         counts: Which samples have one, ``(N,)``.
 
     Returns:
-        The places of those that hold labels, and of those that may: labels have two values, which a good flag
-        may equal in a batch.
+        The code that selects it; None if there is none.
     """
     y = labels[counts].double()[:, None].flatten(1)
     if len(y) < _FEWEST:
-        return [], []
-    is_flag = torch.tensor([len(torch.unique(column)) == 2 for column in y.T])
-    orders = torch.tensor([_log_orders(column) for column in y.T])
-    certain, possible = list[str](), list[str]()
+        return None
     for name, value in inputs.items():
         for place, _, x in places(value, name):
-            columns = _columns(x, counts)
-            held = _held(columns, y) & (orders > _CHANCE + math.log(max(1, columns.shape[1])))
-            if bool((held & ~is_flag).any()):
-                certain.append(place)
-            elif bool(held.any()):
-                possible.append(place)
-    return certain, possible
+            if has_samples(x, len(counts)) and _holds(x.detach().cpu()[counts].double()[:, None].flatten(1), y):
+                return place
+    return None
 
 
-def _columns(x: Tensor, counts: Tensor) -> Tensor:
-    """Return numbers with a row for each sample as columns, those of samples that count; else none."""
-    is_dense = x.layout == torch.strided and not x.is_nested and not x.is_complex()
-    if not is_dense or x.ndim == 0 or len(x) != len(counts) or not holds_numbers(x):
-        return torch.zeros(int(counts.sum()), 0, dtype=torch.float64)
-    return x.detach().cpu()[counts].double()[:, None].flatten(1)
-
-
-def _held(columns: Tensor, y: Tensor) -> Tensor:
-    """Return which columns of labels are one of the columns, up to scale and shift, ``(C,)``."""
-    return ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
+def _holds(columns: Tensor, y: Tensor) -> bool:
+    """Return whether a column of labels is one of the columns, and not by chance."""
+    is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
+    orders = torch.tensor([_log_orders(column) for column in y.T])
+    return bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any())
 
 
 def _log_orders(column: Tensor) -> float:
-    """Return the logarithm of the number of orders in which labels may come."""
+    """Return the logarithm of the number of orders in which labels may come; 0 if they have two values."""
     numbers = torch.unique(column, return_counts=True)[1].double()
+    if len(numbers) == 2:
+        return 0.0
     return math.lgamma(len(column) + 1) - float(torch.lgamma(numbers + 1).sum())
 
 

@@ -16,6 +16,7 @@ from lightning_sensitivity.model.entries import beside_labels, has_one_number, i
 
 Arguments = dict[str, object]
 
+_ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
 # Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
@@ -26,15 +27,13 @@ def find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tup
     """Return whether a model gets its arguments by name, and these; see :class:`ModelCall`."""
     if inputs is not None:
         return _chosen_arguments(model, inputs(clone_tensors(batch)))  # which may write to the batch
-    if _has_all(model, batch):
-        fields: Arguments = batch._asdict()
-        return True, {name: value for name, value in fields.items() if name in parameters_of(model)}
-    if not isinstance(batch, Mapping):
-        return False, by_position(model, _first_elements(model, batch) if is_sequence(batch) else (batch,))
+    entries = batch._asdict() if _has_all(model, batch) else batch
+    if not isinstance(entries, Mapping):
+        return False, by_position(model, split_elements(model, batch)[0] if is_sequence(batch) else (batch,))
     if takes_only_keywords(model):
-        return True, dict(batch)
-    named = {name: value for name, value in batch.items() if name in parameters_of(model)}
-    return (True, named) if named else (False, by_position(model, (_only_argument(model, batch),)))
+        return True, dict(entries)
+    named = {name: value for name, value in entries.items() if name in parameters_of(model)}
+    return (True, named) if named else (False, by_position(model, (_only_argument(model, entries),)))
 
 
 def by_position(model: nn.Module, values: Sequence[object]) -> Arguments:
@@ -57,14 +56,13 @@ def required_names(model: nn.Module) -> list[str]:
 
 def has_options(model: nn.Module) -> bool:
     """Return whether a ``forward`` of one's own takes more arguments by position than it requires."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, *_POSITIONAL)
     is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
-    return is_own and sum(p.kind in kinds for p in parameters_of(model).values()) > len(required_names(model))
+    return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
 
 
 def takes_only_keywords(model: nn.Module) -> bool:
     """Return whether ``forward`` takes only ``**kwargs``."""
-    return all(p.kind is p.VAR_KEYWORD for p in parameters_of(model).values())
+    return {*_kinds(model)} <= {_KEYWORDS}
 
 
 def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
@@ -72,12 +70,26 @@ def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence)
 
 
-def is_pair(model: nn.Module, batch: Sequence[Any]) -> bool:
-    """Return whether a batch is ((a, b, ...), y), with as many inputs as ``forward`` requires arguments."""
-    count = len(required_names(model))
+def as_tuple(chosen: object) -> tuple[object, ...]:
+    """Return what a function of the user returns as several values, of which a tuple has more than one."""
+    return chosen if type(chosen) is tuple else (chosen,)
+
+
+def split_elements(model: nn.Module, batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the inputs, as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
+    count = max(1, len(required_names(model)))
+    return (batch[0], batch[1:]) if _is_pair(batch, count) else (batch[:count], batch[count:])
+
+
+def _is_pair(batch: Sequence[Any], count: int) -> bool:
+    """Return whether a batch is ((a, b, ...), y), with several inputs, as many as are required."""
     if len(batch) != 2 or count < 2 or not is_sequence(batch[0]) or len(batch[0]) != count:
         return False
     return isinstance(batch[1], Tensor) and (count > 2 or has_one_number(batch[1]))
+
+
+def _kinds(model: nn.Module) -> list[object]:
+    return [p.kind for p in parameters_of(model).values()]
 
 
 def _has_all(model: nn.Module, batch: object) -> bool:
@@ -86,20 +98,14 @@ def _has_all(model: nn.Module, batch: object) -> bool:
     return bool(names) and set(names) <= {*getattr(batch, "_fields", ())}
 
 
-def _first_elements(model: nn.Module, batch: Sequence[Any]) -> Sequence[object]:
-    return batch[0] if is_pair(model, batch) else batch[: max(1, len(required_names(model)))]
-
-
 def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments]:
     """Return the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
     if not isinstance(chosen, Mapping):
-        return False, by_position(model, chosen if type(chosen) is tuple else (chosen,))
-    parameters = parameters_of(model)
-    unknown = [name for name in chosen if name not in parameters]
-    has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return False, by_position(model, as_tuple(chosen))
+    unknown = [name for name in chosen if name not in parameters_of(model)]
     if len(unknown) == len(chosen) and not takes_only_keywords(model):
         return False, by_position(model, (chosen,))
-    if unknown and not has_keywords:
+    if unknown and _KEYWORDS not in _kinds(model):
         names = ", ".join(map(repr, unknown))
         raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
     return True, dict(chosen)
@@ -107,16 +113,25 @@ def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments
 
 def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
     """Return what a ``forward`` of one argument that names no entry takes: the only tensor, or all."""
-    parameters, required, found = parameters_of(model), required_names(model), [*beside_labels(batch).values()]
-    takes_any = not required and any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    annotation = str(parameters[required[0]].annotation) if required else ""
-    is_mapping = re.search("dict|mapping", annotation, re.IGNORECASE) is not None
-    has_one = len(required) == 1
-    if (has_one or takes_any) and len(found) == 1 and isinstance(found[0], Tensor) and not is_mapping:
+    expected, found = _expected(model), [*beside_labels(batch).values()]
+    if expected in ("tensor", "either") and len(found) == 1 and isinstance(found[0], Tensor):
         return found[0]
-    if has_one and (is_mapping or (len(found) > 1 and "Tensor" not in annotation)):
+    if expected == "mapping" or (expected == "either" and len(found) > 1):
         return batch
     raise Refused(
         f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select them: "
         f"{inputs_hint(batch)}."
     )
+
+
+def _expected(model: nn.Module) -> str:
+    """Return what the only argument of ``forward`` is by its annotation: tensor, mapping, either; or nothing."""
+    required = required_names(model)
+    if not required and _ANY in _kinds(model):
+        return "tensor"
+    if len(required) != 1:
+        return "nothing"
+    annotation = str(parameters_of(model)[required[0]].annotation)
+    if re.search("dict|mapping", annotation, re.IGNORECASE):
+        return "mapping"
+    return "tensor" if "Tensor" in annotation else "either"

@@ -72,11 +72,19 @@ def _holds_tensors(value: object, depth: int) -> bool:
     return isinstance(value, _Cloneable)
 
 
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor that is neither nested nor sparse."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+
+
 def is_floating(value: object) -> TypeGuard[Tensor]:
-    """Check whether noise can be added: to dense floating tensors."""
-    if not isinstance(value, Tensor) or value.is_nested:
-        return False
-    return value.is_floating_point() and value.layout == torch.strided
+    """Return whether noise can be added: to dense floating tensors."""
+    return is_dense(value) and value.is_floating_point()
+
+
+def has_samples(x: Tensor, size: int) -> bool:
+    """Return whether a tensor holds real numbers of each of N samples."""
+    return is_dense(x) and not x.is_complex() and x.ndim > 0 and len(x) == size
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -99,9 +107,9 @@ def entry(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """Return some rows of a tensor; all if they are None, or there are no rows."""
-    return tensor if rows is None or tensor.ndim == 0 else tensor[rows.to(tensor.device)]
+def take(tensor: Tensor, indices: Tensor | None) -> Tensor:
+    """Return some samples of a tensor; all if the indices are None, or it is one number for all samples."""
+    return tensor if indices is None or tensor.ndim == 0 else tensor[indices.to(tensor.device)]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.messages import Refused, Selector, describe
-from lightning_sensitivity.model.arguments import find_arguments, is_sequence, parameters_of
-from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_floating, take, tensors_in
+from lightning_sensitivity.model.arguments import as_tuple, find_arguments, is_sequence, parameters_of
+from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_dense, is_floating, take, tensors_in
 from lightning_sensitivity.model.entries import (
     TARGET_NAMES,
     beside_labels,
-    holds_numbers,
+    is_constant,
     is_empty,
     is_like_targets,
     places,
@@ -28,6 +29,7 @@ Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``f
 
 _BATCH = "the batch"  # the name of what such a function gets
 _AT = "Perturb the output of a submodule, such as an embedding, by `at=`, or select an input by `inputs=`"
+_FIRST = "; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({},)`"
 
 
 class ModelCall:
@@ -56,8 +58,8 @@ class ModelCall:
     Attributes:
         by_name: Whether the model gets its arguments by name, and not by position.
         arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
-        size: The number of samples, if tensors have a row for each, and all else belongs to all samples;
-            0 if that is unknown, as with graphs and lists.
+        size: The number of samples, if that is the first dimension of all tensors, and all else belongs to all
+            samples; 0 if that is unknown, as with graphs and lists.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
@@ -69,19 +71,18 @@ class ModelCall:
         self._model = model
         self._outputs = outputs
         self._is_chosen = inputs is not None
-        self._place = "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"  # of an argument by name
-        self._whole = "batch[0]" if is_sequence(batch) else "batch"
         self.by_name, self.arguments = find_arguments(model, batch, inputs)
+        self._place = _place_of_argument(batch, self.by_name)
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
-        asked_for = parameters_of(self._model) if self.by_name else self.arguments
-        return {
-            name: _without_labels(value)
-            for name, value in self.arguments.items()
-            if not self.by_name or not (name in TARGET_NAMES if name in asked_for else is_like_targets(name))
-        }
+        found = {name: _without_labels(value) for name, value in self.arguments.items()}
+        return {name: value for name, value in found.items() if not (self.by_name and self._is_label(name))}
+
+    def _is_label(self, name: str) -> bool:
+        """Return whether an argument is called like labels, and as labels are if ``forward`` asks for it."""
+        return name in TARGET_NAMES or (name not in parameters_of(self._model) and is_like_targets(name))
 
     def left_out(self) -> set[str]:
         """Name the entries that :meth:`inputs` leaves out, though their names are not those that labels have."""
@@ -121,14 +122,14 @@ class ModelCall:
         return result
 
     def spread(self, max_samples: float) -> Tensor | None:
-        """Choose evenly spaced rows; None for all, if these are no more than wanted, or unknown."""
+        """Choose evenly spaced samples; None for all, if these are no more than wanted, or unknown."""
         count = math.ceil(min(max_samples, self.size))
         return torch.arange(count) * self.size // count if count < self.size else None
 
-    def take(self, rows: Tensor) -> "ModelCall":
-        """Return the call on some of its rows."""
-        new = self._with(lambda value: apply_to_collection(value, Tensor, take, rows))
-        new.size = len(rows)
+    def take(self, indices: Tensor) -> "ModelCall":
+        """Return the call on some of its samples."""
+        new = self._with(lambda value: apply_to_collection(value, Tensor, take, indices))
+        new.size = len(indices)
         return new
 
     def to(self, device: torch.device) -> "ModelCall":
@@ -149,9 +150,9 @@ class ModelCall:
         """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
         first, last = outputs.shape[1:-1], outputs.shape[2:]
         shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
-        are_first = any(shape[: len(first)] == first for shape in shapes)
-        are_last = any(shape[-len(last) :] == last for shape in shapes)
-        if first.numel() > 1 and last.numel() > 1 and are_first and not are_last:
+        are_first = first in [shape[: len(first)] for shape in shapes]
+        are_last = last in [shape[-len(last) :] for shape in shapes]
+        if min(first.numel(), last.numel()) > 1 and are_first and not are_last:
             raise Refused(
                 f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
                 "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
@@ -160,24 +161,23 @@ class ModelCall:
     def _argument_to_perturb(self) -> str:
         """Find the name of the argument to perturb, which is the first one by position."""
         names = [*self.inputs()] if self.by_name else [*self.arguments][:1]
-        found = [name for name in names if _floating_in(self.arguments[name])]
-        if len(found) != 1:
-            arguments = ", ".join(map(self._place.format, self.arguments))
-            of_first = f"; of a tuple, the first one is perturbed: `inputs=lambda batch: ({arguments})`"
-            raise Refused(
-                f"Expected one dense floating input to perturb, got {_listed(found)} among the arguments of `forward` "
-                f"({self}). {_AT}{of_first if len(found) > 1 and not self._is_chosen else ''}.",
-                entry="noise",
-            )
-        entries = _floating_in(self.arguments[found[0]])
-        if len(entries) > 1 and not self._is_chosen:
-            whole = self._place.format(found[0]) if self.by_name else self._whole
-            raise Refused(
-                f"Expected one floating input to perturb, got {_listed(entries)} in the argument `{found[0]}`. {_AT}; "
-                f"for noise on all of them, set `inputs=lambda batch: ({whole},)`.",
-                entry="noise",
-            )
-        return found[0]
+        found = {name: _floating_in(name, self.arguments[name]) for name in names}
+        candidates = [name for name in names if found[name]]
+        several = [*chain(*found.values())]
+        if len(candidates) != 1 or (len(several) > 1 and not self._is_chosen):
+            raise Refused(self._what_to_perturb(several), entry="noise")
+        return candidates[0]
+
+    def _what_to_perturb(self, several: list[str]) -> str:
+        """Say that not one input can be perturbed, and how to choose."""
+        listed = ", ".join(map("`{}`".format, several)) or "none"
+        keys = self.arguments if self.by_name else range(len(self.arguments))
+        places = ", ".join(map(self._place.format, keys))
+        hint = _FIRST.format(places) if len(several) > 1 and not self._is_chosen else ""
+        return (
+            f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({self}). "
+            f"{_AT}{hint}."
+        )
 
 
 class FunctionCall(ModelCall):
@@ -202,11 +202,10 @@ class FunctionCall(ModelCall):
         self._model = model
         self._outputs = outputs
         self._function = function
-        seen: Any = () if inputs is None else inputs(clone_tensors(batch))
+        seen = () if inputs is None else inputs(clone_tensors(batch))
         self.by_name = isinstance(seen, Mapping)
-        if not self.by_name:
-            seen = dict(enumerate(seen if type(seen) is tuple else (seen,)))
-        self.arguments = {_BATCH: batch, **{str(name): value for name, value in seen.items()}}
+        named = seen if isinstance(seen, Mapping) else dict(enumerate(as_tuple(seen)))
+        self.arguments = {_BATCH: batch, **{str(name): value for name, value in named.items()}}
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
@@ -221,6 +220,13 @@ class FunctionCall(ModelCall):
         return self._function(self._model, self.arguments[_BATCH])
 
 
+def _place_of_argument(batch: object, by_name: bool) -> str:
+    """Return the code that selects an argument of a batch, with a place for its name or number."""
+    if by_name:
+        return "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
+    return "batch[{}]" if is_sequence(batch) else "batch"
+
+
 def _if_floating(perturb: Perturb) -> Perturb:
     return lambda x: perturb(x) if is_floating(x) else x
 
@@ -230,14 +236,10 @@ def _names(named: Mapping[str, object]) -> set[str]:
     return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
 
 
-def _floating_in(value: object) -> list[str]:
-    """List the places of the floating tensors in a value that are not called like labels."""
+def _floating_in(name: str, value: object) -> list[str]:
+    """List the places of the floating tensors in an argument that are not called like labels."""
     found = beside_labels(value) if isinstance(value, Mapping) else value
-    return [place for place, _, x in places(found, "") if is_floating(x) and holds_numbers(x)]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
+    return [place for place, _, x in places(found, name) if is_floating(x) and not is_empty(x)]
 
 
 def _without_labels(value: Any) -> Any:
@@ -248,18 +250,18 @@ def _without_labels(value: Any) -> Any:
 
 
 def _num_samples(arguments: Mapping[str, object]) -> int:
-    """Count the samples by the rows that all tensors have; 0 if that is unknown, as with lists and graphs."""
-    numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_rows(arguments) else {0}
+    """Count the samples by the first dimension of all tensors; 0 if that is unknown, as with lists and graphs."""
+    numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_samples(arguments) else {0}
     return numbers.pop() if len(numbers) == 1 else 0
 
 
-def _has_rows(value: object) -> bool:
-    """Check whether a value is made of dense tensors and constants; a list may be of samples."""
-    if isinstance(value, Tensor):
-        return value.layout == torch.strided and not value.is_nested
-    if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
-        return all(map(_has_rows, value.values() if isinstance(value, Mapping) else value))
-    return isinstance(value, bool | int | float | str | None) or is_empty(value)
+def _has_samples(value: object) -> bool:
+    """Return whether a value is made of dense tensors and constants; a list may be of samples."""
+    if isinstance(value, Mapping):
+        return all(map(_has_samples, value.values()))
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        return all(map(_has_samples, value))
+    return is_dense(value) or is_constant(value)
 
 
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
@@ -276,9 +278,8 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """
     selected = outputs(result) if outputs else _find_outputs(result)
     if not is_floating(selected) or selected.ndim == 0:
-        entries = result.items() if isinstance(result, Mapping) else ()
-        found = [name for name, value in entries if is_floating(value) and value.ndim > 0]
-        example = f": `outputs=lambda result: result[{found[0]!r}]`" if len(found) == 1 else ""
+        found = [place for place, _, x in places(result, "result") if is_floating(x) and x.ndim > 0]
+        example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
         raise Refused(
             f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
             f"from {describe(result)}, which `forward` returned{example}."

@@ -33,25 +33,25 @@ def check_encoder(encoder: nn.Module, model: nn.Module) -> None:
         )
 
 
-def encode(encoder: nn.Module, call: ModelCall, size: int, rows: Tensor | None, device: torch.device) -> Tensor:
+def encode(encoder: nn.Module, call: ModelCall, size: int, indices: Tensor | None, device: torch.device) -> Tensor:
     """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 
     Args:
         encoder: The network, which a pass leaves as it was, but for its device.
         call: A call of the model.
         size: N, the number of its samples.
-        rows: Which of them to encode; None for all.
+        indices: Which of them to encode; None for all.
         device: The device of the model.
 
     Raises:
         MisconfigurationException: If the network fails, or does not return features of each sample.
     """
     encoder.to(device)
-    rows = torch.arange(size) if rows is None else rows
+    indices = torch.arange(size) if indices is None else indices
     with refuse_on_error(f"`features` failed on {call}", "features"), isolated(encoder) as run:
         if call.size == 0:  # of a list, each item may be a sample
-            return run(_encode, encoder, call.to(device), size)[rows]
-        parts = torch.split(rows, _PART)
+            return run(_encode, encoder, call.to(device), size)[indices]
+        parts = torch.split(indices, _PART)
         return torch.cat([run(_encode, encoder, call.take(part).to(device), len(part)) for part in parts])
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
 
 from torch import Tensor
 
@@ -21,18 +20,19 @@ def is_like_targets(name: object) -> bool:
 
 def beside_labels(batch: Mapping[str, object]) -> dict[str, object]:
     """Return the entries that are not called as labels are, and not empty."""
-    entries = {name: value for name, value in batch.items() if name not in TARGET_NAMES and value is not None}
-    return {name: x for name, x in entries.items() if holds_numbers(x) or not (tensors_in(x) or is_empty(x))}
-
-
-def holds_numbers(value: object) -> bool:
-    """Return whether a value has a tensor that is not empty; an empty list is no input."""
-    return any(x.is_nested or 0 not in x.shape[1:] for x in tensors_in(value))
+    return {name: value for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)}
 
 
 def is_empty(value: object) -> bool:
-    """Return whether a value is a collection of nothing."""
-    return isinstance(value, list | tuple | Mapping) and not value
+    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
+    if tensors := tensors_in(value):
+        return not any(x.is_nested or 0 not in x.shape[1:] for x in tensors)
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def is_constant(value: object) -> bool:
+    """Return whether a value is the same for all samples, such as a flag, or nothing."""
+    return isinstance(value, bool | int | float | str) or is_empty(value)
 
 
 def has_one_number(x: Tensor) -> bool:
@@ -63,18 +63,17 @@ def inputs_hint(batch: object) -> str:
     if not isinstance(batch, Mapping):
         return ""
     named = [(path, x) for path, name, x in places(batch) if name not in TARGET_NAMES]
-    found = [path for path, x in named if is_floating(x) and x.ndim > 1 and holds_numbers(x)]
-    whole = "for `forward(batch)`, `inputs=lambda batch: (batch,)`"
-    return f"{_say('inputs', found)}; {whole}" if found else whole
+    hint = _say("inputs", [path for path, x in named if is_floating(x) and x.ndim > 1 and not is_empty(x)])
+    return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 
 
-def targets_hint(batch: object, num_inputs: int) -> str:
-    """Say how to select labels: in what follows the inputs, or else anywhere; by name, if there are such names."""
-    rest = batch[num_inputs:] if isinstance(batch, list | tuple) else []
-    found = [*chain(*(places(item, f"batch[{index}]") for index, item in enumerate(rest, start=num_inputs)))]
-    found = found or [(path, name, x) for path, name, x in places(batch) if name or has_one_number(x)]
-    named = [path for path, name, _ in found if is_like_targets(name)]
-    return _say("targets", named or [path for path, _, _ in found])
+def targets_hint(batch: object, candidates: object) -> str:
+    """Say how to select labels, by name if there are such names; candidates are a part of the batch, or all of it."""
+    tensors = {*map(id, tensors_in(candidates))} - {id(batch)}
+    found = {path: name for path, name, x in places(batch) if id(x) in tensors}
+    named = [path for path, name in found.items() if is_like_targets(name)]
+    hint = _say("targets", named or [*found])
+    return f", such as {hint}," if hint else ""
 
 
 def _say(selector: str, candidates: list[str]) -> str:

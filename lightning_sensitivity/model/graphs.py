@@ -1,5 +1,7 @@
 """What a reference sees of a batch of graphs, such as those of PyTorch Geometric and chemprop."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -8,6 +10,15 @@ from lightning_sensitivity.model.batches import entry
 
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")
 _MAX_CATEGORIES = 128  # of integers, such as the numbers of atoms
+
+
+def sum_graphs(inputs: Mapping[str, object], size: int) -> Mapping[str, object]:
+    """Return the inputs of a model with sums in the place of graphs, of which one may be all inputs together."""
+    whole = graph_sums(inputs, size)
+    if whole is not None:
+        return {"graphs": whole}
+    sums = {name: graph_sums(value, size) for name, value in inputs.items()}
+    return {**inputs, **{name: x for name, x in sums.items() if x is not None}}
 
 
 def graph_sums(graphs: object, size: int) -> Tensor | None:
@@ -31,15 +42,16 @@ def graph_sums(graphs: object, size: int) -> Tensor | None:
 
 def _features(graphs: object, names: tuple[str, ...], count: int) -> Tensor:
     """Return the features of nodes or edges beside a column of ones, ``(M, D)``."""
-    found = [x for x in (entry(graphs, name) for name in names) if isinstance(x, Tensor) and len(x) == count]
-    columns = [torch.ones(count, 1)]
-    for x in found:
-        x = x.detach().cpu()[:, None].flatten(1)
-        is_category = not x.is_floating_point()
-        columns.append(
-            one_hot(x.long().clamp(0, _MAX_CATEGORIES - 1), _MAX_CATEGORIES).flatten(1) if is_category else x
-        )
-    return torch.cat([x.float() for x in columns], 1)
+    found = [entry(graphs, name) for name in names]
+    columns = [_columns(x.detach().cpu()) for x in found if isinstance(x, Tensor) and len(x) == count]
+    return torch.cat([torch.ones(count, 1), *columns], 1)
+
+
+def _columns(x: Tensor) -> Tensor:
+    """Return numbers as columns, and integers as categories."""
+    if not x.is_floating_point():
+        x = one_hot(x.long().clamp(0, _MAX_CATEGORIES - 1), _MAX_CATEGORIES)
+    return x[:, None].flatten(1).float()
 
 
 def _summed(places: Tensor, features: Tensor, size: int) -> Tensor:

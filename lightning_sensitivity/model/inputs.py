@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.batches import take, tensors_in
-from lightning_sensitivity.model.entries import is_empty
-from lightning_sensitivity.model.graphs import graph_sums
+from lightning_sensitivity.model.batches import has_samples, take, tensors_in
+from lightning_sensitivity.model.entries import is_constant, is_empty
+from lightning_sensitivity.model.graphs import sum_graphs
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
-_CONSTANTS = (Tensor, bool, int, float, str, type(None))  # tensors without rows; others hold something
 _MANY = 1000  # from which on integers are names, and no categories
 
 
@@ -31,15 +30,15 @@ class InputReader:
     def __init__(self) -> None:
         self.unread: dict[str, None] = {}
 
-    def see(self, named: Mapping[str, object], size: int, rows: Tensor | None = None) -> Seen:
+    def see(self, named: Mapping[str, object], size: int, indices: Tensor | None = None) -> Seen:
         """Return what a reference sees of the inputs of a model, on the CPU.
 
         Args:
             named: The inputs by the names of the arguments.
             size: N, the number of samples.
-            rows: Which of them to look at; None for all.
+            indices: Which of them to look at; None for all.
         """
-        chosen = [(name, take(x, rows)) for name, x in self._tensors(named, size)]
+        chosen = [(name, take(x, indices)) for name, x in self._tensors(named, size)]
         masks = {x.shape: x for name, x in chosen if name == _MASK}
         numbers = {x.shape for _, x in chosen if x.is_floating_point()}
         inputs = [(name, x) for name, x in chosen if _is_data(name, x.shape in numbers)]
@@ -52,27 +51,21 @@ class InputReader:
 
     def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
         """List the tensors that can be read, each with its name, and remember the names of other inputs."""
-        if (of_graphs := graph_sums(named, size)) is not None:
-            yield "graphs", of_graphs
-            return
-        for name, value in named.items():
-            if (of_graphs := graph_sums(value, size)) is not None:
-                yield name, of_graphs
-                continue
-            tensors = [x for x in tensors_in(value) if x.ndim > 0 and (x.is_nested or 0 not in x.shape[1:])]
-            readable = [(name, x) for x in tensors if _has_rows(x, size)]
-            is_constant = isinstance(value, _CONSTANTS) or is_empty(value)
-            if len(readable) < len(tensors) or not (tensors or is_constant or tensors_in(value)):
+        for name, value in sum_graphs(named, size).items():
+            tensors, has_more = _readable(value, size)
+            if has_more:
                 self.unread[name] = None
-            yield from readable
+            yield from ((name, x) for x in tensors)
 
     def _read(self, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
             kind = kind_of(x)
             return kind, KINDS[kind].shrunk(x).detach().float()
-        if _are_integers(x) and (mask is not None or not has_numbers):
-            return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
+        if _are_integers(x) and mask is not None:
+            return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
+        if _are_integers(x) and not has_numbers:
+            return "tokens", x.long()
         return "columns", self._categories(name, x[:, None].flatten(1).cpu().long())
 
     def _categories(self, name: str, x: Tensor) -> Tensor:
@@ -82,15 +75,19 @@ class InputReader:
         return x.clamp(max=_MANY).float()
 
 
+def _readable(value: object, size: int) -> tuple[list[Tensor], bool]:
+    """Return the tensors of an input that can be read, and whether it holds more."""
+    tensors = tensors_in(value)
+    if not tensors:
+        return [], not is_constant(value)
+    parts = [x for x in tensors if x.ndim > 0 and not is_empty(x)]
+    found = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
+    return found, len(found) < len(parts)
+
+
 def _is_data(name: str, is_like_numbers: bool) -> bool:
     """Return whether an argument is an input; a mask is one only if it may say which numbers are missing."""
     return name != _MASK and (is_like_numbers or not _NO_INPUTS.search(name))
-
-
-def _has_rows(x: Tensor, size: int) -> bool:
-    """Return whether a tensor has a row of real numbers for each sample, and no more dimensions than images."""
-    is_dense = x.layout == torch.strided and not x.is_nested and not x.is_complex()
-    return is_dense and x.ndim <= _MAX_DIMENSIONS and len(x) == size
 
 
 def _are_integers(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.batches import has_samples, tensors_in
 from lightning_sensitivity.model.call import ModelCall
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
@@ -59,13 +59,16 @@ class KeptBatch:
         Raises:
             ValueError: If no tensor has a row for each sample, as with graphs.
         """
-        tensors = [*self.seen.values()] if self.seen else tensors_in(self.call.inputs())
-        dense = [x for x in tensors if x.layout == torch.strided and not x.is_nested and x.ndim > 0]
-        rows = [x[:, None].flatten(1) for x in dense if len(x) == self.size]
-        if not rows:
+        tensors = tensors_in(self.seen or self.call.inputs())
+        columns = [x[:, None].flatten(1) for x in tensors if has_samples(x, self.size)]
+        if not columns:
             raise ValueError("No input has a row for each sample")
-        spaced = [x[:, :: max(1, math.ceil(x.shape[1] / _MAX_COMPARED))] for x in rows]
-        return projection({str(place): x for place, x in enumerate(spaced)})
+        return projection({str(place): x[:, :: _step(x)] for place, x in enumerate(columns)})
+
+
+def _step(columns: Tensor) -> int:
+    """Return the distance of the columns that are compared."""
+    return max(1, math.ceil(columns.shape[1] / _MAX_COMPARED))
 
 
 def num_bytes(value: object) -> int:

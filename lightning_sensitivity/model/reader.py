@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
-from lightning_sensitivity.model.answers import find_answers
+from lightning_sensitivity.model.answers import find_answer
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall
 from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
@@ -45,7 +45,6 @@ class BatchReader:
         has_features: Whether the user says what a reference sees.
         has_groups: Whether samples have groups.
         odd: What to write to ignore labels that are none of the task, as keys.
-        suspected: Where inputs have a column that may be the labels, which have two values.
 
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
@@ -64,23 +63,22 @@ class BatchReader:
     ) -> None:
         check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups)
         check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
-        if call is not None and inputs is None and (features is None or isinstance(features, nn.Module)):
-            raise Refused(
-                "`call=` needs `inputs=`, which says what the reference sees of a batch, and an encoder gets, such as "
-                "`inputs=lambda batch: batch[0]`; or `features=`, a function of the batch."
-            )
         self.function = call
         self._inputs = inputs
         self._outputs = outputs
         self._targets = targets
+        self._groups = groups
         self._encoder = features if isinstance(features, nn.Module) else None
         self._features = None if isinstance(features, nn.Module) else features
-        self._groups = groups
+        if call is not None and inputs is None and self._features is None:
+            raise Refused(
+                "`call=` needs `inputs=`, which says what the reference sees of a batch, and an encoder gets, such as "
+                "`inputs=lambda batch: batch[0]`; or `features=`, a function of the batch."
+            )
         self.has_features = features is not None
         self.has_groups = groups is not None
         self.task = task
         self._input_reader = InputReader()
-        self.suspected: list[str] = []
         self.odd: dict[str, None] = {}
 
     @property
@@ -96,7 +94,7 @@ class BatchReader:
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
-        self.suspected, self.odd = [], {}
+        self.odd = {}
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -170,11 +168,10 @@ class BatchReader:
         seen: Mapping[str, object] = call.inputs()
         if self._features is not None:
             seen = {"features": _select_features(self._features, model, batch, len(labels))}
-        answers, self.suspected = find_answers(seen, labels, self.task.has_label(labels))
-        if answers:
+        if answer := find_answer(seen, labels, self.task.has_label(labels)):
             raise Refused(
-                f"the labels are among the inputs, in `{answers[0]}`, where the reference would see them: leave them "
-                "out of what `inputs=` or `features=` returns."
+                f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
+                "of what `inputs=` or `features=` returns."
             )
 
     def kept_labels(
@@ -192,14 +189,19 @@ class BatchReader:
         return labels
 
     def size(self, model: nn.Module, call: ModelCall) -> int:
-        """Count the samples of a batch by the rows of its arguments, or by its outputs if that is unknown."""
+        """Count the samples of a batch by its arguments, or by its outputs if that is unknown."""
         if call.size > 0:
             return call.size
         with isolated(model) as run:
             return len(run(call))
 
     def see(
-        self, model: nn.Module, batch: object, call: ModelCall | None = None, size: int = 0, rows: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: object,
+        call: ModelCall | None = None,
+        size: int = 0,
+        indices: Tensor | None = None,
     ) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
 
@@ -208,7 +210,7 @@ class BatchReader:
             batch: The batch; only that function needs it, if there is a call.
             call: The call of the model on it; by default it is made.
             size: N, the number of its samples; 0 to count them.
-            rows: Which of them are wanted; None for all.
+            indices: Which of them are wanted; None for all.
 
         Returns:
             What it sees by kind, empty if that is nothing; it may share memory with the call.
@@ -219,11 +221,11 @@ class BatchReader:
         call = call or self.call(model, batch)
         size = size or self.size(model, call)
         if self._encoder is not None:
-            return {"columns": encode(self._encoder, call, size, rows, device_of(model))}
+            return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            return self._input_reader.see(call.inputs(), size, rows)
+            return self._input_reader.see(call.inputs(), size, indices)
         values = _select_features(self._features, model, batch, size)
-        return {"columns": take(values, rows).detach().float().flatten(1).cpu()}
+        return {"columns": take(values, indices).detach().float().flatten(1).cpu()}
 
     def groups(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
         """Find the number of the group of each of N samples of a batch, ``(N,)``; None without groups.
@@ -250,7 +252,7 @@ class BatchReader:
             model: The model.
             batch: The batch, on the model's device.
             index: Its index in its loader.
-            max_samples: How many samples to keep, evenly spaced, if its rows are samples.
+            max_samples: How many samples to keep, evenly spaced, if their number is known.
             max_bytes: How many bytes its arguments may take, but for one sample.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.model.arguments import has_options, is_pair, is_sequence, required_names
+from lightning_sensitivity.model.arguments import has_options, is_sequence, required_names, split_elements
 from lightning_sensitivity.model.batches import clone_tensors, entry
 from lightning_sensitivity.model.entries import TARGET_NAMES, targets_hint
 
@@ -31,9 +31,9 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         with refuse_on_error(f"`targets` failed on {describe(batch)}"):
             selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
-        hint = "" if targets else targets_hint(batch, max(1, len(required_names(model))))
-        such_as = f", such as {hint}," if hint else ""
-        raise Refused(f"`targets` should return the labels{such_as} from {describe(batch)}.")
+        rest = split_elements(model, batch)[1] if is_sequence(batch) else ()
+        hint = "" if targets else targets_hint(batch, rest or batch)
+        raise Refused(f"`targets` should return the labels{hint} from {describe(batch)}.")
     return selected
 
 
@@ -53,9 +53,7 @@ def _find_targets(model: nn.Module, batch: object) -> object:
 
 def _after_inputs(model: nn.Module, batch: Sequence[Any]) -> object:
     """Return what follows the inputs, if it is the last element, or the only tensor that ``forward`` can't take."""
-    if is_pair(model, batch):
-        return batch[1]
-    rest = batch[max(1, len(required_names(model))) :]
+    rest = split_elements(model, batch)[1]
     if len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model)):
         return None
     return rest[0] if rest else None

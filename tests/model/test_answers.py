@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.answers import find_answers
+from lightning_sensitivity.model.answers import find_answer
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Z = torch.randn(60, 5, generator=RANDOM), torch.randn(60, 2, generator=RANDOM)
 K, FLAG = torch.randint(4, (60,), generator=RANDOM), torch.randint(2, (60,), generator=RANDOM)
 
 
-def find(inputs: Any, labels: Tensor) -> tuple[list[str], list[str]]:
-    return find_answers(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
+def find(inputs: Any, labels: Tensor) -> str | None:
+    return find_answer(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
 
 
 FOUND: dict[str, tuple[dict[str, Any], Tensor, str]] = {
@@ -32,30 +32,26 @@ PASSED: dict[str, tuple[dict[str, Any], Tensor]] = {
         {"a": torch.ones(60, 2), "b": X * torch.nan, "c": X.to_sparse(), "d": X[:, :0], "e": [], "f": "a"},
         Z,
     ),
+    "a flag, which may be a good one": ({"x": X, "flag": FLAG.float()}, FLAG),
+    "a flag among columns": ({"flag": torch.cat([X, FLAG[:, None]], 1)}, FLAG),
     "few values, which come in one order by chance": (
         {"x": torch.cat([X[:8], torch.tensor([1.0, 0, 0, 0, 2, 0, 0, 0])[:, None]], 1)},
         torch.tensor([1, 0, 0, 0, 2, 0, 0, 0]),
     ),
 }
-FLAGS = {"by themselves": {"x": X, "flag": FLAG.float()}, "among columns": {"flag": torch.cat([X, FLAG[:, None]], 1)}}
 
 
 @pytest.mark.parametrize("what", FOUND)
 def test_labels_among_the_inputs_are_found_by_name(what: str) -> None:
     inputs, labels, name = FOUND[what]
-    assert find(inputs, labels) == ([name], [])
+    assert find(inputs, labels) == name
 
 
 @pytest.mark.parametrize("what", PASSED)
 def test_what_may_be_no_label_passes(what: str) -> None:
-    assert find(*PASSED[what]) == ([], [])
-
-
-@pytest.mark.parametrize("what", FLAGS)
-def test_of_two_values_which_a_good_flag_may_equal_labels_are_only_suspected(what: str) -> None:
-    assert find(FLAGS[what], FLAG) == ([], ["flag"])
+    assert find(*PASSED[what]) is None
 
 
 def test_ignored_labels_are_not_compared() -> None:
     labels = torch.where(torch.arange(60) % 3 > 0, K, -100)
-    assert find_answers({"x": K}, labels, labels >= 0) == (["x"], [])
+    assert find_answer({"x": K}, labels, labels >= 0) == "x"

@@ -164,11 +164,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
     "noise on one of two": (
         lambda: call(TWO, {"x": X, "mask": X})(torch.clone),
-        r"got `x`, `mask` among.*\(batch\['x'\], batch\['mask'\]\)`",
+        r"got `x`, `mask` among.*\(batch\['x'\], batch\['mask'\],\)`",
     ),
     "noise on several entries": (
         lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
-        r"got `\['a'\]`, `\['b'\]` in the argument `batch`.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
+        r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
     ),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),

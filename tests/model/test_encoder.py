@@ -46,7 +46,7 @@ def reader(features: Any, **options: Any) -> BatchReader:
 
 
 def seen(features: Any, model: Any, batch: Any, rows: Tensor | None = None, **options: Any) -> Tensor:
-    return reader(features, **options).see(model, batch, rows=rows)["columns"]
+    return reader(features, **options).see(model, batch, indices=rows)["columns"]
 
 
 # What it gets, and what is made of what it returns
@@ -86,7 +86,7 @@ def test_an_encoder_gets_what_the_model_gets_and_features_are_a_matrix(what: str
     forward, model, batch, expected = GETS[what]
     rows = torch.tensor([5, 200, 7])
     for chosen, wanted in ((None, expected), (rows, expected[rows])):
-        features = reader(net(forward)).see(model, batch, size=300, rows=chosen)["columns"]
+        features = reader(net(forward)).see(model, batch, size=300, indices=chosen)["columns"]
         torch.testing.assert_close(features, wanted)
 
 
