@@ -90,44 +90,6 @@ def judged() -> str:
 
 
 BLOCKS = {
-    "README: tables": worth("as_they_are") + "; with a fifth of the labels wrong " + worth("fifth", text=""),
-    "README: large tables": worth("large", text=""),
-    "README: few positives": "AUROC: " + worth("few", "expected_auc", "auc"),
-    "README: regression": told(
-        "numbers",
-        "tables: squared error {numbers.expected_loss_loss_lost:.0f} % above the lowest instead of "
-        "{numbers.never_stop_loss_lost:.0f} %{numbers.expected_loss_loss_lost.minus[never_stop_loss_lost].chance}",
-    ),
-    "README: texts": worth("texts", text=""),
-    "README: pretrained": "a ResNet " + worth("tuned_lite0") + "; Lite0 " + worth("pretrained_lite0", text=""),
-    "README: encoder": worth("photos_lite0"),
-    "README: tenth of tables": "tables ({tables_held.gained.count} runs)",
-    "README: tenth gained": "{tables_held.gained.interval:.1f}",
-    "README: tenth, trained again": (
-        "{tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}"
-    ),
-    "README: tenth of large": "{large_held.gained:.1f}",
-    "README: tenth of texts": "{texts_held.gained:.1f}{texts_held.gained.chance}",
-    "README: labels": "photos: " + worth("photos", "labels_600"),
-    "README: compare": "{alike.expected_lost:.1f} points lost instead of {alike.random_lost:.1f} at random",
-    "README: level": (
-        "on tables {tables.level_error:.1f} points off; on photos {photos_lite0.level_error:.1f}, by a pretrained "
-        "network as `features=`"
-    ),
-    "README: rival": (
-        "on tables, the reference is better in {tables.reference_leads:.0%} of runs, and the mean of both beats the "
-        "network by "
-        "{tables.mean_accuracy.minus[chosen_accuracy].interval:.1f} points"
-    ),
-    "README: expected loss": (
-        "on tables, expected loss is off by {tables.loss_error:.1f} % (median {tables.loss_error.median:.1f}), the "
-        "loss of 600 labels by {tables.labels_loss_error:.1f} % ({tables.labels_loss_error.median:.1f})"
-    ),
-    "README: falls short": ", ".join(
-        f"{{{name}.off_where_it_leads:+.1f}} points on {label}"
-        for label, name in LEVELS.items()
-        if NAMES[name].frame["off_where_it_leads"].notna().any()
-    ),
     "worth: accuracy": table(
         "accuracy lost, points",
         counted({label: name for label, name in CLASSES.items() if not name.startswith(TUNED)}),

@@ -2,74 +2,80 @@
 
 import runpy
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from stopping.parts import NAMES
+from stopping.parts import NAMES as STOPPING
 
 __all__ = ["BLOCKS", "NAMES"]
-PAGES = runpy.run_path(str(Path(__file__).parents[1] / "pages" / "blocks.py"))
-WORTH = {name.removeprefix("README: "): text.strip() for name, text in PAGES["BLOCKS"].items()}
+STUDIES = Path(__file__).parents[1]
 
 
-def cell(part: str, rule: str, measure: str, end: str = "") -> str:
-    """Give what an epoch loses, without labels and in the last one, with a sign where it may be chance."""
-    column, last = f"{rule}_{measure}_lost", f"never_stop_{measure}_lost"
-    values = getattr(NAMES[part], column)
-    doubt = " (?)" if values.minus[last].chance else ""
-    return f"{{{part}.{column}:.1f}}{end}{doubt} | {{{part}.{last}:.1f}}{end}{doubt}"
+def names_of(study: str) -> dict[str, Any]:
+    """Give the runs of a study, by the names of its own report."""
+    found = runpy.run_path(str(STUDIES / study / "blocks.py"))["NAMES"]
+    return {f"{study}_{name}": runs for name, runs in found.items()}
 
 
-def off(part: str) -> str:
-    """Give how far the expected accuracy is off."""
-    return f"{{{part}.level_error:.1f}}"
+NAMES: dict[str, Any] = STOPPING | names_of("molecules") | names_of("groups")
+WORTH = runpy.run_path(str(STUDIES / "stopping" / "blocks.py"))["labels_worth"]
 
 
-ROWS = {
-    "table | `RiskMonitor()`": ("as_they_are", "expected_accuracy", "accuracy", ""),
-    "table, a fifth of the labels wrong | the same": ("fifth", "expected_accuracy", "accuracy", ""),
-    "table of 5,000 to 20,000 rows | the same": ("large", "expected_accuracy", "accuracy", ""),
-    '[few positives](docs/guide/few_positives.md): AUROC | `RiskMonitor("binary")`': ("few", "expected_auc", "auc", ""),
-    '[a number](docs/guide/regression.md): squared error | `RiskMonitor("regression")`': (
-        "numbers",
-        "expected_loss",
-        "loss",
-        " %",
-    ),
-    "texts | `RiskMonitor()`": ("texts", "expected_accuracy", "accuracy", ""),
-    "signals | `RiskMonitor()`": ("signals", "expected_accuracy", "accuracy", ""),
-    "photos | [`RiskMonitor(features=encoder)`](docs/guide/encoders.md), pretrained": (
-        "photos_lite0",
-        "expected_accuracy",
-        "accuracy",
-        "",
-    ),
-    "a fine-tuned ResNet | the same, stronger than yours": ("tuned_lite0", "expected_accuracy", "accuracy", ""),
-    "a fine-tuned EfficientNet-Lite0 | the same": ("pretrained_lite0", "expected_accuracy", "accuracy", ""),
+class Setting(NamedTuple):
+    """A row of the table of settings: what to write for which data, and where its numbers are."""
+
+    data: str
+    write: str
+    runs: str
+    kept: str = "expected_accuracy_accuracy_lost"
+    last: str = "never_stop_accuracy_lost"
+    off: str = "{RUNS.level_error:.1f}"
+    unit: str = ""
+
+    def line(self) -> str:
+        doubt = " (?)" if getattr(NAMES[self.runs], self.kept).minus[self.last].chance else ""
+        lost = [f"{{{self.runs}.{column}:.1f}}{self.unit}{doubt}" for column in (self.kept, self.last)]
+        return f"| {self.data} | {self.write} | {self.off.replace('RUNS', self.runs)} | {' | '.join(lost)} |"
+
+
+AUC = {"kept": "expected_auc_auc_lost", "last": "never_stop_auc_lost"}
+MOLECULES = {"kept": "expected_auroc_auroc_lost", "last": "never_auroc_lost", "off": "{RUNS.auroc_level_error:.1f}"}
+NUMBERS = {
+    "kept": "expected_loss_loss_lost",
+    "last": "never_stop_loss_lost",
+    "off": "{RUNS.loss_error:.0f} %",
+    "unit": " %",
 }
-
-
-def settings() -> str:
-    """Give a row for each kind of data: what to write, and what it is worth."""
-    lines = ["| your data | write | off | kept | last |", "|---|---|---|---|---|"]
-    for label, (part, rule, measure, end) in ROWS.items():
-        level = off(part) if NAMES[part].frame["level_error"].notna().any() else ""
-        if part == "numbers":
-            level = "{numbers.loss_error:.0f} %"
-        lines.append(f"| {label} | {level} | {cell(part, rule, measure, end)} |")
-    return "\n".join(lines)
-
-
-TENTH = """
-Because training then loses a tenth of its labels, and few, noisy ones choose: on @tenth of tables@ that was
-@tenth gained@ points worse (@tenth, trained again@, if then trained again on all), on large ones @tenth of large@.
-"""
-WORTH_IN_LABELS = runpy.run_path(str(Path(__file__).parents[1] / "stopping" / "blocks.py"))["labels_worth"]
-LABELS = f"On tables, the estimate of accuracy is as good as {WORTH_IN_LABELS('as_they_are')} labels would be"
-LABELS += ", and that of the loss as 600: @expected loss@."
+GROUPS = {
+    "kept": "groups_by_accuracy_accuracy_lost",
+    "last": "never_accuracy_lost",
+    "off": "{groups_all_heard.groups_accuracy_level_error:.1f}",
+}
+SETTINGS = [
+    Setting("table", "`RiskMonitor()`", "as_they_are"),
+    Setting("rows of the same persons", '`groups=lambda batch: batch["person"]`', "groups_all", **GROUPS),
+    Setting("[few positives](docs/guide/few_positives.md) (AUROC)", '`RiskMonitor("binary")`', "few", **AUC),
+    Setting(
+        "[several labels, some unknown](docs/guide/several_labels.md) (AUROC)",
+        '`RiskMonitor("multilabel")`',
+        "molecules_all",
+        **MOLECULES,
+    ),
+    Setting(
+        "[a number](docs/guide/regression.md) (squared error)", '`RiskMonitor("regression")`', "numbers", **NUMBERS
+    ),
+    Setting("texts", "`RiskMonitor()`", "texts"),
+    Setting("photos", "[`RiskMonitor(features=encoder)`](docs/guide/encoders.md)", "photos_lite0"),
+    Setting("a fine-tuned ResNet", "the same, a stronger encoder", "tuned_lite0"),
+    Setting("a fine-tuned EfficientNet-Lite0", "the same", "pretrained_lite0"),
+]
+TABLE = ["| your data | write | off | kept | last |", "|---|---|---|---|---|", *(each.line() for each in SETTINGS)]
 BLOCKS = {
-    "tenth": TENTH,
-    "worth in labels": LABELS,
-    "settings": settings(),
-    "falls short": "on tables by {tables.off_where_it_leads:.1f} points, in the epochs where it is",
+    "settings": "\n".join(TABLE),
+    "worth in labels": f"""
+The estimate for tables is worth {WORTH("as_they_are")} labels. If the network is better than the reference, it falls short, on
+tables by {{tables.off_where_it_leads:.1f}} points. Few positives and numbers come from tables of at most 3,000 rows.""",
+    "tenth": """
+Training loses its labels, and few, noisy ones choose: on {tables_held.gained.count} runs of tables,
+{tables_held.gained.interval:.1f} points worse
+({tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f} if trained again on all).""",
 }
-for name, text in WORTH.items():
-    BLOCKS = {block: whole.replace(f"@{name}@", text) for block, whole in BLOCKS.items()}
