@@ -284,6 +284,7 @@ expected is then far above the loss in percent, and hardly in nats.""",
     }),
     "stopping: shares": table("few positives, class shares", SHIFTED, {
         "accuracy, points off": "{ROW.level_error:.1f}",
+        "loss, % off": "{ROW.loss_error:.1f}",
         "accuracy lost": lost("expected_accuracy", "accuracy", ".2f"),
         "macro F1 by its expectation": lost("expected_f1", "f1", ".2f"),
         "AUC by its expectation": lost("expected_auc", "auc", ".2f"),
