@@ -92,13 +92,13 @@ class RiskRun:
             Its outputs ``(N, ...)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
         """
         num_columns = self._task.num_columns(self.label_shape)
-        outputs, labels = [self._no_outputs], [torch.zeros(0, num_columns, dtype=torch.float32)]  # no other default
+        outputs, labels = [self._no_outputs], [torch.zeros(0, num_columns, dtype=torch.float64)]  # no other default
         for batch in samples.batches:
             outputs.append(in_32_bits(run(batch.call.to(module.device))).cpu())
             if batch.labels is None:
-                labels.append(torch.full((batch.size, num_columns), math.nan, dtype=torch.float32))
+                labels.append(torch.full((batch.size, num_columns), math.nan, dtype=torch.float64))
             else:
-                labels.append(self._task.label_matrix(batch.labels, num_columns).float())
+                labels.append(self._task.label_matrix(batch.labels, num_columns).double())
         return torch.cat(outputs), torch.cat(labels)
 
     def prepare(self, trainer: Trainer, kept: list[KeptSamples]) -> None:

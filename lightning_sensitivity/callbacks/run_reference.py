@@ -213,7 +213,8 @@ class RunReference:
         if not known_parts:
             raise ValueError("No training sample has a label")
         known = Observations.join(known_parts)
-        known = known.take(self._finite_samples(known.seen, "training samples"))
+        finite = self._finite_samples(known.seen, "training samples")
+        known = known if len(finite) == len(known) else known.take(finite)  # no copy
         fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
         missing = (fitted.shares_ == 0).nonzero()[0]
         is_known = self._class_shares is not None and not isinstance(self._class_shares, str)

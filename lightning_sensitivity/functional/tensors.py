@@ -25,6 +25,11 @@ def in_32_bits(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values
 
 
+def in_floats(values: Tensor) -> Tensor:
+    """Turn numbers into single precision; those in double precision stay."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def without_ones(x: Tensor) -> Tensor:
     """Drop dimensions of 1, such as that of a single target, from ``(N, ..., 1, ...)``, if ``(N, K)`` is left."""
     shape = [size for size in x.shape[1:] if size != 1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.model.batches import has_samples, take, tensors_in
 from lightning_sensitivity.model.entries import is_constant, is_empty
 from lightning_sensitivity.model.graphs import sum_graphs
@@ -61,7 +62,7 @@ class InputReader:
         """Return the kind of an input, and what is seen of it."""
         if x.ndim > 2 or x.is_floating_point():
             kind = kind_of(x)
-            return kind, KINDS[kind].shrunk(x).detach().float()
+            return kind, in_floats(x.detach()) if kind == "columns" else KINDS[kind].shrunk(x).detach().float()
         if _are_integers(x) and mask is not None:
             return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
         if _are_integers(x) and not has_numbers:

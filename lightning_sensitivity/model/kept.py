@@ -227,7 +227,7 @@ class KeptObservations:
     def __init__(
         self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
     ) -> None:
-        most = max_samples(["columns"], num_columns) // num_processes
+        most = max_samples({"columns": torch.zeros(1, 1)}, num_columns) // num_processes
         self.plan = ReadingPlan(most, max_read // num_processes, num_batches)
         self.num_columns = num_columns
         self.size = 0
@@ -274,7 +274,9 @@ class KeptObservations:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        return Observations.join([read for _, read in self._parts])
+        joined = Observations.join([read for _, read in self._parts])
+        self._parts = [(torch.cat([priorities for priorities, _ in self._parts]), joined)]  # which frees the parts
+        return joined
 
 
 def _below(limit: float, priorities: Tensor, read: Observations) -> tuple[Tensor, Observations]:

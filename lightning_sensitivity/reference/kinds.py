@@ -18,6 +18,8 @@ Seen: TypeAlias = dict[str, Tensor]  # samples (N, ...) by kind
 Array: TypeAlias = Any  # of NumPy, or what becomes one
 Samples: TypeAlias = Any  # a tensor, array, data frame or list, or a mapping of kinds to these
 
+MOST = 10_000  # samples that ridge regression knows
+MAX_FOREST_COLUMNS = 1250
 _SHIFT = 10**6  # from the words of a text to those of the next one
 
 
@@ -27,14 +29,18 @@ class Kind:
     Attributes:
         name: Its name.
         blocks: The blocks of features that may be made of it; the first one stands beside those of other kinds.
-        most: How many samples a reference knows.
+        most: How many samples a reference knows at most.
         num_fixed: How many dimensions all samples share, with N.
     """
 
     name: str
     blocks: tuple[Block, Block]
-    most = 10_000
+    most = MOST
     num_fixed = 2
+
+    def most_of(self, x: Tensor) -> int:
+        """Return how many samples such as these are worth knowing."""
+        return self.most
 
     def read(self, x: Tensor) -> Tensor:
         """Give samples of any array their form."""
@@ -70,6 +76,10 @@ class Columns(Kind):
     name = "columns"
     blocks = columns, values
     most = 50_000
+
+    def most_of(self, x: Tensor) -> int:
+        """Return how many rows are worth knowing: of more columns than a forest takes, those of ridge regression."""
+        return self.most if x.shape[1:].numel() <= MAX_FOREST_COLUMNS else min(self.most, MOST)
 
     def read(self, x: Tensor) -> Tensor:
         """Flatten samples to floating numbers."""

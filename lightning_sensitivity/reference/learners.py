@@ -23,7 +23,7 @@ from lightning_sensitivity.reference.blocks import Block, Matrix, columns, sprea
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.features import Features, median_distance
 from lightning_sensitivity.reference.groups import count_groups
-from lightning_sensitivity.reference.kinds import Array, Seen, possible_blocks
+from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations
 from lightning_sensitivity.reference.unknown import (
     FEWEST,
@@ -46,7 +46,7 @@ _FEW_COLUMNS, _MAX_COLUMNS = 30, 100  # tried at a split: at first, and at most
 _TREES_OF_PART, _TREES, _MIN_TREES = 80, 150, 75
 _MAX_WORK = 160_000_000  # rows times classes times columns tried times trees; above, there are fewer trees
 _MAX_TARGETS, _MAX_CELLS = 500_000, 2_500_000  # rows times classes, and times columns, of a forest
-_MIN_ROWS = 2000  # of a forest, unless there are no more
+_MIN_ROWS = _MAX_CELLS // MAX_FOREST_COLUMNS  # 2,000 of a forest, unless there are no more
 # Scores of a forest on the part, over that of ridge regression. On 32 design tables (every third of each list,
 # 73 pairs of a table and a size from 400 to 12,000 rows) no forest whose first try was above 1.04 was better in
 # the end; and of those within 2 % most were better on all rows, of which a forest makes more. Lost: 0.2 % of the
@@ -55,7 +55,7 @@ _NEAR, _GAIN = 1.1, 1.02  # up to which its search begins; up to which it wins i
 
 _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_MAX_RIDGE_ROWS = 10_000
+_MAX_RIDGE_ROWS = MOST
 _CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: columns, and all else
 _FOLDS = 5
 

@@ -1,7 +1,7 @@
 """Observations: samples, their labels and groups; which are the same one, and which of many a reference knows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,22 +50,25 @@ class Observations:
         Raises:
             ValueError: As by :func:`join_seen`.
         """
+        if len(parts) == 1 and parts[0].seen:  # no copy
+            return parts[0]
         groups = [part.groups for part in parts if part.groups is not None]
         labels = torch.cat([part.labels for part in parts])
         return Observations(join_seen([part.seen for part in parts]), labels, torch.cat(groups) if groups else None)
 
 
-def max_samples(kinds: Iterable[str], num_columns: int) -> int:
+def max_samples(seen: Seen, num_columns: int) -> int:
     """Return how many samples are worth keeping for a reference.
 
     Of tables a forest learns from as many as this, but from at most 2.5 million numbers, and 500,000 times
     classes; ridge regression takes 10,000 of any kind. ``Reference.num_samples_`` tells how many were taken.
 
     Args:
-        kinds: What is seen of samples: ``"columns"``, ``"images"``, ``"signals"`` or ``"tokens"``.
+        seen: What is seen of one or more samples.
         num_columns: The number of classes, or of targets.
     """
-    return min(max((KINDS[kind].most for kind in kinds), default=Kind.most), max(1, _MAX_LABELS // num_columns))
+    most = max((KINDS[kind].most_of(x) for kind, x in seen.items()), default=Kind.most)
+    return min(most, max(1, _MAX_LABELS // num_columns))
 
 
 def choose_different(known: Observations, num_columns: int, task: Task) -> tuple[Tensor, Observations]:
@@ -84,15 +87,15 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
         Which samples they are, ``(M,)``, and these, with the matrix of their labels, ``(M, C)``.
     """
     seen, labels = known.seen, known.labels
-    place = projection(seen)
+    place, rest = projection(seen), _of_remainders(seen)
     order = _projected(labels).argsort(stable=True)
     group = torch.zeros(len(order), dtype=torch.int64) if known.groups is None else known.groups
-    order = order[group[order].argsort(stable=True)]
-    order = order[place[order].argsort(stable=True)]
+    for key in (group, rest, place):
+        order = order[key[order].argsort(stable=True)]
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
     y = task.label_matrix(labels[order], num_columns).double()
-    is_other = (place[order].diff() != 0) | (group[order].diff() != 0)  # than the sample before
+    is_other = torch.stack([key[order].diff() != 0 for key in (place, rest, group)]).any(0)  # than the one before
     first = torch.cat([is_other.new_ones(1), is_other])
     which = first.cumsum(0) - 1
     sums = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype)
@@ -129,6 +132,15 @@ def projection(seen: Seen) -> Tensor:
     nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
+
+
+def _of_remainders(seen: Seen) -> Tensor:
+    """Return the projection of what single precision leaves out of doubles, ``(N,)``; 0 where that is nothing."""
+    found = torch.zeros(len(next(iter(seen.values()))), dtype=torch.int64)
+    for seed, values in enumerate(seen.values()):
+        if values.dtype == torch.float64:
+            found += torch.cat([_projected(part - part.float(), seed) for part in torch.split(values, _CHUNK)])
+    return found
 
 
 def _projected(values: Tensor, seed: int = 0) -> Tensor:

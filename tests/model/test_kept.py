@@ -133,6 +133,14 @@ def test_of_a_table_in_one_batch_a_copy_of_the_wanted_samples_is_all_that_is_mad
     assert max(made) == pytest.approx(table.nbytes / 5, rel=1e-2) and sum(size > 2**18 for size in made) <= 2
 
 
+def test_what_is_joined_is_not_copied_again() -> None:
+    kept = KeptObservations(2)
+    for numbers in torch.arange(40).split(10):
+        add(kept, numbers)
+    joined = kept.joined()
+    assert len(joined) == 40 and kept.joined() is Observations.join([joined]) is joined
+
+
 def test_keeping_is_linear_in_batches() -> None:
     counts = Counter[int]()
     for num_batches in (2500, 5000, 10_000):

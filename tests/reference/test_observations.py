@@ -50,6 +50,14 @@ def test_samples_that_come_repeatedly_count_once(how: str, num_contradictions: i
     assert found.unexplained_ > 0.1
 
 
+def test_samples_that_single_precision_can_not_tell_apart_are_different_in_double() -> None:
+    x, y = noisy_table()
+    far = x.double() + 1e8
+    assert len(torch.unique(far.float(), dim=0)) < 100
+    found = Reference().fit(far.repeat(2, 1), y.repeat(2))
+    assert found.num_samples_ == 300 and found.score_ == pytest.approx(Reference().fit(x, y).score_, rel=0.05)
+
+
 def test_labels_of_equal_samples_are_averaged() -> None:
     x, y = noisy_table()
     found = Reference().fit(torch.cat([x, x[:200]]), torch.cat([y, 1 - y[:200]]))
@@ -150,8 +158,10 @@ def test_a_column_differs_if_more_than_a_few_samples_do(what: str) -> None:
 
 
 def test_of_many_classes_or_samples_fewer_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert max_samples({"columns"}, 2) == max_samples(["columns", "tokens"], 2) == 50_000
-    assert max_samples({"images"}, 2) == 10_000 and max_samples({"columns"}, 5000) == 2000
+    table, wide = {"columns": torch.zeros(1, 1250)}, {"columns": torch.zeros(1, 1251)}  # more than a forest takes
+    assert max_samples(table, 2) == max_samples(table | {"tokens": torch.zeros(1, 9)}, 2) == 50_000
+    assert max_samples({"images": torch.zeros(1, 1, 4, 4)}, 2) == max_samples(wide, 2) == 10_000
+    assert max_samples(table, 5000) == 2000
     monkeypatch.setattr(observations, "_MAX_LABELS", 600)
     x, y = torch.rand(90, 2, generator=generator()), torch.arange(90) % 20
     assert Reference().fit(x, y).num_samples_ == 30 and Reference().fit(x, y % 2).num_samples_ == 90
