@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.functional.tasks import IGNORED, TASKS, Task
+from lightning_sensitivity.functional.tasks import TASKS, Task
+from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.model.answers import find_answer
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
@@ -17,6 +18,7 @@ from lightning_sensitivity.model.entries import place_of
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
+from lightning_sensitivity.model.odd_labels import advised, ignoring, without_odd
 from lightning_sensitivity.model.targets import has_targets, select_targets
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
@@ -135,26 +137,19 @@ class BatchReader:
             with isolated(model) as run:
                 found = run(select_targets, model, batch, self._targets)
         labels = found.detach().to("cpu", copy=True)
-        if has_begun and output_shape is not None:
-            labels = self._without_odd(labels, output_shape, batch, found)
-        if output_shape is not None:
-            with refuse_on_error("`targets` should fit the outputs", "task"):
-                try:
-                    self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
-                except ValueError as error:
-                    raise ValueError(str(error).replace("batch[1]", place_of(batch, found))) from error
-        return labels
-
-    def _without_odd(self, labels: Tensor, output_shape: tuple[int, ...], batch: object, found: Tensor) -> Tensor:
-        """Ignore labels that are none of the task, and remember how to say so."""
-        is_odd = self.task.is_odd(labels, self.task.num_columns(output_shape))
-        if not bool(is_odd.any()):
+        if output_shape is None:
             return labels
-        place = place_of(batch, found)
-        for label in set(labels[is_odd].tolist()):
-            integers = f"{place}.long()" if labels.dtype == torch.uint8 else place  # which has no -100
-            self.odd[f"`targets=lambda batch: {integers}.where({place} != {label}, {IGNORED})`"] = None
-        return labels.long().where(~is_odd, IGNORED)
+        num_columns = self.task.num_columns(output_shape)
+        if has_begun:
+            labels, values = without_odd(labels, self.task, num_columns)
+            self.odd.update({ignoring(value, place_of(batch, found), found.dtype): None for value in values})
+        with refuse_on_error("`targets` should fit the outputs", "task"):
+            try:
+                self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+            except ValueError as error:
+                text = advised(str(error), labels, self.task, num_columns, place_of(batch, found))
+                raise ValueError(text) from error
+        return labels
 
     def check_seen(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
         """Refuse labels among what a reference sees of a batch, other than by an encoder.
@@ -225,7 +220,7 @@ class BatchReader:
         if self._features is None:
             return self._input_reader.see(call.inputs(), size, indices)
         values = _select_features(self._features, model, batch, size)
-        return {"columns": take(values, indices).detach().float().flatten(1).cpu()}
+        return {"columns": in_floats(take(values, indices).detach()).flatten(1).cpu()}
 
     def groups(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
         """Find the number of the group of each of N samples of a batch, ``(N,)``; None without groups.
@@ -321,7 +316,7 @@ class BatchReader:
         chosen = kept.plan.choose(len(labelled))
         indices = labelled[chosen.indices]
         if len(indices) > 0:
-            y = self.task.label_matrix(labels[indices], kept.num_columns).float()  # also of soft labels
+            y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen, groups = self.see(model, batch, call, len(labels), indices), self.groups(model, batch, len(labels))
             kept.add(chosen.priorities, Observations(seen, y, None if groups is None else groups[indices]))
 

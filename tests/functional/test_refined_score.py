@@ -92,6 +92,11 @@ def test_of_equal_scores_that_of_unchanged_logits_is_taken() -> None:
     assert Refined.lowest(torch.full((len(TEMPERATURES),), torch.nan)).temperature == 1
 
 
+def test_logits_that_overflow_at_a_low_temperature_count_at_all() -> None:
+    logits, y = torch.tensor([[3e38, 0.0], [0.0, 3e38], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([1, 0, 1, 0])
+    assert refined_score(logits, y).score == pytest.approx(oracle(logits, one_hot(y), "multiclass").min() / 4)
+
+
 # What counts
 
 

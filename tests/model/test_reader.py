@@ -78,6 +78,14 @@ def of_user(result: Any) -> Any:
 @pytest.mark.parametrize(("read", "match"), [
     (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)),
         r"`targets` should fit the outputs: Expected labels from 0 to 3.*\. \(More: docs/"),
+    (lambda reader: reader.labels(MODEL, {"x": X, "y": Y.where(Y > 0, 255)}, (4,)),
+        r"If 255 means that there is none, .*lambda batch: batch\['y'\].where\(batch\['y'\] != 255, -100\)`"),
+    (lambda reader: reader.labels(MODEL, (X, Y.where(Y > 0, 255).byte()), (4,)),
+        r"set `targets=lambda batch: batch\[1\].long\(\).where\(batch\[1\] != 255, -100\)`"),
+    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"If classes begin at 1, .*: batch\[1\] - 1`"),
+    (lambda reader: BatchReader(task=TASKS["binary"]).labels(MODEL, (X, Y % 3 - 1.0), ()),
+        r"If -1 means that there is none, set `targets=lambda batch: batch\[1\].where\(batch\[1\] != -1, -100\)`"),
+    (lambda reader: reader.labels(MODEL, (X, 9 * Y), (4,)), r"`ignore_index` to -100. \(More"),
     (lambda reader: reader.labels(MODEL, {"x": X, "y": Y.float()}, (4,)), r"targets=lambda batch: batch\['y'\].long"),
     (lambda reader: BatchReader(call=3), "`call` should be a function"),
     (lambda reader: BatchReader(call=lambda model, batch: X), "`call=` needs `inputs=`.*; or `features=`"),
@@ -161,6 +169,23 @@ def test_what_is_done_for_each_training_batch_is_little() -> None:
         reader.keep_observations(kept, MODEL, batch, (4,))
     profile.disable()
     assert kept.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 440 * 400
+
+
+def test_numbers_in_double_precision_stay_so() -> None:
+    reader, x, y = BatchReader(task=TASKS["regression"]), X.double() + 1e8, X[:, :1].double() + 1e8
+    for each in (reader, BatchReader(task=TASKS["regression"], features=lambda batch: batch[0])):
+        kept = each.make_kept(1)
+        each.keep_observations(kept, MODEL, (x, y), (1,))
+        known = kept.joined()
+        assert torch.equal(known.seen["columns"], x) and torch.equal(known.labels, y)
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_late_label_that_is_none_of_the_task_is_ignored_and_soft_ones_stay(task: str) -> None:
+    reader = BatchReader(task=TASKS[task])
+    y = torch.tensor([0.0, 1.0, 0.3, 255.0, -100.0])
+    labels = reader.labels(MODEL, (X[:5], y), (), has_begun=True)
+    assert torch.equal(labels, y.where(y < 255, -100)) and len(reader.odd) == 1
 
 
 @pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274

@@ -16,13 +16,19 @@ def are_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
+def are_outside(targets: Tensor) -> Tensor:
+    """Return which labels are neither from 0 to 1, nor unknown, of any shape."""
+    return ((targets < 0) | (targets > 1)) & ~are_ignored(targets)
+
+
 def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     """Raise ValueError unless there is a label from 0 to 1 for each output, or -100."""
     check_sizes(outputs, targets, "label", advice)
     is_valid = (targets >= 0) & (targets <= 1)
     if not bool((is_valid | are_ignored(targets)).all()):
         lowest, highest = float(targets.min()), float(targets.max())
-        mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if lowest == -1 else ""
+        has_two = lowest == -1 and bool((targets != 0).all())
+        mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if has_two else ""
         expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
         raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 

@@ -13,6 +13,7 @@ from lightning_sensitivity.functional.tasks.checks import (
     BY_CLASS,
     IGNORED,
     are_ignored,
+    are_outside,
     check_indices,
     check_probabilities,
     check_soft_labels,
@@ -87,6 +88,10 @@ class Multiclass(TaskBase):
         """
         logarithms = self.output_matrix(outputs).log_softmax(1)
         return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1, keepdim=True)
+
+    def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
+        """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``; below the largest one, none overflows."""
+        return super().tempered(outputs - outputs.amax(1, keepdim=True), temperatures)
 
     def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
@@ -183,6 +188,10 @@ class Binary(Multiclass):
         if y.shape[1] == 1:
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
         return super().label_matrix(y)
+
+    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
+        """Return which labels are not from 0 to 1, and do not say that there is none."""
+        return are_outside(targets)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return logits of class 1."""
