@@ -17,7 +17,7 @@ from lightning_sensitivity.functional.sensitivity import (
     sensitivity_sums,
 )
 from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, num_outputs, wide_dtype
-from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_int
+from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
@@ -146,9 +146,15 @@ class SensitivityMonitor(Monitor):
             noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Refuse probabilities, whose sensitivity means something else, and one output for Equation 9."""
+        """Refuse masked classes, probabilities, whose sensitivity is something else, and one output for Equation 9."""
         if self.loss_estimate:
             check_argument("loss_estimate", True, num_outputs(outputs) > 1, "False for a single output")
+        if bool(outputs.isneginf().any()):
+            raise Refused(
+                "outputs of masked classes are -inf, which change by nothing that is a number: "
+                "`outputs=lambda logits: logits.masked_fill(logits.isneginf(), 0)`.",
+                entry="nan",
+            )
         if not self.per_output:
             check_logits(outputs)
 

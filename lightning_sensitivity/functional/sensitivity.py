@@ -121,8 +121,10 @@ def squared_deviations(rows: Tensor) -> Tensor:
     """
     is_finite = rows.isfinite().all(1)
     mean = rows[is_finite, 1].sum() / rows[is_finite, 0].sum()
-    deviations = rows[:, 2] - 2 * mean * rows[:, 1] + mean.square() * rows[:, 0]
-    return deviations.clamp(min=0).where(is_finite, math.nan)
+    count, sums, squares = rows[:, 0], rows[:, 1], rows[:, 2]
+    own_mean = sums / count.clamp(min=1)
+    within = (squares - own_mean * sums).clamp(min=0)  # 0 of a single change, however far it is from 0
+    return (within + count * (own_mean - mean).square()).where(is_finite, math.nan)
 
 
 def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:

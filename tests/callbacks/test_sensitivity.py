@@ -1,5 +1,6 @@
 """What SensitivityMonitor logs is what a plain loop over the same batches, weights and noise gives."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,16 @@ def test_noise_is_tried_before_the_first_step_without_a_sanity_check_too(options
         model.on_after_batch_transfer = lambda batch, dataloader_idx: change(batch)
     for num_sanity_val_steps in (0, 2):
         helpers.refused(SensitivityMonitor(**options), model, match=match, num_sanity_val_steps=num_sanity_val_steps)
+
+
+def test_a_class_that_is_masked_is_refused_unless_its_outputs_are_finite() -> None:
+    class Masked(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).index_fill(1, torch.tensor([2]), -math.inf)
+
+    helpers.refused(SensitivityMonitor(), Masked(), match=r"are -inf.*`outputs=lambda logits: logits.masked_fill\(")
+    monitor = SensitivityMonitor(outputs=lambda logits: logits.masked_fill(logits.isneginf(), 0))
+    assert helpers.fitted_and_said(monitor, Masked())[1] == []
 
 
 # What is doubtful

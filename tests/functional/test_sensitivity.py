@@ -58,6 +58,11 @@ def test_values_are_those_of_plain_loops(data: Any, shape: Any, num_samples: int
     close(S.squared_deviations(rows), [sum(deviations[i]) for i in order], 1e-6, atol)
 
 
+def test_a_change_whose_mean_is_far_above_its_spread_keeps_its_variance() -> None:
+    change = randn(500, 3)
+    close(output_sensitivity(0 * change, change + 1e8), (change + 1e8).mean(1).var(correction=0), 1e-9)
+
+
 @pytest.mark.parametrize(("num_draws", "num_positions"), [(1, 1), (16, 1), (1, 25)])
 def test_error_bars_hold_where_the_changes_of_a_sample_are_correlated(num_draws: int, num_positions: int) -> None:
     z, truth = [], (1.5**5 - 0.5**5) / 5
