@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import without_ones
-from lightning_sensitivity.messages import Refused, Selector, check_argument, check_estimator, link_to, refuse_on_error
+from lightning_sensitivity.messages import (
+    Refused,
+    Selector,
+    check_argument,
+    check_estimator,
+    link_to,
+    refuse_on_error,
+    say_unused,
+)
 from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.reader import BatchReader
@@ -279,6 +287,8 @@ class _Judge(NamedTuple):
             self.reader.keep_observations(kept, self.model, moved, self.shape)
         known = kept.joined()
         fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels, known.groups)
+        if message := say_unused(list(fitted.shares_), fitted.num_samples_):
+            warnings.warn(f"`compare_models` {message}{link_to('outputs')}", stacklevel=4)
         new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
         if share := repeated_share(projection(new), projection(known.seen)):
             warnings.warn(

@@ -1,6 +1,6 @@
 """Check arguments: one clear exception names the argument, what was expected and what it got."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -9,6 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
+
+_FEWEST_OUTPUTS, _LABELS_OF_EACH = 4, 5  # from which on it is odd that most classes never occur
 
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 
@@ -104,6 +106,24 @@ def describe(value: object) -> str:
         more = ", ..." if len(value) > 5 else ""
         return f"{type(value).__name__} of {len(value)}: {items}{more}"
     return type(value).__name__
+
+
+def say_unused(shares: Sequence[float], num_labels: int) -> str:
+    """Say that most outputs are the class of no training label, though there are many; nothing if that is not so.
+
+    Args:
+        shares: The shares of the classes among training labels.
+        num_labels: How many of these there are.
+    """
+    num_unused = sum(share == 0 for share in shares)
+    are_many = len(shares) >= _FEWEST_OUTPUTS and num_labels >= _LABELS_OF_EACH * len(shares)
+    if not are_many or not len(shares) / 2 < num_unused < len(shares) - 1:  # one class alone is said elsewhere
+        return ""
+    return (
+        f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training labels. "
+        "If `forward` returns features, say where logits are: `outputs=module.head`, or `call=lambda module, batch: "
+        "module.head(module(batch[0]))`."
+    )
 
 
 def link_to(entry: str) -> str:

@@ -316,6 +316,11 @@ def test_a_model_that_fails_is_named(model: Any, message: str) -> None:
         compare(three() | {"bad": model})
 
 
+def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
+    with pytest.warns(UserWarning, match="gets 20 outputs, of which 16 are the class of none of 150 training labels"):
+        compare({name: nn.Linear(12, 20) for name in "ab"})
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no dict", {"models": [nn.Linear(1, 1)]}, "`models` should be a dict of names and modules, two or more, got "),
     ("one", {"models": {"a": linear()}}, "`models` should be a dict of names and modules, two or more"),

@@ -15,10 +15,10 @@ from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
+from lightning_sensitivity.messages import say_unused
 from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
-_FEWEST_OUTPUTS, _LABELS_OF_EACH = 4, 5  # from which on it is odd that most classes never occur
 _ROUNDING = 1e-6  # of a number of labels
 _FALLING = 0.9  # of the last score: below, a network is still learning
 
@@ -157,14 +157,7 @@ class Expectation:
 
     def warn_of_unused(self, shares: list[float], num_labels: int) -> None:
         """Warn if most outputs are the label of no training sample, though there are many: they may be features."""
-        num_unused = sum(share == 0 for share in shares)
-        are_many = len(shares) >= _FEWEST_OUTPUTS and num_labels >= _LABELS_OF_EACH * len(shares)
-        if are_many and len(shares) / 2 < num_unused < len(shares) - 1:  # one class alone is said elsewhere
-            message = (
-                f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training "
-                "labels. If `forward` returns features, say where logits are: `outputs=module.head`, or `call=lambda "
-                "module, batch: module.head(module(batch[0]))`."
-            )
+        if message := say_unused(shares, num_labels):
             self._reporter.warn("outputs", message)
 
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
