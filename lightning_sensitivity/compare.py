@@ -140,21 +140,17 @@ def compare_models(
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_estimator("reference", reference, rules := TASKS[task])
     check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
-    selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
-    reader = BatchReader(**selectors, features=features, groups=groups, task=rules)
+    reader = BatchReader(
+        inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
+    )
     has_any_outputs = rules.has_any_outputs(loss)
-    found = {name: _run(name, model, batches, reader, rules, has_any_outputs) for name, model in models.items()}
-    shapes = {name: tuple(each.shape) for name, each in found.items()}
-    check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-    names = {name: _seen_names(model, batches[0], reader) for name, model in models.items()}
-    if features is None and len({*names.values()}) > 1:
-        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
-    shape = None if has_any_outputs else tuple(without_ones(next(iter(found.values()))).shape[1:])
-    groups_of_samples = _groups(next(iter(models.values())), batches, reader)
-    judge = _Judge(next(iter(models.values())), shape, batches, groups_of_samples, reader, rules, loss)
-    values = judge.values(list(found.values()), training, reference, validation_labels)
-    highest_first = rules.is_highest_best and loss is None
-    return _rank(dict(zip(models, values, strict=True)), highest_first, judge.groups)
+    found = _outputs(models, batches, reader, has_any_outputs)
+    _check_inputs(models, batches[0], reader)
+    first = next(iter(models.values()))
+    shape = None if has_any_outputs else tuple(without_ones(found[0]).shape[1:])
+    judge = _Judge(first, shape, batches, _groups(first, batches, reader), reader, rules, loss)
+    values = judge.values(found, training, reference, validation_labels)
+    return _rank(dict(zip(models, values, strict=True)), rules.is_highest_best and loss is None, judge.groups)
 
 
 def _are_models(models: object) -> bool:
@@ -163,22 +159,32 @@ def _are_models(models: object) -> bool:
     return all(isinstance(model, nn.Module) for model in models.values())
 
 
-def _seen_names(model: nn.Module, batch: object, reader: BatchReader) -> tuple[str, ...]:
-    """Name the inputs of a model, or count them, if they are given by position."""
-    call = reader.call(model, move_batch(model, batch))
-    return tuple(call.inputs()) if call.by_name else tuple(map(str, range(len(call.inputs()))))
+def _check_inputs(models: Mapping[str, nn.Module], batch: object, reader: BatchReader) -> None:
+    """Refuse models that get different inputs, unless a function says what the reference sees."""
+    calls = {name: reader.call(model, move_batch(model, batch)) for name, model in models.items()}
+    names = {name: (*call.inputs(),) if call.by_name else len(call.inputs()) for name, call in calls.items()}
+    if not reader.has_features and len({*names.values()}) > 1:
+        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
 
 
-def _run(
-    name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, task: Task, has_any_outputs: bool
-) -> Tensor:
+def _outputs(
+    models: Mapping[str, nn.Module], batches: Sequence[object], reader: BatchReader, has_any_outputs: bool
+) -> list[Tensor]:
+    """Compute the outputs of each model for all batches, on the CPU."""
+    found = {name: _run(name, model, batches, reader, has_any_outputs) for name, model in models.items()}
+    shapes = {name: tuple(each.shape) for name, each in found.items()}
+    check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
+    return [*found.values()]
+
+
+def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, has_any_outputs: bool) -> Tensor:
     """Compute the outputs of a model for all batches, on the CPU."""
     with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
         with isolated(model) as run:
             outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
         is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
         check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
-        if task.look_like_probabilities(outputs):
+        if reader.task.look_like_probabilities(outputs):
             raise Refused(
                 "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a single "
                 "one `outputs=lambda p: p.logit(1e-6)`."
@@ -197,6 +203,14 @@ def _groups(model: nn.Module, batches: Sequence[object], reader: BatchReader) ->
         moved = move_batch(model, batch)
         found.append(reader.groups(model, moved, reader.size(model, reader.call(model, moved))))
     return torch.cat([each for each in found if each is not None])
+
+
+class _Answers(NamedTuple):
+    """Labels of samples, or what stands in for them."""
+
+    weights: Tensor  # what each sample counts, ``(N,)``
+    y: Tensor  # as a matrix, ``(N, C)``
+    draws: Tensor  # the same as one or more labels a sample, ``(R, N, ...)``
 
 
 class _Judge(NamedTuple):
@@ -220,49 +234,45 @@ class _Judge(NamedTuple):
         """Return what the outputs ``(N, ...)`` of each model are worth, ``(N,)``, by a reference, and by labels."""
         with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
             fitted, q, like = self._fit(training, estimator)
-            is_blind = not fitted.may_choose(self.reader.sees_all)
-            if is_blind and not with_labels:
+            may_choose = fitted.may_choose(self.reader.sees_all)
+            if not may_choose and not with_labels:
                 skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        worth = torch.full((len(q),), 0.0 if is_blind else WORTH / len(q), dtype=torch.float64)
-        is_local = self.shape is None and outputs[0].shape[1:].numel() != q.shape[1]  # such as quantiles
-        errors = fitted.residuals_near(q) if is_local else fitted.residuals_
-        draws = draw_labels(q, self.task.name, errors)
-        q = self.task.told(q, fitted.blind_labels_)
-        judged = [(worth, q, draws)]
+        weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
+        draws = self._draw(fitted, q, outputs[0].shape[1:].numel())
+        judged = [_Answers(weights, self.task.told(q, fitted.blind_labels_), draws)]
         if with_labels:
-            labels = self._labels()
-            y = self.task.label_matrix(labels, q.shape[1])
-            y = self.task.told(y, q.isnan().all(0).nonzero()[:, 0].tolist())
-            hard = self.task.hard_labels(self.task.label_matrix(labels, q.shape[1]))[None]
-            worth = self._worth(self.task.has_label(y)) * self.task.known(y).double().mean(1)
-            judged.append((worth, y, self.task.completed(hard, draws)))
-        total = torch.stack([weights for weights, _, _ in judged]).sum(0).mean()
-        return [
-            sum(weights * self._values(each, y, draws, like).nan_to_num() for weights, y, draws in judged) / total
-            for each in outputs
-        ]
+            judged.append(self._labels(draws, q.shape[1], fitted.blind_labels_))
+        total = torch.stack([answers.weights for answers in judged]).sum(0).mean()
+        found = [[self._values(each, answers, like) for answers in judged] for each in outputs]
+        return [torch.stack(parts).sum(0) / total for parts in found]
 
-    def _worth(self, has_label: Tensor) -> Tensor:
-        """Return what each label counts, ``(N,)``; those of one group count as one."""
+    def _draw(self, fitted: Any, q: Tensor, num_outputs: int) -> Tensor:
+        """Draw labels; those of other outputs than numbers, such as quantiles, with the errors near a prediction."""
+        is_local = self.shape is None and num_outputs != q.shape[1]
+        return draw_labels(q, self.task.name, fitted.residuals_near(q) if is_local else fitted.residuals_)
+
+    def _labels(self, draws: Tensor, num_columns: int, blind: Sequence[int]) -> _Answers:
+        """Return the validation labels, completed by drawn ones; those of one group count as one."""
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
+        y = self.task.label_matrix(labels, num_columns)
+        hard = self.task.hard_labels(y)[None]
+        y = self.task.told(y, blind)
+        known, has_label = self.task.known(y).double().mean(1), self.task.has_label(y)
         num_labels = int(has_label.sum())
         number = count_groups(None if self.groups is None else self.groups[has_label], num_labels)
-        return has_label.double() * (number / max(1, num_labels))
+        return _Answers(known * (number / max(1, num_labels)), y, self.task.completed(hard, draws))
 
-    def _labels(self) -> Tensor:
-        """Return the validation labels, ``(N,)`` or ``(N, K)``."""
-        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            return torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
-
-    def _values(self, outputs: Tensor, y: Tensor, draws: Tensor, like: Tensor) -> Tensor:
-        """Return the loss of each sample, or in a classification without one the chance to be right, ``(N,)``."""
-        if self.loss is not None:
-            with refuse_on_error("`loss` fails", "comparing-models"):
-                found = losses(self.loss, outputs, draws, self.task, like)
-            expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
-            check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
-            return found.mean(0).reshape(len(outputs), -1).mean(1)
-        return self.task.worth(outputs, y, draws)
+    def _values(self, outputs: Tensor, answers: _Answers, like: Tensor) -> Tensor:
+        """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""
+        if self.loss is None:
+            return answers.weights * self.task.worth(outputs, answers.y, answers.draws).nan_to_num()
+        with refuse_on_error("`loss` fails", "comparing-models"):
+            found = losses(self.loss, outputs, answers.draws, self.task, like)
+        expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
+        check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
+        return answers.weights * found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
 
     def _check(self, batch: object, labels: Tensor) -> None:
         """Refuse labels of another task, or among what the reference sees."""
