@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_sensitivity.callbacks.differences import Differences
 from lightning_sensitivity.callbacks.predicted import Predicted, Unseen, Verdict
 from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
 from lightning_sensitivity.callbacks.reporter import Reporter
@@ -19,13 +20,10 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.groups import group_means, known_share
 from lightning_sensitivity.reference.kinds import Seen, are_finite, take
-from lightning_sensitivity.reference.observations import Observations, largest_difference, projection, repeated_share
+from lightning_sensitivity.reference.observations import Observations, projection
 
 _SORTED = 5.0  # standard errors between the labels of two halves
-_SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
-_COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
 
 
 @dataclass
@@ -230,14 +228,14 @@ class RunReference:
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
         found: dict[int, Unseen] = {}
-        places = projection(known.seen)
+        differences = Differences(known, not self._reader.has_features, self._reporter)
         for index in sorted({index for part in parts for index in part.unseen}):
             unseen = [part.unseen[index] for part in parts if index in part.unseen]
             if None in unseen:  # which has been said where it happened
                 continue
             with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                 joined = Observations.join([each for each in unseen if each is not None])
-                found[index] = self._predict(index, known, places, joined)
+                found[index] = self._predict(index, differences, joined)
         return found
 
     def _finite_samples(self, seen: Seen, what: str) -> Tensor:
@@ -252,20 +250,17 @@ class RunReference:
             self._reporter.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
 
-    def _predict(self, dataloader_idx: int, known: Observations, known_places: Tensor, unseen: Observations) -> Unseen:
-        """Predict the kept samples of a loader, and draw labels for them; places are projections."""
+    def _predict(self, dataloader_idx: int, differences: Differences, unseen: Observations) -> Unseen:
+        """Predict the kept samples of a loader, and draw labels for them."""
         indices = self._finite_samples(unseen.seen, f"validation samples of dataloader {dataloader_idx}")
         if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
-        places, order = projection(take(unseen.seen, indices)).sort()
-        indices = indices[order]
+        indices = indices[projection(take(unseen.seen, indices)).argsort()]
         new = unseen.take(indices)
         q = self.predict(new.seen)
         if self._task.has_class_shares and self._class_shares is None:
-            self._warn_of_shares(dataloader_idx, q, new.groups)
-        self._warn_of_columns(dataloader_idx, known, new)
-        self._warn_of_repeated(dataloader_idx, repeated_share(places, known_places))
-        self._warn_of_groups(dataloader_idx, known, new)
+            differences.say_shares(dataloader_idx, self.fitted, q, new.groups)
+        differences.say(dataloader_idx, new)
         errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
         draws = draw_labels(q, self._task.name, errors)
         q = self._task.told(q.float(), self.fitted.blind_labels_)
@@ -288,51 +283,6 @@ class RunReference:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._reporter.warn("features", message, kind="unread")
-
-    def _warn_of_shares(self, dataloader_idx: int, q: Tensor, groups: Tensor | None) -> None:
-        """Warn if classes seem to have other shares among validation samples than among training samples."""
-        left_out = torch.from_numpy(self.fitted.left_out_)
-        known_groups = None if groups is None else torch.from_numpy(self.fitted.groups_)
-        gap, size = largest_difference(group_means(left_out, known_groups), group_means(q, groups))
-        if size > _SHARES_DIFFER:
-            message = (
-                f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
-                f"{q[:, gap].mean():.0%} of dataloader {dataloader_idx}. If a sampler or undersampling changes the "
-                "shares of classes, set `class_shares=`."
-            )
-            self._reporter.warn("class-shares", message, kind=str(dataloader_idx))
-
-    def _warn_of_columns(self, dataloader_idx: int, known: Observations, new: Observations) -> None:
-        """Warn if a column has another mean among validation samples than among training samples."""
-        if self._reader.has_features or "columns" not in known.seen:
-            return
-        column, size = largest_difference(*(group_means(each.seen["columns"], each.groups) for each in (known, new)))
-        if size > _COLUMNS_DIFFER:
-            message = (
-                f"finds that column {column} of the inputs has another mean in dataloader {dataloader_idx} than in "
-                f"training, by {size:.0f} standard errors: scale both alike, and leave out what is known only "
-                "afterwards."
-            )
-            self._reporter.warn("columns", message, kind=str(dataloader_idx))
-
-    def _warn_of_repeated(self, dataloader_idx: int, share: float) -> None:
-        """Warn if validation samples are training samples, unless different samples are often equal."""
-        if share > 0:
-            message = (
-                f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are training samples: a network "
-                "knows their labels, and the values say nothing of others. Validate on other samples."
-            )
-            self._reporter.warn("repeated", message, kind=str(dataloader_idx))
-
-    def _warn_of_groups(self, dataloader_idx: int, known: Observations, new: Observations) -> None:
-        """Warn if validation samples are of groups that training has seen."""
-        share = known_share(new.groups, known.groups)
-        if share > 0:
-            message = (
-                f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are of groups that training has "
-                "seen: the values hold for these groups alone. Validate on other ones."
-            )
-            self._reporter.warn("groups", message, kind=str(dataloader_idx))
 
 
 def _joined_fingerprints(parts: Sequence[_Part]) -> dict[int, Tensor]:

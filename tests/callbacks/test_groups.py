@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, compare_models
 from tests.helpers import Quiet, fitted, fitted_and_said, quick_risk
@@ -79,6 +79,47 @@ def test_groups_that_training_has_seen_are_said_once(val: Any, share: str | None
     assert len(texts) == (share is not None) and all(f"finds that {share} of the samples" in text for text in texts)
 
 
+def split_at_random() -> tuple[DataLoader, DataLoader]:
+    """Samples of the same persons in both parts."""
+    samples, order = persons(0), torch.randperm(240, generator=torch.Generator().manual_seed(0))
+    known, new = (DataLoader(TensorDataset(*(each[part] for each in samples)), 24) for part in order.split(120))
+    return known, new
+
+
+def rounded(first: int) -> DataLoader:
+    x, *others = persons(first)
+    return DataLoader(TensorDataset(x[:, :2].round().repeat(1, 6), *others), 24)
+
+
+class Single(TensorDataset):
+    """One sample of each person."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(
+            *(torch.cat([persons(first + 100 * each)[part][::4] for each in range(4)]) for part in range(3))
+        )
+
+
+REPEATING = RandomSampler(Single(0), replacement=True, generator=torch.Generator().manual_seed(0))
+LIKELY: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {  # training, validation, options, and is it said?
+    "persons": (TRAIN, VAL, {}, True),
+    "persons, and groups=": (TRAIN, VAL, {"groups": names}, False),
+    "persons, of whom both parts know": (*split_at_random(), {}, False),
+    "features=": (TRAIN, VAL, {"features": lambda batch: batch[0]}, False),
+    "one sample a person": (DataLoader(Single(0), 24), DataLoader(Single(1000), 24), {}, False),
+    "a sampler that repeats": (DataLoader(Single(0), 24, sampler=REPEATING), DataLoader(Single(1000), 24), {}, False),
+    "categories": (rounded(0), rounded(1000), {}, False),
+}
+
+
+@pytest.mark.parametrize("name", LIKELY)
+def test_groups_that_are_likely_are_said_once(name: str) -> None:
+    train, val, options, is_said = LIKELY[name]
+    monitor = quick_risk(**{"targets": second, **options})
+    texts = fitted_and_said(monitor, Net(), train, val, max_epochs=3)[1]
+    assert sum("nearer to each other" in text and "set `groups=`" in text for text in texts) == is_said
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no function": ("patient", "`groups` should be a function"),
     "another number": (lambda batch: batch[2][:5], "`groups` should return a group for each of 24 samples, got 5"),
@@ -118,7 +159,7 @@ class Labels(RiskMonitor):
     """It measures accuracy by labels."""
 
     def __init__(self) -> None:
-        super().__init__(prefix="labels/", targets=second, reference=GaussianNB())
+        super().__init__(prefix="labels/", targets=second, groups=names, reference=GaussianNB())
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         x, y, _ = persons(1000)
