@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
-from lightning_sensitivity.model.arguments import parameters_of
-from lightning_sensitivity.model.batches import tensors_in
+from lightning_sensitivity.model.arguments import by_position
+from lightning_sensitivity.model.batches import is_dense, tensors_in
 from lightning_sensitivity.model.entries import is_like_targets
 from lightning_sensitivity.model.reader import BatchReader
 
@@ -67,7 +67,7 @@ class FirstStep:
             return
         self._hook.close()
         with suppress(Exception):  # a step must not fail because of a hint
-            arguments = dict(zip(_names(module, len(args)), args, strict=True)) | kwargs
+            arguments = by_position(module, args) | kwargs
             has_drawn = compat.random_streams() != self._streams
             self._problem = _difference(self._ours, _inputs(arguments), has_drawn)
 
@@ -78,17 +78,12 @@ class FirstStep:
         return problem
 
 
-def _names(module: nn.Module, count: int) -> list[str]:
-    """Return the names of the first arguments of ``forward``, and numbers for those of ``*args``."""
-    return [*parameters_of(module), *map(str, range(count))][:count]
-
-
 def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
     for name, value in _without_labels(arguments).items():
         value = _without_labels(value) if isinstance(value, Mapping) else value
-        found[name] = [_Input.of(x) for x in tensors_in(value) if x.layout == torch.strided and not x.is_nested]
+        found[name] = [_Input.of(x) for x in tensors_in(value) if is_dense(x)]
     return {name: tensors for name, tensors in found.items() if tensors}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any, TypeGuard
@@ -23,10 +23,6 @@ class _Cloneable(ABC):  # noqa: B024
         return callable(getattr(other, "clone", None))
 
 
-def _clone(item: Any) -> Any:
-    return item.detach().clone() if isinstance(item, Tensor) else item.clone()
-
-
 class _Holder(ABC):  # noqa: B024
     """An object of a class of its own, whose attributes may hold tensors."""
 
@@ -37,28 +33,29 @@ class _Holder(ABC):  # noqa: B024
         return other.__dictoffset__ != 0 and not is_dataclass(other) and not issubclass(other, known)
 
 
-def clone_tensors(value: Any, clone: Callable[[Any], Any] = _clone, depth: int = _MAX_DEPTH) -> Any:
+def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:
     """Clone what can be cloned in a value and its collections, and of objects that can't what they hold.
 
     Objects without tensors are shared, not copied.
 
     Args:
         value: A batch, or a part of one.
-        clone: Function that clones a tensor, or another object.
         depth: How many objects, one within the other, are copied.
     """
+    return apply_to_collection(value, (_Cloneable, _Holder), _copied, depth, allow_frozen=True)
 
-    def copied(item: Any) -> Any:
-        if isinstance(item, _Cloneable):
-            return clone(item)
-        held = {name: each for name, each in vars(item).items() if _holds_tensors(each, depth - 1)}
-        if depth == 0 or not held:
-            return item
-        new = copy.copy(item)
-        vars(new).update({name: clone_tensors(each, clone, depth - 1) for name, each in held.items()})
-        return new
 
-    return apply_to_collection(value, (_Cloneable, _Holder), copied, allow_frozen=True)
+def _copied(item: Any, depth: int) -> Any:
+    if isinstance(item, Tensor):
+        return item.detach().clone()
+    if not isinstance(item, _Holder):
+        return item.clone()
+    held = {name: each for name, each in vars(item).items() if _holds_tensors(each, depth - 1)}
+    if depth == 0 or not held:
+        return item
+    new = copy.copy(item)
+    vars(new).update({name: clone_tensors(each, depth - 1) for name, each in held.items()})
+    return new
 
 
 def _holds_tensors(value: object, depth: int) -> bool:

@@ -274,11 +274,11 @@ class BatchReader:
             MisconfigurationException: If ``features`` fails.
             ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
-        return Observations.join([self._observe(model, each) for each in samples.batches])
-
-    def _observe(self, model: nn.Module, kept: KeptBatch) -> Observations:
-        seen = kept.seen or self.see(model, None, kept.call, kept.size)
-        return Observations(seen, torch.zeros(kept.size, 0), kept.groups)
+        parts = []
+        for kept in samples.batches:
+            seen = kept.seen or self.see(model, None, kept.call, kept.size)
+            parts.append(Observations(seen, torch.zeros(kept.size, 0), kept.groups))
+        return Observations.join(parts)
 
     # Training samples
 
