@@ -20,7 +20,7 @@ SWITCH = "args.noise = 0.2  # the share of all labels that are made wrong; 0: as
 
 def notebook(script: str) -> nbformat.NotebookNode:
     """The cells of a script, without outputs."""
-    cells = [new_code_cell(INSTALL)]
+    cells: list[nbformat.NotebookNode] = []
     for part in re.split(r"^# %%", script, flags=re.MULTILINE)[1:]:
         kind, source = part.split("\n", 1)
         if "[markdown]" in kind:
@@ -28,6 +28,7 @@ def notebook(script: str) -> nbformat.NotebookNode:
         cells.append((new_markdown_cell if "[markdown]" in kind else new_code_cell)(source.strip()))
         if "parse_args(" in source:  # in a notebook there are no options
             cells.append(new_code_cell(SWITCH))
+    cells.insert(1, new_code_cell(INSTALL))  # below the title
     for index, cell in enumerate(cells):
         cell.id = f"cell-{index}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -40,10 +41,10 @@ if __name__ == "__main__":
     script = Path(sys.argv[1])
     os.environ["MATPLOTLIBRC"] = str(script.resolve().parents[1] / "docs")  # it has colours for light and dark pages
     made = notebook(script.read_text())
-    install = made.cells.pop(0)  # it is installed here
+    install = made.cells.pop(1)  # it is installed here
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(made, resources={"metadata": {"path": folder}}, record_timing=False).execute()
-    made.cells.insert(0, install)
+    made.cells.insert(1, install)
     for cell in made.cells:  # what went to stderr is Lightning's advice about this machine
         if cell.cell_type == "code":
             cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
