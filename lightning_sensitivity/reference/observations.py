@@ -17,6 +17,7 @@ _CHUNK = 500  # samples that are projected at a time
 _COLUMNS_AT_ONCE = 64  # whose means are compared, in double precision
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
+_CONTRADICTORY = 0.05  # share of the variance of labels that is among equal samples
 _REPEATED = 0.1  # share of new samples that are known ones, beyond that of samples that are equal by chance
 
 
@@ -100,7 +101,9 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     which = first.cumsum(0) - 1
     sums = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype)
     means = sums.index_add(0, which, y.nan_to_num()) / sums.index_add(0, which, (~y.isnan()).to(y))  # nan of none
-    if not has_few_values(seen):
+    within, total = (means[which] - y).square().nansum(), (y - y.nanmean(0)).square().nansum()
+    differ = [*seen] == ["columns"] and bool(within > _CONTRADICTORY * total)
+    if not has_few_values(seen, labels_differ=differ):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
     indices = order[chosen]
@@ -108,11 +111,12 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     return indices, Observations(take(seen, indices), y[chosen], groups)
 
 
-def has_few_values(seen: Seen) -> bool:
+def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:
     """Return whether samples are rows of categories, of which different ones may be equal.
 
     Args:
         seen: What is seen of the samples.
+        labels_differ: Whether equal samples have different labels, so that they are hardly the same one.
     """
     if not seen.keys() <= {"columns", "tokens"}:
         return False
@@ -120,7 +124,8 @@ def has_few_values(seen: Seen) -> bool:
     for column in chain.from_iterable(map(torch.t, seen.values())):
         num_values = len(torch.unique(column))
         combinations += math.log(num_values)
-        if num_values > _FEW_VALUES or combinations > math.log(_FEW_COMBINATIONS * len(column)):
+        is_many = combinations > math.log(_FEW_COMBINATIONS * len(column)) and not labels_differ
+        if num_values > _FEW_VALUES or is_many:
             return False
     return True
 

@@ -86,6 +86,18 @@ def test_a_table_of_few_categories_keeps_its_frequencies(noise: float) -> None:
     assert found.shares_[1] == pytest.approx(float(labels.double().mean()))
 
 
+@pytest.mark.parametrize(("share", "is_kept"), [(0.02, False), (0.2, True)])
+def test_many_categories_keep_their_frequencies_if_equal_rows_contradict_each_other(
+    share: float, is_kept: bool
+) -> None:
+    """With 2 % of its labels turned, a row that comes repeatedly is a sampler's; with 20 %, there are many people."""
+    codes = torch.randint(10, (200, 6), generator=generator()).float().repeat(4, 1)
+    labels = (codes[:, 0] > 4).long()
+    turned = torch.rand(800, generator=generator(1)) < share
+    found = Reference().fit(codes, labels.where(~turned, 1 - labels))
+    assert found.num_samples_ == (800 if is_kept else 200)
+
+
 TABLES: dict[str, tuple[Any, bool]] = {
     "two columns of 10": (
         torch.arange(100).unflatten(0, (10, 10)).flatten()[:, None] // torch.tensor([1, 10]) % 10,
