@@ -12,7 +12,7 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.model.arguments import by_position
 from lightning_sensitivity.model.batches import is_dense, tensors_in
-from lightning_sensitivity.model.entries import is_like_targets
+from lightning_sensitivity.model.entries import without_labels
 from lightning_sensitivity.model.reader import BatchReader
 
 _ROWS = 100  # of an input that are compared
@@ -81,14 +81,9 @@ class FirstStep:
 def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
-    for name, value in _without_labels(arguments).items():
-        value = _without_labels(value) if isinstance(value, Mapping) else value
-        found[name] = [_Input.of(x) for x in tensors_in(value) if is_dense(x)]
+    for name, value in without_labels(arguments).items():
+        found[name] = [_Input.of(x) for x in tensors_in(without_labels(value)) if is_dense(x)]
     return {name: tensors for name, tensors in found.items() if tensors}
-
-
-def _without_labels(named: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in named.items() if not is_like_targets(name)}
 
 
 def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:

@@ -22,6 +22,7 @@ from lightning_sensitivity.model.entries import (
     is_empty,
     is_like_targets,
     places,
+    without_labels,
 )
 
 Perturb = Callable[[Tensor], Tensor]
@@ -77,7 +78,7 @@ class ModelCall:
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
-        found = {name: _without_labels(value) for name, value in self.arguments.items()}
+        found = {name: without_labels(value) for name, value in self.arguments.items()}
         return {name: value for name, value in found.items() if not (self.by_name and self._is_label(name))}
 
     def _is_label(self, name: str) -> bool:
@@ -104,8 +105,9 @@ class ModelCall:
         call = self._with(clone_tensors)
         if perturb is not None:
             name = self._argument_to_perturb()
-            noisy = apply_to_collection(call.arguments[name], Tensor, _if_floating(perturb), allow_frozen=True)
-            call.arguments[name] = noisy
+            call.arguments[name] = apply_to_collection(
+                call.arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
+            )
         outputs = select_outputs(call._run(), self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
@@ -227,10 +229,6 @@ def _place_of_argument(batch: object, by_name: bool) -> str:
     return "batch[{}]" if is_sequence(batch) else "batch"
 
 
-def _if_floating(perturb: Perturb) -> Perturb:
-    return lambda x: perturb(x) if is_floating(x) else x
-
-
 def _names(named: Mapping[str, object]) -> set[str]:
     """Collect the names of values, and of entries of those that are mappings."""
     return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
@@ -240,13 +238,6 @@ def _floating_in(name: str, value: object) -> list[str]:
     """List the places of the floating tensors in an argument that are not called like labels."""
     found = beside_labels(value) if isinstance(value, Mapping) else value
     return [place for place, _, x in places(found, name) if is_floating(x) and not is_empty(x)]
-
-
-def _without_labels(value: Any) -> Any:
-    """Return a mapping without the entries that are named like labels, and all else as it is."""
-    if not isinstance(value, Mapping) or not any(map(is_like_targets, value)):
-        return value
-    return {name: item for name, item in value.items() if not is_like_targets(name)}
 
 
 def _num_samples(arguments: Mapping[str, object]) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,13 @@ _MAX_NAMED = 3  # candidates that a message names
 def is_like_targets(name: object) -> bool:
     """Return whether an entry that no ``forward`` asks for is named like labels."""
     return name in TARGET_NAMES or _LIKE_TARGETS.search(str(name)) is not None
+
+
+def without_labels(value: Any) -> Any:
+    """Return a mapping without the entries that are named like labels, and all else as it is."""
+    if not isinstance(value, Mapping) or not any(map(is_like_targets, value)):
+        return value
+    return {name: item for name, item in value.items() if not is_like_targets(name)}
 
 
 def beside_labels(batch: Mapping[str, object]) -> dict[str, object]:
