@@ -145,7 +145,7 @@ CASES = {
     "dict for a forward that takes a tensor": Case("!set `inputs=lambda batch: batch\\['z'\\]`",
         "!set `inputs=lambda batch: batch\\['z'\\]`", batch=lambda x, y: {"z": x, "n": ids(x)[:, 1], "y": y},
         step=part("z")),
-    "dict of several floating tensors": Case(r"!got `b\['z'\]`, `b\['scale'\]` among.*`at=`.*\(batch,\)",
+    "dict of several floating tensors": Case(r"!got `b\['z'\]`, `b\['scale'\]` among.*`at=.*\(batch,\)",
         batch=lambda x, y: {"z": x, "scale": x[:, :1], "y": y}, forward=lambda m, b: m.net(b["z"]) * b["scale"],
         step=lambda m, b, noise: m(b),
         seen=lambda b: torch.cat([b["z"], b["scale"]], 1)),
@@ -158,7 +158,7 @@ CASES = {
     "dict of arguments, inputs=": Case("!got `x`, `mask`", options={"inputs": lambda b: {"x": b[0], "mask": b[0]}},
         forward=masked, step=lambda m, b, noise: m(noise(b[0]), b[0]),
         seen=lambda b: torch.cat([b[0], b[0]], 1)),
-    "tuple of inputs": Case(r"!got `x\[0\]`, `x\[1\]` among.*`at=`.*\(batch\[0\],\)", batch=lambda x, y:
+    "tuple of inputs": Case(r"!got `x\[0\]`, `x\[1\]` among.*`at=.*\(batch\[0\],\)", batch=lambda x, y:
         ((x[:, :6], x[:, 6:]), y), forward=lambda m, x: m.net(torch.cat(x, 1)), step=lambda m, b, noise: m(b[0]),
         seen=lambda b: torch.cat(b[0], 1)),
     "pair of inputs, labels": Case(batch=lambda x, y: ((x[:, :6], x[:, 6:]), y),
@@ -225,6 +225,8 @@ CASES = {
     "transformers": Case(batch=lambda x, y: {"input_ids": x, "attention_mask": x > 2, "labels": y}, x=ids,
         forward=text_classifier, s_options={"at": "embedding"}, step=at_embedding(lambda m, b: m(**b).logits),
         seen=lambda b: b["input_ids"].where(b["attention_mask"], -1), r_options=DEFAULT),
+    "object for a forward of tensors": Case("!set `inputs=`\\.", "!set `inputs=`, or `call=",
+        batch=lambda x, y: SimpleNamespace(x=x, y=y), step=lambda m, b, noise: m(b.x)),
     # positions: S counts each of them, and there is no risk
     "(N, T, K)": Case(LAST, LAST, x=sequence),
     "(N, T, K), outputs=": Case(r=DENSE, x=sequence, options={"outputs": lambda y: y.mT},
@@ -264,6 +266,11 @@ CASES = {
     "0 and 1": Case(None, "!task='binary'", y=lambda f: is_upper(f).long(), num_outputs=1),
     "0.0 and 1.0, task=": Case(None, y=lambda f: is_upper(f).float(), **BINARY),
     "measurements": Case(y=lambda f: f[:, :2] + f[:, 2:4], **REGRESSION),
+    "quantiles of several numbers": Case(None, r"!of quantiles.*`outputs=lambda y: y\[\.\.\., 2\]`, or set `loss=`",
+        x=sequence, y=lambda f: f[:, :5] + f[:, 5:10], r_options={"task": "regression"}),
+    "quantiles of several numbers, outputs=": Case(None, num_outputs=2,
+        forward=lambda m, x: m.net(x)[..., None] + torch.arange(3), y=lambda f: f[:, :2] + f[:, 2:4],
+        r_options={"task": "regression", "outputs": lambda y: y[..., 1]}, step=lambda m, b, noise: m(b[0])[..., 1]),
     "measurements that are nan": Case(None, "!nan or inf", y=lambda f: f[:, :2] / 0 * 0, **REGRESSION),
 }  # fmt: skip
 

@@ -131,8 +131,7 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
     outputs = without_ones(outputs)
     if outputs.ndim > 2:
         raise Refused(
-            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: nothing can be expected of pixels and "
-            "tokens. Remove `RiskMonitor`; `SensitivityMonitor` works.",
+            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {task.advice_on_dense(outputs.shape)}.",
             entry="outputs",
         )
     if task.are_probabilities(outputs):

@@ -111,5 +111,7 @@ class Reporter:
             return error  # Lightning's batch-size finder needs it
         reason = describe_error(error)
         is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
-        advice = "" if is_clear else f" If `forward` takes other arguments, set {self._hint or '`inputs=`'}."
+        of_call = ", or `call=lambda module, batch: ...`" if self._monitor == "RiskMonitor" else ""
+        which = f"set {self._hint or '`inputs=`'}{of_call}"
+        advice = "" if is_clear else f" If `forward` takes other arguments, {which}."
         return Refused(f"`{self._monitor}` {what}: {reason}{advice}", getattr(error, "entry", "arguments"))

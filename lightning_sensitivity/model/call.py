@@ -12,7 +12,8 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_sensitivity.messages import Refused, Selector, describe
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.model.arguments import as_tuple, find_arguments, is_sequence, parameters_of
 from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_dense, is_floating, take, tensors_in
 from lightning_sensitivity.model.entries import (
@@ -29,7 +30,7 @@ Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
 
 _BATCH = "the batch"  # the name of what such a function gets
-_AT = "Perturb the output of a submodule, such as an embedding, by `at=`, or select an input by `inputs=`"
+_AT = "Perturb the output of a submodule by `at={}`, or select an input by `inputs=`"
 _FIRST = "; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({},)`"
 
 
@@ -178,8 +179,16 @@ class ModelCall:
         hint = _FIRST.format(places) if len(several) > 1 and not self._is_chosen else ""
         return (
             f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({self}). "
-            f"{_AT}{hint}."
+            f"{self._advice()}{hint}."
         )
+
+    def _advice(self) -> str:
+        """Say what else to perturb: the first embedding, or else the first layer with weights of its own."""
+        modules = [(name, each) for name, each in original_module(self._model).named_modules() if name]
+        layers = [name for name, each in modules if any(True for _ in each.parameters(recurse=False))]
+        embeddings = [name for name, each in modules if isinstance(each, nn.Embedding)]
+        names = [*embeddings, *layers]
+        return _AT.format(repr(names[0]) if names else "")
 
 
 class FunctionCall(ModelCall):
@@ -267,7 +276,7 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
         MisconfigurationException: If the selection is not a floating tensor, or is a scalar; if several
             elements of a tuple may be the outputs.
     """
-    selected = outputs(result) if outputs else _find_outputs(result)
+    selected = _find_outputs(result) if outputs is None else _selected_by(outputs, result)
     if not is_floating(selected) or selected.ndim == 0:
         found = [place for place, _, x in places(result, "result") if is_floating(x) and x.ndim > 0]
         example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
@@ -278,13 +287,22 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     return selected
 
 
+def _selected_by(outputs: Selector, result: object) -> object:
+    if outputs is select_outputs:
+        return select_outputs(result)
+    with refuse_on_error(f"`outputs` failed on {describe(result)}, which `forward` returned"):
+        return outputs(result)
+
+
 def _find_outputs(result: object) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
+        has_tensors = is_sequence(result) and any(map(is_floating, result))
+        example, others = ", such as `outputs=lambda out: out[1]`", ": if none, set `call=lambda module, batch: ...`"
         raise Refused(
-            f"`outputs` should say which of several outputs are the logits, such as `outputs=lambda out: out[1]`, "
-            f"of {describe(result)}, which `forward` returned."
+            f"`outputs` should say which of several outputs are the logits{example if has_tensors else ''}, "
+            f"of {describe(result)}, which `forward` returned{'' if has_tensors else others}."
         )
     return first_of(result)

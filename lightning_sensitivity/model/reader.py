@@ -12,7 +12,7 @@ from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
 from lightning_sensitivity.model.answers import find_answer
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
-from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall
+from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall, select_outputs
 from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.entries import place_of
 from lightning_sensitivity.model.inputs import InputReader
@@ -67,7 +67,7 @@ class BatchReader:
         check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
         self.function = call
         self._inputs = inputs
-        self._outputs = outputs
+        self._outputs = outputs or (None if task.has_class_dimension else select_outputs)
         self._targets = targets
         self._groups = groups
         self._encoder = features if isinstance(features, nn.Module) else None

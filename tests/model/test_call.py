@@ -32,6 +32,11 @@ DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **
 OPTIONAL, OF_DICT = module(lambda self, x, mask=None: x), module(lambda self, batch: batch["a"] + batch["b"])
 
 
+EMBEDDED, GRAPHS = module(lambda self, x: x), module(lambda self, graph: graph.x)
+EMBEDDED.net = nn.ModuleDict({"first": nn.Linear(2, 2), "emb": nn.Embedding(30, 2)})
+GRAPHS.net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
 def of_annotated(self: Any, x: dict[str, Tensor]) -> Tensor:
     return x["a"]
 
@@ -170,6 +175,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
         r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
     ),
+    "noise on ids": (lambda: call(EMBEDDED, IDS)(torch.clone), r"got none.*`at='net\.emb'`"),
+    "noise on graphs": (lambda: call(GRAPHS, SimpleNamespace(x=X))(torch.clone), r"got none.*`at='net\.0'`"),
+    "outputs in entries of a tuple": (
+        lambda: select_outputs(({"z": X}, {"px": X[:, :1]})),
+        "which of several outputs are the logits, of .*`call=lambda module, batch: ...`",
+    ),
+    "what `outputs` fails on": (lambda: select_outputs((X, X), lambda y: y[..., 1]), "`outputs` failed on tuple of 2"),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
     "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), r"which of several.*out: out\[1\]"),

@@ -24,6 +24,7 @@ class TaskBase:
     Attributes:
         takes_names: Whether labels that a user gives a reference may be names of classes.
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
+        has_class_dimension: Whether a dimension of outputs is that of classes or labels.
         is_by_column: Whether each column of a matrix is the answer to a question of its own.
         draws_errors: Whether labels are drawn by errors of a reference, whose predictions are no chances.
         may_be_scaled: Whether a training step may learn labels on another scale.
@@ -34,6 +35,7 @@ class TaskBase:
 
     takes_names = False
     has_class_shares = True
+    has_class_dimension = True
     is_by_column = False
     draws_errors = False
     may_be_scaled = False
@@ -60,6 +62,10 @@ class TaskBase:
     def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
         """Turn labels that were drawn, ``(N, ...)``, into the form, type and device of other labels."""
         return drawn.reshape(len(drawn), *like.shape[1:]).to(like)
+
+    def advice_on_dense(self, shape: Sequence[int]) -> str:
+        """Say what to do about outputs of a shape of more than two dimensions."""
+        return "nothing can be expected of pixels and tokens. Remove `RiskMonitor`; `SensitivityMonitor` works"
 
     def doubt(self, labels: Tensor) -> str:
         """Say why the labels of a run are hardly those of this task, and what to do; nothing if they may be."""

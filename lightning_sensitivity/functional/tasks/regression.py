@@ -17,6 +17,7 @@ class Regression(TaskBase):
 
     name = "regression"
     has_class_shares = False
+    has_class_dimension = False
     draws_errors = True
     may_be_scaled = True
     is_highest_best = False
@@ -36,6 +37,11 @@ class Regression(TaskBase):
         check_sizes(outputs, targets, "target")
         if bool(targets.isinf().any()):
             raise ValueError("Expected finite targets, or nan where they are unknown, but got inf. Set it to nan")
+
+    def advice_on_dense(self, shape: Sequence[int]) -> str:
+        """Say how to judge quantiles."""
+        select = f"`outputs=lambda y: y[..., {shape[-1] // 2}]`"
+        return f"of quantiles, select one, such as {select}, or set `loss=`; of pixels, nothing can be expected"
 
     def doubt(self, labels: Tensor) -> str:
         """Say that integers are rather classes."""
