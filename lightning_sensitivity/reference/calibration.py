@@ -238,15 +238,21 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
         >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
-    q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
-    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    rules = classification_of(num_outputs(q)) if task is None else find_task(task)
-    rules.check(q, y)
-    q, y = rules.label_matrix(q).double(), rules.label_matrix(y, rules.num_columns(tuple(q.shape[1:]))).double()
-    if not len(q) or not bool(((q >= 0) & (q <= 1)).all()) or not bool(rules.has_label(y).all()):
-        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
+    rules = classification_of(num_outputs(as_tensor(predictions))) if task is None else find_task(task)
+    q, y = _checked(as_tensor(predictions).cpu(), as_tensor(labels).cpu(), rules)
     found = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
     return sum(found) / len(found) if found else math.nan
+
+
+def _checked(q: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Return probabilities and labels as matrices, ``(N, C)``, or raise ValueError if they are none."""
+    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
+    task.check(q, y)
+    q, y = task.label_matrix(q).double(), task.label_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
+    are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
+    if not are_probabilities or not bool(task.has_label(y).all()):
+        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
+    return q, y
 
 
 def _unexplained(q: Tensor, y: Tensor) -> float:

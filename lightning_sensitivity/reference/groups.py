@@ -2,16 +2,17 @@
 
 import hashlib
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.reference.kinds import Array
+
 _EXACT = 2.0**53  # below, whole numbers in double precision are exact
 
 
-def group_numbers(groups: Any) -> Tensor:
+def group_numbers(groups: Array) -> Tensor:
     """Return a number for the group of each sample, ``(N,)``, which is the same in every process and batch.
 
     Args:
@@ -21,19 +22,27 @@ def group_numbers(groups: Any) -> Tensor:
         ValueError: If there is not one for each sample, or some are nan.
     """
     names = np.asarray(groups.detach().cpu() if isinstance(groups, Tensor) else groups)
-    names = names[:, 0] if names.ndim == 2 and names.shape[1] == 1 else names
-    if names.ndim != 1:
+    if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
+    names = names.ravel()
     if names.dtype.kind in "biu":
         return torch.from_numpy(names.astype(np.int64))
-    if names.dtype.kind != "f":
-        found = [int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") for name in names]
-        return torch.tensor([number - 2**63 for number in found], dtype=torch.int64)
-    if not np.isfinite(names).all():
+    return _of_floats(names.astype(np.float64)) if names.dtype.kind == "f" else _of_strings(names)
+
+
+def _of_floats(numbers: Array) -> Tensor:
+    """Return whole numbers as they are, and of others the bits."""
+    if not np.isfinite(numbers).all():
         raise ValueError("Expected each sample to have a group, but some are nan or inf: give them one of their own.")
-    numbers = torch.from_numpy(names.astype(np.float64))
-    is_whole = (numbers == numbers.round()) & (numbers.abs() < _EXACT)
-    return torch.where(is_whole, numbers.long(), numbers.view(torch.int64))
+    found = torch.from_numpy(numbers)
+    is_whole = (found == found.round()) & (found.abs() < _EXACT)
+    return torch.where(is_whole, found.long(), found.view(torch.int64))
+
+
+def _of_strings(names: Array) -> Tensor:
+    """Return hashes of strings, or of what other things are called."""
+    found = [hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names]
+    return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in found], dtype=torch.int64)
 
 
 def count_groups(groups: Tensor | None, number: int) -> int:

@@ -1,11 +1,11 @@
-"""Two learners that know what they would have predicted of a sample without it, and any of scikit-learn's."""
+"""Two learners that know what they would have predicted of a sample without it."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -25,18 +25,7 @@ from lightning_sensitivity.reference.features import Features, median_distance
 from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations
-from lightning_sensitivity.reference.unknown import (
-    FEWEST,
-    ByColumns,
-    KnownTargets,
-    column_means,
-    have_several,
-    same_samples,
-    within,
-)
-
-# Which samples to learn from, and which to predict then; None where each is left out by itself.
-Folds: TypeAlias = list[tuple[Array, Array]] | None
+from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, column_means, same_samples, within
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -57,7 +46,7 @@ _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distan
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _MAX_RIDGE_ROWS = MOST
 _CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: columns, and all else
-_FOLDS = 5
+FOLDS = 5  # where samples are left out by parts
 
 
 class Learner:
@@ -107,7 +96,7 @@ class Learner:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep scikit-learn from warning of what we know, and from more threads than torch has.
 
     Decompositions get one: their threads wait for each other, 30 times as long if others use the same cores.
@@ -140,7 +129,7 @@ def folds_of(known: Observations) -> Folds:
     """Return at most five folds that leave out whole groups; None without groups, or of a single one."""
     if known.groups is None or (number := count_groups(known.groups, 0)) == 1:
         return None
-    return list(GroupKFold(min(_FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
+    return list(GroupKFold(min(FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
 
 
 def check_groups(known: Observations) -> None:
@@ -161,7 +150,7 @@ def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
         The learner, and which of the samples it knows.
     """
     part = known.take(spread(len(known), _PART))
-    with _quiet():
+    with quiet():
         best, most, of_forest = _choose_ridge(part, task), _MAX_RIDGE_ROWS, _most_of_forest(known)
         if of_forest:
             forest = _choose_forest(part, task, limit=_NEAR * best.score)
@@ -274,10 +263,7 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     found = [np.full_like(y, np.nan) for _ in _ALPHAS]
     for samples, which in groups:
         places = np.ix_(samples, which)
-        if folds is None:
-            parts = _leave_one_out(features[samples], y[places])
-        else:
-            parts = _leave_folds_out(features[samples], y[places], within(folds, samples, len(y)))
+        parts = _leave_out_of_ridge(features[samples], y[places], within(folds, samples, len(y)))
         for left_out, part in zip(found, parts, strict=True):
             left_out[places] = part
     best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
@@ -288,8 +274,13 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     return model, model.filled(found[best], matrix)
 
 
-def _leave_one_out(features: Array, y: Array) -> list[Array]:
+def _leave_out_of_ridge(features: Array, y: Array, folds: Folds) -> list[Array]:
     """Return what ridge regression would predict of each sample without it, ``(N, C)``, for each ridge."""
+    return _leave_one_out(features, y) if folds is None else _leave_folds_out(features, y, folds)
+
+
+def _leave_one_out(features: Array, y: Array) -> list[Array]:
+    """Leave out each sample by itself, in closed form."""
     x, targets = features - features.mean(0), y - y.mean(0)
     values, vectors = np.linalg.eigh(x.T @ x)
     basis = x @ vectors
@@ -303,7 +294,7 @@ def _leave_one_out(features: Array, y: Array) -> list[Array]:
 
 
 def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[Array]:
-    """Return what ridge regression predicts of each fold without it, ``(N, C)``, for each ridge."""
+    """Leave out folds."""
     found = [np.tile(y.mean(0), (len(y), 1)) for _ in _ALPHAS]
     for known, new in folds:
         mean, mean_label = features[known].mean(0), y[known].mean(0)
@@ -313,60 +304,3 @@ def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]
         for alpha, left_out in zip(_ALPHAS, found, strict=True):
             left_out[new] = mean_label + basis @ (products / (values.clip(0) + alpha)[:, None])
     return found
-
-
-# Any estimator of scikit-learn
-
-
-def fit_estimator(estimator: Any, known: Observations, task: Task) -> tuple[Learner, Tensor]:
-    """Fit a copy of an estimator; left-out predictions are those of five folds, of whole groups if there are any.
-
-    Args:
-        estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
-            0.
-        known: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
-            highest probability.
-        task: The task.
-    """
-    features = Features(possible_blocks(known.seen)[0], known.seen)
-    matrix, labels = features(known.seen), task.hard_labels(known.labels).numpy()
-    model = clone(estimator)
-    unset = [name for name, value in model.get_params().items() if value is None]
-    model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    check_groups(known)
-    fit = _fit_by_columns if task.is_by_column or known.labels.isnan().any() else _fit_folds
-    with _quiet():
-        model, left_out = fit(model, matrix, labels, task, folds_of(known))
-    learner = Learner(type(estimator).__name__, features, model, left_out, known, task)
-    return learner, torch.arange(len(known))
-
-
-def _fit_folds(
-    model: Any, matrix: Matrix, labels: Array, task: Task, folds: Folds, number: int = _FOLDS
-) -> tuple[Any, Array]:
-    """Fit a model, and predict each fold without it; by default there are some folds of single samples."""
-    labels = labels.squeeze()
-    is_stratified = task.estimator_type == "classifier" and max(np.bincount(labels)) >= number
-    kind = StratifiedKFold if is_stratified else KFold
-    # Shuffled: samples come in an order that depends on their inputs.
-    cv = folds or kind(min(number, len(labels)), shuffle=True, random_state=0)
-    left_out = cross_val_predict(model, matrix, labels, cv=cv, method=task.estimator_method)
-    return model.fit(matrix, labels), left_out
-
-
-def _fit_by_columns(model: Any, matrix: Matrix, labels: Array, task: Task, folds: Folds) -> tuple[Any, Array]:
-    """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    is_known = task.are_known(torch.from_numpy(labels)).numpy()
-    y = np.where(is_known, labels, np.nan)
-    found, left_out = ByColumns(column_means(y)), np.full_like(y, np.nan)
-    for column, known in enumerate(is_known.T):
-        samples = known.nonzero()[0]
-        own, own_folds = labels[samples, column], None if folds is None else within(folds, samples, len(y))
-        # Of a class that occurs once, no fold could know anything.
-        counts = np.unique(own, return_counts=True)[1]
-        number = min(_FOLDS, min(counts, default=0)) if task.estimator_type == "classifier" else _FOLDS
-        if len(samples) >= FEWEST and number > 1 and have_several(own, own_folds):
-            one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
-            left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
-            found.add(np.array([column]), one)
-    return found, found.filled(left_out, matrix)

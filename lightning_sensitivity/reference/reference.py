@@ -1,36 +1,30 @@
 """A reference: the best small model of the training labels, which never sees the network."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
 from sklearn.base import BaseEstimator
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from lightning_sensitivity.functional.expected import metric_value
-from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, find_task
-from lightning_sensitivity.reference.calibration import unexplained_share
+from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.reference.estimators import fit_estimator
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
-from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
+from lightning_sensitivity.reference.learners import Learner, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different
+from lightning_sensitivity.reference.quality import measure_quality
+from lightning_sensitivity.reference.residuals import quantiles, quantiles_near
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = 0.05  # up to it, a reference is blind, unless it sees all inputs as columns
-_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well
-_ROUNDING = 1e-12  # of scores that are 0
 _MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
-_MAX_ERRORS = 10_000  # errors, of which quantiles are taken
-_NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 
 class Reference(BaseEstimator):  # type: ignore[misc]
@@ -126,12 +120,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         task = find_task(self.task)
         seen = read_samples(x)
         labels, self.classes_ = read_labels(y, task)
-        numbers = None if groups is None else group_numbers(groups)
-        sizes = {len(labels), *map(len, seen.values()), len(labels if numbers is None else numbers)}
-        if len(sizes) > 1:
-            names = "`x` and `y`" if numbers is None else "`x`, `y` and `groups`"
-            raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
-        indices, known = choose_different(Observations(seen, labels, numbers), len(self.classes_), task)
+        samples = Observations(seen, labels, None if groups is None else group_numbers(groups))
+        _check_sizes(samples)
+        indices, known = choose_different(samples, len(self.classes_), task)
         if len(known) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
         known.seen = shrunk(known.seen)
@@ -145,32 +136,17 @@ class Reference(BaseEstimator):  # type: ignore[misc]
 
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
         """Set what is known of the learner, and of the samples that it knows."""
-        p, y = learner.left_out, learner.labels
         self._learner = learner
         self.learner_ = learner.name
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
-        self.left_out_, self.labels_, self.rows_ = p.numpy(), y.numpy(), indices.numpy()
+        self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), learner.labels.numpy(), indices.numpy()
         self.groups_ = None if learner.groups is None else learner.groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
-        self._describe_answers(p, learner.unsmoothed, y, task)
-
-    def _describe_answers(self, p: Tensor, unsmoothed: Tensor, y: Tensor, task: Task) -> None:
-        """Set what is known of each question that has a class as its answer, and means over those that it can tell."""
-        questions = [(q, answers) for _, q, answers in task.classifications(p, y)]
-        before = [q for _, q, _ in task.classifications(unsmoothed, y)]  # smoothing would explain redrawn labels
-        found = [_answers(*pair, sharp) for pair, sharp in zip(questions, before, strict=True)]
-        blind = [place for place, pair in enumerate(questions) if task.is_by_column and _is_blind(*pair)]
-        self.blind_labels_ = np.array(blind, dtype=int)
-        y = task.told(y, blind) if len(blind) < len(found) else y
-        told = [each for place, each in enumerate(found) if place not in blind] or found
-        self.score_ = float(task.distances(p, y).nanmean())
-        chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
-        self.skill_ = 1 - self.score_ / chance if chance > _ROUNDING else 0.0
-        self.accuracy_, self.majority_, self.unexplained_ = _means(told)
-        metrics = task.default_metrics(y.shape[1]) if self.majority_ < 1 else {}
-        self.auroc_ = math.nan
-        if "auroc" in metrics:
-            self.auroc_ = float(metric_value(metrics["auroc"], p, task.hard_labels(y)[None], task))
+        quality = measure_quality(learner, task)
+        self.score_, self.skill_ = quality.score, quality.skill
+        self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
+        self.unexplained_ = quality.unexplained
+        self.blind_labels_ = np.array(quality.blind_labels, dtype=int)
 
     @property
     def num_samples_(self) -> int:
@@ -196,7 +172,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def residuals_(self) -> Array:
         """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
-        return _quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
+        return quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
 
     def residuals_near(self, predictions: Array) -> Array:
         """Return quantiles of left-out errors near each of some predictions of a regression, ``(20, M, C)``.
@@ -207,12 +183,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Args:
             predictions: Predictions ``(M, C)``.
         """
-        found = []
-        for p, y, new in zip(self.left_out_.T, self.labels_.T, np.asarray(predictions).T, strict=True):
-            p, y = p[~np.isnan(y)], y[~np.isnan(y)]
-            num_near = min(len(y), max(_FEWEST_NEAR, min(len(y) // _NEAR_SHARE, _MOST_NEAR)))
-            found.append(_quantiles(_near(p, y - p, new, num_near)))
-        return np.stack(found, axis=2)
+        columns = zip(np.asarray(predictions).T, self.left_out_.T, self.labels_.T, strict=True)
+        return np.stack([quantiles_near(*column) for column in columns], axis=2)
 
     @property
     def is_trusted_(self) -> bool:
@@ -293,65 +265,14 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         return np.concatenate(found)
 
 
-def _near(left_out: Array, errors: Array, predictions: Array, num_near: int) -> Array:
-    """Return the errors of the left-out predictions ``(N,)`` nearest to others ``(M,)``, ``(num_near, M)``."""
-    order = left_out.argsort(kind="stable")
-    first = (np.searchsorted(left_out[order], predictions) - num_near // 2).clip(0, len(order) - num_near)
-    return errors[order[np.arange(num_near)[:, None] + first]]
-
-
-class _Answers(NamedTuple):
-    """How good left-out predictions of a question are.
-
-    Attributes:
-        accuracy: The share of labels that they hit.
-        majority: That of the most frequent class.
-        unexplained: The share of labels that can't be explained, or nan.
-    """
-
-    accuracy: float
-    majority: float
-    unexplained: float
-
-
-def _answers(q: Tensor, y: Tensor, unsmoothed: Tensor) -> _Answers:
-    """Describe left-out predictions and labels of a question, ``(N, K)``."""
-    if len(y) == 0:
-        return _Answers(math.nan, math.nan, math.nan)
-    classes = y.argmax(1)
-    accuracy, majority = float((q.argmax(1) == classes).double().mean()), float(classes.bincount().max()) / len(y)
-    has_skill = _skill(q, y) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
-    return _Answers(accuracy, majority, unexplained_share(unsmoothed, y) if has_skill else math.nan)
-
-
-def _skill(q: Tensor, y: Tensor) -> float:
-    """Return how much lower the score of predictions is than that of the mean label."""
-    score, chance = float((q - y).square().sum(1).mean()), float((y.mean(0) - y).square().sum(1).mean())
-    return 1 - score / chance if chance > _ROUNDING else 0.0
-
-
-def _is_blind(q: Tensor, y: Tensor) -> bool:
-    """Return whether predictions ``(N, 2)`` say no more of yes and no than chance, by their score or their order."""
-    no, yes = (q[y.argmax(1) == each, 1].numpy() for each in (0, 1))
-    if len(no) == 0 or len(yes) == 0 or not _skill(q, y) > 0:
-        return True
-    return not mannwhitneyu(yes, no, alternative="greater").pvalue < _CHANCE
-
-
-def _means(found: Sequence[_Answers]) -> list[float]:
-    """Return accuracy, majority and unexplained share, means over questions; nan without one."""
-    columns = [torch.tensor([each[place] for each in found], dtype=torch.float64) for place in range(3)]
-    return [float(column.nanmean()) for column in columns]
-
-
-def _quantiles(errors: Array) -> Array:
-    """Return 20 quantiles of errors ``(N, C)``, which have their mean square."""
-    places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
-    quantile = np.nanquantile if np.isnan(errors).any() else np.quantile
-    found = quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
-    found = found - found.mean(0)
-    size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (found, errors))
-    return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
+def _check_sizes(samples: Observations) -> None:
+    """Raise ValueError unless there is a label, and a group if there are any, for each sample."""
+    names, given = "`x` and `y`", [samples.labels, *samples.seen.values()]
+    if samples.groups is not None:
+        names, given = "`x`, `y` and `groups`", [*given, samples.groups]
+    sizes = {len(each) for each in given}
+    if len(sizes) > 1:
+        raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
 
 
 def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:

@@ -1,12 +1,15 @@
 """Labels of which some are unknown, column by column, for learners that need them all."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lightning_sensitivity.reference.blocks import Matrix
 from lightning_sensitivity.reference.kinds import Array
+
+# Which samples to learn from, and which to predict then; None where each is left out by itself.
+Folds: TypeAlias = list[tuple[Array, Array]] | None
 
 FEWEST = 4  # known labels of a column, from which on there is something to learn
 _SMALL = 1e-3  # weight of what is known among the targets of a forest, too small for it to split by
@@ -99,21 +102,24 @@ def same_samples(y: Array) -> Iterator[tuple[Array, Array]]:
             yield known.nonzero()[0], (which.ravel() == place).nonzero()[0]
 
 
-def within(folds: list[tuple[Array, Array]], samples: Array, number: int) -> list[tuple[Array, Array]]:
+def within(folds: Folds, samples: Array, number: int) -> Folds:
     """Return folds of some samples, by their places among these; none that has nothing to learn from.
 
     Args:
-        folds: Which of all samples to learn from, and which to predict then.
+        folds: Folds of all samples.
         samples: The samples, ``(M,)``.
         number: How many samples there are in all.
     """
+    if folds is None:
+        return None
     places = np.full(number, -1)
     places[samples] = np.arange(len(samples))
-    found = [tuple(part[part >= 0] for part in (places[known], places[new])) for known, new in folds]
+    found = [(places[known], places[new]) for known, new in folds]
+    found = [(known[known >= 0], new[new >= 0]) for known, new in found]
     return [(known, new) for known, new in found if len(known) > 0 and len(new) > 0]
 
 
-def have_several(labels: Array, folds: list[tuple[Array, Array]] | None) -> bool:
+def have_several(labels: Array, folds: Folds) -> bool:
     """Return whether labels ``(N,)`` have several values, also in what each fold learns from."""
     if folds is None:
         return len(np.unique(labels)) > 1
