@@ -19,8 +19,9 @@ BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
+# What makes logits of probabilities.
+LOGITS = "`outputs=lambda p: p.logit(1e-6)` after a sigmoid, `outputs=lambda p: p.log()` after a softmax"
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
-_MODES: dict[bool | None, str] = {True: "max", False: "min"}  # by whether the highest is the best
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -39,20 +40,28 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
-    names = {base.__name__ for base in type(trainer.strategy).__mro__}
     has_forward = has_call or _is_overridden("forward", pl_module)
     of_call = ": add one, or set `call=lambda module, batch: ...`" if monitor == "RiskMonitor" else ""
-    has_step = stage != "fit" or _is_overridden("validation_step", pl_module)
-    has_loop = stage != "fit" or trainer.enable_validation
-    is_met = {
-        "does not support sharded weights (FSDP, DeepSpeed); use DDP": names.isdisjoint(_SHARDED),
+    needs = {
+        "does not support sharded weights (FSDP, DeepSpeed); use DDP": not _is_sharded(trainer),
         f"needs a `forward` that returns the logits, and your module has none{of_call}": has_forward,
-        "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": has_step,
-        "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": has_loop,
     }
-    for problem, is_solved in is_met.items():
-        if not is_solved:
+    if stage == "fit":
+        needs |= {
+            "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": _is_overridden(
+                "validation_step", pl_module
+            ),
+            "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": (
+                trainer.enable_validation
+            ),
+        }
+    for problem, is_met in needs.items():
+        if not is_met:
             raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    return any(base.__name__ in _SHARDED for base in type(trainer.strategy).__mro__)
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
@@ -71,20 +80,26 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
     Raises:
         MisconfigurationException: If there is one.
     """
-    directions = {prefix + name: is_highest for name, is_highest in directions.items()}
+    logged = {prefix + name: is_highest for name, is_highest in directions.items()}
     for owner, monitor in callbacks_that_monitor(trainer):
-        kind, start = type(owner).__name__, prefix + EXPECTED
-        known = [name for name in directions if monitor == name or monitor.startswith(f"{name}/dataloader_idx_")]
-        if not known and monitor.startswith(start):
+        name = monitor.partition("/dataloader_idx_")[0]
+        if name in logged:
+            _check_mode(owner, monitor, logged[name])
+        elif monitor.startswith(prefix + EXPECTED):
+            kind, metric = type(owner).__name__, monitor.removeprefix(prefix + EXPECTED)
             raise Refused(
-                f"`{kind}` monitors `{monitor}`, which is not logged. There are `{'`, `'.join(directions)}`. To log a "
-                f"metric of torchmetrics, set `metrics={{{monitor.removeprefix(start)!r}: ...}}`; if your own code "
-                "logs it, set another `prefix=`.",
+                f"`{kind}` monitors `{monitor}`, which is not logged. There are `{'`, `'.join(logged)}`. To log a "
+                f"metric of torchmetrics, set `metrics={{{metric!r}: ...}}`; if your own code logs it, set another "
+                "`prefix=`.",
                 "names",
             )
-        best, mode = _MODES.get(directions[known[0]] if known else None), getattr(owner, "mode", None)
-        if {best, mode} == {"min", "max"}:
-            raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{kind}`.", entry="names")
+
+
+def _check_mode(owner: object, monitor: str, is_highest: bool) -> None:
+    """Refuse a callback or a scheduler that looks for the worst value; some have no such mode."""
+    best, mode = "max" if is_highest else "min", getattr(owner, "mode", None)
+    if mode in ("min", "max") and mode != best:
+        raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{type(owner).__name__}`.", "names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:

@@ -67,22 +67,28 @@ class Expectation:
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys(self._names, math.nan)
         counts = self._task.has_label(labels) & is_finite
-        y = labels[counts]
-        num_labels = math.ceil(float(self._task.known(y).double().mean(1).sum()) - _ROUNDING)  # of all columns
-        drawn = self._drawn(labels, unseen)[:, counts]
-        worth = num_labels
-        if unseen is not None and unseen.groups is not None:
-            worth = count_groups(unseen.groups[counts], num_labels)
-        expected: Values = {}
-        if unseen is not None:
-            rows = is_finite[unseen.indices]
-            expected = self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
-            y = y.where(~unseen.q.isnan().all(0), math.nan)  # of what the reference can't tell
-        by_labels = self._measure(outputs[counts], y, drawn)
-        if not expected and not by_labels:
-            return {}
+        num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
+        num_labels = math.ceil(num_known - _ROUNDING)
+        expected = self._by_reference(outputs, unseen, is_finite)
+        by_labels = self._by_labels(outputs, labels, unseen, counts)
+        worth = _worth_of_labels(num_labels, unseen, counts)
         known = {name: _mean(name, (expected, WORTH), (by_labels, worth)) for name in expected | by_labels}
-        return known | {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
+        facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
+        return known | facts if known else {}
+
+    def _by_reference(self, outputs: Tensor, unseen: Unseen | None, is_finite: Tensor) -> Values:
+        """Compute what to expect by what the reference predicts."""
+        if unseen is None:
+            return {}
+        rows = is_finite[unseen.indices]
+        return self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
+
+    def _by_labels(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, counts: Tensor) -> Values:
+        """Compute what to expect by the labels that count, without those that the reference can't tell."""
+        y = labels[counts]
+        if unseen is not None:
+            y = y.where(~unseen.q.isnan().all(0), math.nan)
+        return self._measure(outputs[counts], y, self._drawn(labels, unseen)[:, counts])
 
     def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
         """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
@@ -190,6 +196,13 @@ class Expectation:
                 "scales targets or takes logarithms, do the same in `targets=`."
             )
             self._reporter.warn("targets", message)
+
+
+def _worth_of_labels(num_labels: int, unseen: Unseen | None, counts: Tensor) -> int:
+    """Return what labels are worth: those of one group count as one."""
+    if unseen is None or unseen.groups is None:
+        return num_labels
+    return count_groups(unseen.groups[counts], num_labels)
 
 
 def _mean(name: str, *parts: tuple[Values, int]) -> float:

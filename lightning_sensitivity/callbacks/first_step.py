@@ -35,6 +35,9 @@ class _Input:
         rows = x.detach() if x.ndim == 0 else x.detach()[:_ROWS]
         return cls(tuple(x.shape), rows.clone())
 
+    def has_values_of(self, other: "_Input") -> bool:
+        return are_close(self.rows, other.rows)
+
 
 Inputs = dict[str, list[_Input]]  # by the names of the arguments
 
@@ -91,12 +94,15 @@ def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = "in the step, and not from us" if name in theirs else "from us, and not in the step"
         return f"`forward` gets `{name}` {where}"
-    for name, sent in ours.items():
-        found = [each.shape for each in theirs[name]], [each.shape for each in sent]
-        if found[0] != found[1]:
-            step, us = (", ".join(map(str, shapes)) for shapes in found)
-            return f"`forward` gets an input of shape {step} in the step, and {us} from us"
-        are_equal = all(are_close(a.rows, b.rows) for a, b in zip(sent, theirs[name], strict=True))
-        if not has_drawn and not are_equal:
-            return "`forward` gets other values in the step, though it draws no random numbers"
+    found = (_difference_of_tensors(sent, theirs[name], has_drawn) for name, sent in ours.items())
+    return next(filter(None, found), None)
+
+
+def _difference_of_tensors(ours: list[_Input], theirs: list[_Input], has_drawn: bool) -> str | None:
+    """Say how the tensors of an argument differ."""
+    step, us = (", ".join(str(each.shape) for each in tensors) for tensors in (theirs, ours))
+    if step != us:
+        return f"`forward` gets an input of shape {step} in the step, and {us} from us"
+    if not has_drawn and not all(map(_Input.has_values_of, ours, theirs)):
+        return "`forward` gets other values in the step, though it draws no random numbers"
     return None

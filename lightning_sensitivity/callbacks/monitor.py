@@ -5,13 +5,12 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
 from lightning_sensitivity.callbacks.processes import agree, gather_tensors, raise_in_all
-from lightning_sensitivity.callbacks.run import Phase, Run, Validation
+from lightning_sensitivity.callbacks.run import Phase, Run, Validation, is_fitting
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
@@ -106,10 +105,10 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
-        names = self.prefixed_names()
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            is_unique = other is self or not isinstance(other, Monitor) or other.prefixed_names().isdisjoint(names)
-            check_argument("prefix", self.prefix, is_unique, "different in monitors that log the same names")
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        names = [name for each in monitors for name in each.prefixed_names()]
+        are_unique = len(names) == len({*names})
+        check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
         if stage == "fit" and compat.has_workers(trainer):
@@ -143,13 +142,12 @@ class Monitor(Callback, ABC):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
-        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if is_fit and self.run.phase is Phase.BEFORE_FIRST_STEP:
+        if is_fitting(trainer) and self.run.phase is Phase.BEFORE_FIRST_STEP:
             self.run.phase = Phase.RESUMED
         self.run.logged = {}
-        is_wanted = self.is_ready(trainer) and self.should_measure(trainer)
-        self.run.validation = Validation.KEEPING if is_wanted else Validation.SKIPPED
-        if is_wanted:
+        self.run.validation = Validation.SKIPPED
+        if self.is_ready(trainer) and self.should_measure(trainer):
+            self.run.validation = Validation.KEEPING
             self.run.samples = self.run.samples or self._make_samples(trainer)
 
     def on_validation_batch_start(
@@ -181,7 +179,7 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             self.run.free()
             return
-        self._log_all(trainer, is_fit=trainer.state.fn == TrainerFn.FITTING)
+        self._log_all(trainer)
         self.run.validation = Validation.SKIPPED
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,7 +271,7 @@ class Monitor(Callback, ABC):
         self.check_outputs(outputs)
         return outputs
 
-    def _log_all(self, trainer: Trainer, is_fit: bool) -> None:
+    def _log_all(self, trainer: Trainer) -> None:
         """Compute and log the values of each loader; in a fit, others get something for those that are missing."""
         if self.run.is_measured:
             self.prepare(trainer)
@@ -281,9 +279,9 @@ class Monitor(Callback, ABC):
         for dataloader_idx in range(self.num_loaders(trainer)):
             values = self._compute_loader(trainer, dataloader_idx) if self.run.is_measured else {}
             self._log_values(trainer, dataloader_idx, values)
-            if is_fit:
+            if is_fitting(trainer):
                 self.remember(trainer, dataloader_idx, values)
-        if is_fit:
+        if is_fitting(trainer):
             self.run.missing.hand_out(trainer)
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:

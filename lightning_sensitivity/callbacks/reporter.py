@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
+from lightning_sensitivity.callbacks.checks import LOGITS
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.model.entries import inputs_hint
 
@@ -58,8 +59,7 @@ class Reporter:
 
     def _warn_of_probabilities(self) -> None:
         """Warn of outputs that may be probabilities."""
-        cure = "If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`."
-        self.warn("arguments", f"got outputs that all lie in [0, 1]. {cure}")
+        self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
 
     @contextmanager
     def refuse_failure(self, what: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from lightning_sensitivity.callbacks.predicted import Predicted
 from lightning_sensitivity.callbacks.predictions import Predictions, predict_both
 from lightning_sensitivity.callbacks.processes import agree
 from lightning_sensitivity.callbacks.risk_run import Options, RiskRun, begin, warn_of_odd_labels
+from lightning_sensitivity.callbacks.run import is_fitting
 from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss
@@ -305,7 +306,7 @@ class RiskMonitor(Monitor):
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether every process has its training samples; a sanity check needs none."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if not is_fitting(trainer):
             return bool(trainer.sanity_checking)
         can_read = agree(trainer, self._risk_run is not None)
         return can_read and self._risk_run is not None and self._risk_run.reference.is_ready(trainer)

@@ -3,12 +3,19 @@
 from contextlib import AbstractContextManager
 from enum import Enum, auto
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.callbacks.missing import MissingValues
 from lightning_sensitivity.callbacks.reporter import Reporter
 from lightning_sensitivity.model.kept import KeptSamples
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return whether a fit is on, after its sanity check."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 class Phase(Enum):

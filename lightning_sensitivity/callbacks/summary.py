@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
-from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, callbacks_that_monitor
+from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, LOGITS, callbacks_that_monitor
 from lightning_sensitivity.callbacks.history import Row
 from lightning_sensitivity.callbacks.predicted import Verdict, is_same
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
-_SAID_OTHERWISE = {"verdict", "expected", "doubts", "is_highest", "has_reference"}  # in the dict of a summary
+_WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
 CONSTANT, PROBABILITIES, ANSWER = "worse than a constant", "probabilities", "knows the answer"
 _DOUBTS = {  # what makes numbers doubtful, so that there is no advice
     CONSTANT: "The network is worse than a constant prediction: if your step scales targets or takes logarithms, do "
     "the same in `targets=`.",
-    PROBABILITIES: "All outputs lie in [0, 1], and logits are needed: select them with `outputs=`.",
+    PROBABILITIES: f"All outputs lie in [0, 1], and logits are needed: set {LOGITS}.",
     ANSWER: "The reference explains all but a hundredth of the labels: look whether its inputs hold the answer, which "
     "`inputs=` or `features=` leaves out.",
 }
@@ -39,42 +39,57 @@ class Summary:
 
     Attributes:
         monitored: The logged name that chose.
-        is_highest: Whether its highest value is the best.
-        epoch: The best epoch; None if none was chosen.
+        curve: What it stands for.
+        best: The row of the best epoch; empty if none was chosen.
         checkpoint: The file of that epoch, if one was saved.
-        network: What the network is expected to reach there.
-        reference: What the reference by itself is expected to reach on the same samples.
-        has_reference: Whether a reference judged the chosen epoch.
-        num_labels: How many validation labels did.
         is_tied: Whether no epoch was chosen since all values are equal.
         is_improving: Whether more epochs are likely to be better.
         num_validations: How many validations there were.
         num_gaps: How many of them have no value.
-        expected: All that is expected at the chosen epoch, by name.
         verdict: What is known of the reference; None without one.
         doubts: What makes the numbers doubtful.
     """
 
     monitored: str
-    is_highest: bool
-    epoch: int | None
+    curve: Curve
+    best: Row
     checkpoint: str
-    network: float | None
-    reference: float | None
-    has_reference: bool
-    num_labels: int
     is_tied: bool
     is_improving: bool
     num_validations: int
     num_gaps: int
-    expected: dict[str, float]
     verdict: Verdict | None
     doubts: tuple[str, ...]
 
     @property
+    def epoch(self) -> int | None:
+        """The best epoch; None if none was chosen."""
+        return self.best.get("epoch")
+
+    @property
+    def network(self) -> float | None:
+        """What the network is expected to reach there."""
+        return self.best.get(self.curve.value)
+
+    @property
+    def reference(self) -> float | None:
+        """What the reference by itself is expected to reach on the same samples."""
+        return self.best.get(f"reference_{self.curve.value}")
+
+    @property
+    def num_labels(self) -> int:
+        """How many validation labels judged it."""
+        return int(self.best.get("num_labels", 0))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference judged it."""
+        return self.best.get("reference") is not None
+
+    @property
     def direction(self) -> str:
         """Where the value is best."""
-        return "highest" if self.is_highest else "lowest"
+        return "highest" if self.curve.is_highest else "lowest"
 
     @property
     def chosen_by(self) -> str:
@@ -84,26 +99,37 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, names and flags, as ``json`` takes them: None for what is not known."""
+        facts = {
+            "monitored": self.monitored,
+            "direction": self.direction,
+            "epoch": self.epoch,
+            "checkpoint": self.checkpoint,
+            "network": self.network,
+            "reference": self.reference,
+            "chosen_by": self.chosen_by,
+            "num_labels": self.num_labels,
+            "is_tied": self.is_tied,
+            "is_improving": self.is_improving,
+            "num_validations": self.num_validations,
+            "num_gaps": self.num_gaps,
+            "doubts": [*self.doubts],
+        }
+        expected = {name: value for name, value in self.best.items() if EXPECTED in name}
         known = {"learner": None, "is_trusted": False} if self.verdict is None else asdict(self.verdict)
-        facts = {name: value for name, value in vars(self).items() if name not in _SAID_OTHERWISE}
-        words = {"direction": self.direction, "chosen_by": self.chosen_by, "doubts": [*self.doubts]}
-        return {name: _known(value) for name, value in {**facts, **words, **self.expected, **known}.items()}
+        return {name: _known(value) for name, value in {**facts, **expected, **known}.items()}
 
     def line(self) -> str:
         """Say it in sentences."""
+        return " ".join(filter(None, [*self._choice(), self._unexplained(), self._longer()]))
+
+    def _choice(self) -> list[str]:
+        """Say which epoch was chosen, and by what, or why none was."""
         if self.is_tied:
-            said = [f"All values of `{self.monitored}` are equal, so that no epoch was chosen."]
-        elif self.epoch is None:
-            said = [self._why_nothing()]
-        else:
-            said = [self._best(), self._what_chose(), *(_DOUBTS[each] for each in self.doubts), self._rival()]
-            said.append(self._blind())
-            if self.num_gaps:
-                said.append(f"There is no value for {self.num_gaps} of {self.num_validations} validations.")
-        said.append(self._unexplained())
-        if self.is_improving and not self.doubts:
-            said.append("It was still improving: train for longer.")
-        return " ".join(filter(None, said))
+            return [f"All values of `{self.monitored}` are equal, so that no epoch was chosen."]
+        if not self.best:
+            return [self._why_nothing()]
+        doubts = [_DOUBTS[each] for each in self.doubts]
+        return [self._best(), self._what_chose(), *doubts, self._rival(), self._blind(), self._gaps()]
 
     def _best(self) -> str:
         """Say which epoch and file."""
@@ -139,9 +165,11 @@ class Summary:
         """Compare what is expected of the network and of the reference, on the same samples."""
         if self.network is None or self.reference is None:
             return ""
-        is_better = self.reference >= self.network if self.is_highest else self.reference <= self.network
-        advice = ": consider it, or the mean of both" if is_better and not self.doubts else ""
-        reached = f"{self.network:.3g}, the reference by itself {self.reference:.3g}"
+        gain = self.reference - self.network if self.curve.is_highest else self.network - self.reference
+        advice = ": consider it, or the mean of both" if gain >= 0 and not self.doubts else ""
+        name = self.curve.value.removeprefix(EXPECTED)
+        what = _WORDS.get(name, f"`{name}` =")
+        reached = f"{what} {self.network:.3g}, the reference by itself {self.reference:.3g}"
         return f"There the network is expected to reach {reached}{advice}."
 
     def _blind(self) -> str:
@@ -150,6 +178,16 @@ class Summary:
             return ""
         names = ", ".join(map(str, self.verdict.blind_labels))
         return f"The reference can't tell these labels, which means by default leave out: {names}."
+
+    def _gaps(self) -> str:
+        """Say how many validations have no value."""
+        if self.num_gaps == 0:
+            return ""
+        return f"There is no value for {self.num_gaps} of {self.num_validations} validations."
+
+    def _longer(self) -> str:
+        """Say if more epochs are likely to be better."""
+        return "It was still improving: train for longer." if self.is_improving and not self.doubts else ""
 
     def _unexplained(self) -> str:
         """Say how many labels can't be explained, if that is worth a sentence."""
@@ -179,33 +217,30 @@ def summarize(
         verdict: What is known of the reference of this fit; None without one.
         doubts: What makes the network's values doubtful.
     """
-    watched = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
-    for name in watched[:1] or (*curves, next(iter(curves))):  # the first again, if none tells epochs apart
-        curve = curves[name]
-        rows, finite, found = _rows_of(curve, history)
-        best = _best_row(found, curve)
-        if best:
-            break
-    has_reference = best.get("reference") is not None
+    name = _name_that_chooses(trainer, curves, history)
+    curve = curves[name]
+    rows, finite, found = _rows_of(curve, history)
+    best = _best_row(found, curve)
+    knows_answer = verdict is not None and verdict.knows_too_much
     return Summary(
         monitored=name,
-        is_highest=curve.is_highest,
-        epoch=best.get("epoch"),
+        curve=curve,
+        best=best,
         checkpoint=_checkpoint_of(trainer, name, best.get(curve.value)),
-        network=best.get(curve.value),
-        reference=best.get(f"reference_{curve.value}"),
-        has_reference=has_reference,
-        num_labels=best.get("num_labels", 0),
         is_tied=bool(found) and not best,
         is_improving=len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
         num_validations=len(rows),
         num_gaps=len(rows) - len(finite),
-        expected={
-            name: number for name, number in best.items() if name.startswith((EXPECTED, f"reference_{EXPECTED}"))
-        },
         verdict=verdict,
-        doubts=(*doubts, *[ANSWER] * (has_reference and verdict is not None and verdict.knows_too_much)),
+        doubts=(*doubts, ANSWER) if knows_answer else (*doubts,),
     )
+
+
+def _name_that_chooses(trainer: Trainer, curves: Mapping[str, Curve], history: Sequence[Row]) -> str:
+    """Return the name that is monitored, else the first whose values tell epochs apart, else the first."""
+    watched = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
+    telling = [name for name, curve in curves.items() if _best_row(_rows_of(curve, history)[2], curve)]
+    return [*watched, *telling, *curves][0]
 
 
 def _rows_of(curve: Curve, history: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
