@@ -45,7 +45,6 @@ class Expectation:
         self.metrics = dict(metrics)
         self._like = like
         self._reporter = reporter
-        self._are_probabilities: bool | None = None  # perhaps, by the outputs of all validations so far
         self._is_worse_than_constant = False  # has been said
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
@@ -125,12 +124,7 @@ class Expectation:
         """
         if draws.numel() == 0:
             return {}
-        if self._loss is None:
-            loss = self._task.losses(outputs, y, draws).double()
-        else:
-            whole = self._task.are_whole(draws)
-            loss = losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
-        found: Values = {"loss": float(loss.nanmean())}
+        found: Values = {"loss": float(self._losses(outputs, y, draws).nanmean())}
         if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
             known = self._task.masked(draws, y)
@@ -138,6 +132,13 @@ class Expectation:
                 labels = known if isinstance(metric, OfKnownLabels) else draws
                 found[name] = float(metric_value(metric, p, labels, self._task))
         return {EXPECTED + name: value for name, value in found.items() if not math.isnan(value)}
+
+    def _losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the loss of the task, or that of the user, which needs samples of which all labels are known."""
+        if self._loss is None:
+            return self._task.losses(outputs, y, draws).double()
+        whole = self._task.are_whole(draws)
+        return losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
 
     def _are_finite(self, outputs: Tensor) -> Tensor:
         """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
@@ -148,7 +149,7 @@ class Expectation:
     @property
     def doubts(self) -> list[str]:
         """What makes the values of all validations doubtful, as a summary says it."""
-        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._are_probabilities}
+        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._reporter.may_be_probabilities}
         return [name for name, is_so in found.items() if is_so]
 
     def warn_of_thresholds(self, shares: list[float]) -> None:
@@ -170,9 +171,7 @@ class Expectation:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
         if bool(is_finite.any()):
-            are_now = self._task.may_be_probabilities(outputs[is_finite])
-            self._are_probabilities = are_now and self._are_probabilities is not False
-            self._reporter.note_outputs(are_now)
+            self._reporter.note_outputs(self._task.may_be_probabilities(outputs[is_finite]))
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."

@@ -105,15 +105,19 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
-        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        names = [name for each in monitors for name in each.prefixed_names()]
-        are_unique = len(names) == len({*names})
-        check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
+        self._check_prefix(trainer)
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.reporter.warn("processes", message)
+
+    def _check_prefix(self, trainer: Trainer) -> None:
+        """Refuse two monitors that log the same names."""
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        names = [name for each in monitors for name in each.prefixed_names()]
+        are_unique = len(names) == len({*names})
+        check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
 
     # The first training step
 

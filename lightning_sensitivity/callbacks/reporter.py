@@ -28,7 +28,7 @@ class Reporter:
         self._monitor = monitor
         self._prefix = prefix
         self._said: set[str] = set()
-        self._may_be_probabilities: list[bool] = []  # outputs, by validation
+        self._outputs_may_be: list[bool] = []  # probabilities, by validation
         self._hint = ""  # how to select the inputs of the batch that is read
 
     def look_at(self, batch: object) -> None:
@@ -48,18 +48,19 @@ class Reporter:
 
     def note_outputs(self, may_be_probabilities: bool) -> None:
         """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
-        self._may_be_probabilities.append(may_be_probabilities)
-        if len(self._may_be_probabilities) >= _SOME_VALIDATIONS:
+        self._outputs_may_be.append(may_be_probabilities)
+        if len(self._outputs_may_be) >= _SOME_VALIDATIONS:
             self.finish()
+
+    @property
+    def may_be_probabilities(self) -> bool:
+        """Whether outputs of all validations so far may be probabilities."""
+        return len(self._outputs_may_be) > 0 and all(self._outputs_may_be)
 
     def finish(self) -> None:
         """Warn of what only the end of a run, or some validations, can tell."""
-        if self._may_be_probabilities and all(self._may_be_probabilities):
-            self._warn_of_probabilities()
-
-    def _warn_of_probabilities(self) -> None:
-        """Warn of outputs that may be probabilities."""
-        self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
+        if self.may_be_probabilities:
+            self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
 
     @contextmanager
     def refuse_failure(self, what: str) -> Iterator[None]:

@@ -40,61 +40,49 @@ _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, ov
 class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands
-    in for validation labels. It is checked and calibrated on labels that it has not seen, and never sees the
-    network. Labels are drawn once from its predictions for validation samples, and metrics of the network
-    against these labels are logged, only in ``Trainer.fit``, after ``prefix``:
+    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands in for
+    validation labels. It is calibrated on labels that it has not seen, and never sees the network. In every validation
+    of a fit, these are logged after ``prefix``, for labels that are drawn once from its predictions:
 
     - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
     - ``expected_accuracy`` and ``expected_auroc``, none in a regression; or ``expected_<name>`` for each of
-      ``metrics``. By default the means for ``"multilabel"`` leave out labels that the reference can't tell.
+      ``metrics``. Of several labels, those that the reference can't tell are left out.
 
-    Training samples are kept in the first whole epoch, of which the reference is made: 50,000 rows of a
-    table, 10,000 images, signals or texts, 3,000 samples that an encoder sees, 512 MiB over all processes. If
-    it sees too little of the inputs, nothing is logged, and callbacks that monitor these values take the last
-    epoch. Where a later validation has no value, they get the last one again. A checkpoint holds what the
-    reference predicts of the kept validation samples; a resumed fit goes on with that.
+    The reference is made once, of the first whole epoch: 50,000 rows of a table, 10,000 images, signals or texts,
+    3,000 samples that an encoder sees, 512 MiB over all processes. If it sees too little of the inputs, nothing is
+    logged, and callbacks that monitor it take the last epoch.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
-        loss: Your loss: a function of outputs and labels, in the form of ``targets``, on the device of the
-            model. It returns their mean, or a number for each sample. In a regression outputs may then have
-            any shape with samples first, such as quantiles ``(N, Q)``; errors are drawn near a prediction.
-        metrics: Torchmetrics by name, or a ``MetricCollection``, each with ``higher_is_better``. They get
-            probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and classes; in a regression outputs and
-            targets.
-        targets: A function ``batch -> labels``; by default
-            :func:`~lightning_sensitivity.model.select_targets`. Labels of -100 are ignored; for
-            ``"multilabel"`` and in a regression a sample may have nan for what is unknown.
-        validation_labels: Use validation labels, which may be noisy, beside the reference, which counts as
-            1,000 of them.
-        features: What the reference sees, by default the inputs: an ``nn.Module``, such as a pretrained
-            encoder, that gets the inputs of the network, or a function ``batch -> (N, D)``. It must know as
-            much as the network.
-        reference: A classifier of scikit-learn with ``predict_proba``, or a regressor, to be the reference.
-            Other processes wait while the first one fits it, for at most the timeout of the process group.
-        groups: A function ``batch -> groups`` of what samples share, such as the patient or the machine, if unseen
-            samples are of other ones: numbers or strings, one a sample. The reference then leaves out whole
-            groups.
-        class_shares: The shares of the classes among unseen samples, if a sampler or undersampling shows the
-            training others: numbers that sum to 1, or ``"estimate"`` (expectation maximization; Saerens et
-            al., 2002).
+        loss: A function of outputs and labels that returns their mean, or one number for each; in a regression
+            outputs may be anything, such as quantiles ``(N, Q)``.
+        metrics: Torchmetrics by name, which get probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and
+            classes; in a regression outputs and targets.
+        targets: A function ``batch -> labels``, by default
+            :func:`~lightning_sensitivity.model.select_targets`; -100, or nan for several labels and in a
+            regression, is unknown.
+        validation_labels: Use validation labels, too; the reference counts as 1,000 of them.
+        features: What the reference sees, by default the inputs: a pretrained ``nn.Module`` that gets these, or a
+            function ``batch -> (N, D)``. It must know as much as the network.
+        reference: An estimator of scikit-learn to be the reference, with ``predict_proba`` unless in a regression.
+        groups: A function ``batch -> (N,)`` of numbers or strings, such as the patient, if unseen samples are of
+            other ones.
+        class_shares: The shares of classes among unseen samples, if training samples have others, or
+            ``"estimate"`` (Saerens et al., 2002).
         num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000;
             None for all.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        call: A function ``(module, batch) -> result`` in place of ``forward``; then ``inputs`` or ``features``
-            has to say what the reference sees.
-        prog_bar: Show the first metric, or the loss without any, on the progress bar.
+        call: A function ``(module, batch) -> result`` in place of ``forward``, beside ``inputs`` or ``features``.
+        prog_bar: Show the first value on the progress bar.
 
     Attributes:
         history: A dict for each validation and loader, which ``pandas.DataFrame`` takes.
         summary: What the line at the end of a fit says, as a dict that ``json`` takes; empty before.
 
     Raises:
-        MisconfigurationException: If an argument is invalid; before the first step, if the Trainer, the model
-            or labels do not fit, or a callback monitors a name that is not logged.
+        MisconfigurationException: Before the first step, if something is invalid or does not fit.
 
     Example:
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -196,7 +184,10 @@ class RiskMonitor(Monitor):
             self.metrics = self.task.default_metrics(2)
         has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
         goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
-        self._restore(self.history if goes_on else [], self._predicted() if goes_on else None)
+        if goes_on:
+            self._restore(self.history, self._predicted())
+        else:
+            self._restore([], None)
         self._model_id = id(pl_module)
         self._risk_run = None
         self.summary = {}
@@ -249,8 +240,7 @@ class RiskMonitor(Monitor):
         """Summarize the fit, once."""
         if self.summary or self._risk_run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        has_values = any(self.names[0] in row for row in self.history)
-        if not has_values and not self._risk_run.reference.was_tried:
+        if self._has_no_validation(self._risk_run):
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
             self.run.reporter.warn("samples", message)
             return
@@ -260,6 +250,10 @@ class RiskMonitor(Monitor):
             self.summary = summary.as_dict()
             say = rank_zero_warn if summary.epoch is None else rank_zero_info
             say(summary.line())
+
+    def _has_no_validation(self, run: RiskRun) -> bool:
+        """Return whether no validation could have a value."""
+        return not run.reference.was_tried and not any(self.names[0] in row for row in self.history)
 
     def _curves(self, trainer: Trainer) -> dict[str, Curve]:
         """Return what each logged name stands for."""

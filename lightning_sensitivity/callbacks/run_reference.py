@@ -20,7 +20,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, take
+from lightning_sensitivity.reference.kinds import Array, Seen, are_finite, take
 from lightning_sensitivity.reference.observations import Observations, projection
 
 _SORTED = 5.0  # standard errors between the labels of two halves
@@ -115,13 +115,20 @@ class RunReference:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
         if self._is_over:
             return
-        if batch_idx == 0 and self._is_from_start and self._kept is not None:
+        kept = self._kept_at(trainer, batch_idx)
+        if not kept.is_complete:
+            self._reader.keep_observations(kept, module, batch, self._output_shape)
+
+    def _kept_at(self, trainer: Trainer, batch_idx: int) -> KeptObservations:
+        """Return what is kept at a batch; a resumed loader may begin anew within an epoch."""
+        if self._kept is not None and batch_idx > 0:
+            return self._kept
+        if self._kept is not None and self._is_from_start:
             self._kept.complete()  # with the first whole epoch
-        elif batch_idx == 0 or self._kept is None:  # a resumed loader may begin anew within an epoch
-            self._is_from_start = batch_idx == 0
-            self._kept = self._make_kept(trainer)
-        if not self._kept.is_complete:
-            self._reader.keep_observations(self._kept, module, batch, self._output_shape)
+            return self._kept
+        self._is_from_start = batch_idx == 0
+        self._kept = self._make_kept(trainer)
+        return self._kept
 
     def _make_kept(self, trainer: Trainer) -> KeptObservations:
         """Prepare to keep samples; where no validation comes earlier, these are spread over a whole epoch."""
@@ -132,11 +139,15 @@ class RunReference:
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether there is, or can be made, what a validation needs; every process must call it."""
-        kept = self._kept
-        is_whole = self._is_from_start and bool(trainer.is_last_batch)
-        has_enough = kept is not None and (kept.is_complete or is_whole or _are_enough(kept))
-        self._can_be_made = not self._is_over and agree(trainer, has_enough)
+        self._can_be_made = not self._is_over and agree(trainer, self._has_enough(trainer))
         return self._is_over or self._can_be_made or self.known is not None
+
+    def _has_enough(self, trainer: Trainer) -> bool:
+        """Return whether this process has kept what a reference needs."""
+        if self._kept is None:
+            return False
+        is_whole = self._is_from_start and bool(trainer.is_last_batch)
+        return is_whole or self._kept.is_complete or _are_enough(self._kept)
 
     # The reference
 
@@ -196,34 +207,47 @@ class RunReference:
         return _Part(known, unseen, self._fingerprints(kept))
 
     def _fingerprints(self, kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
-        """Return those of the kept samples of this process, by loader, but for those that have none."""
-        found: dict[int, Tensor] = {}
-        for samples in kept:
-            with suppress(Exception):  # then a resumed fit makes its reference anew
-                found[samples.dataloader_idx] = samples.fingerprints()
-        return found
+        """Return those of the kept samples of this process, by loader; none at all if some have none."""
+        with suppress(Exception):  # then a resumed fit makes its reference anew
+            return {samples.dataloader_idx: samples.fingerprints() for samples in kept}
+        return {}
 
     def _fit(self, parts: Sequence[_Part]) -> None:
         """Fit the reference to the training samples of all processes, and predict the kept samples."""
         from lightning_sensitivity.reference import Reference
 
-        known_parts = [part.known for part in parts if part.known is not None]
-        if not known_parts:
-            raise ValueError("No training sample has a label")
-        known = Observations.join(known_parts)
-        finite = self._finite_samples(known.seen, "training samples")
-        known = known if len(finite) == len(known) else known.take(finite)  # no copy
+        known = self._join_known(parts)
         fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
-        missing = (fitted.shares_ == 0).nonzero()[0]
-        is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
-        if is_known and len(missing) > 0:
-            raise ValueError(f"`class_shares=` has class {missing[0]}, of which no training sample is kept")
+        self._check_class_shares(fitted.shares_)
         self.fitted = fitted
         self._warn_of_unread()
         if self.predicted is None:
             verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
             unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
             self.predicted = Predicted(verdict, unseen, _joined_fingerprints(parts))
+
+    def _join_known(self, parts: Sequence[_Part]) -> Observations:
+        """Join the training samples of all processes, without those that have nan or inf."""
+        found = [part.known for part in parts if part.known is not None]
+        if not found:
+            raise ValueError("No training sample has a label")
+        known = Observations.join(found)
+        finite = self._finite_samples(known.seen, "training samples")
+        return known if len(finite) == len(known) else known.take(finite)  # no copy
+
+    def _check_class_shares(self, of_training: Array) -> None:
+        """Raise ValueError if a class with a share was not seen in training."""
+        is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
+        if is_known and not of_training.all():
+            missing = int(of_training.argmin())
+            raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
+
+    def _warn_of_unread(self) -> None:
+        """Name the inputs that the reference can't see."""
+        if self._reader.unread:
+            names = ", ".join(f"`{name}`" for name in self._reader.unread)
+            message = f"can't show the reference all of {names}. Set `features=` if it matters."
+            self._reporter.warn("features", message, kind="unread")
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
@@ -276,21 +300,12 @@ class RunReference:
             return reweigh(q, of_training, estimate_class_shares(q, of_training))
         return reweigh(q, of_training, torch.as_tensor(self._class_shares))
 
-    # Warnings
-
-    def _warn_of_unread(self) -> None:
-        if self._reader.unread:
-            names = ", ".join(f"`{name}`" for name in self._reader.unread)
-            message = f"can't show the reference all of {names}. Set `features=` if it matters."
-            self._reporter.warn("features", message, kind="unread")
-
 
 def _joined_fingerprints(parts: Sequence[_Part]) -> dict[int, Tensor]:
-    """Join the fingerprints of all processes, by loader; none at all if a process has none of a loader."""
-    loaders = {index for part in parts for index in part.fingerprints}
-    if any(part.fingerprints.keys() != loaders or part.unseen.keys() - loaders for part in parts):
+    """Join the fingerprints of all processes, by loader; none at all if a process has none."""
+    if not all(part.fingerprints for part in parts):
         return {}
-    return {index: torch.cat([part.fingerprints[index] for part in parts]) for index in sorted(loaders)}
+    return {index: torch.cat([part.fingerprints[index] for part in parts]) for index in parts[0].fingerprints}
 
 
 def _are_enough(kept: KeptObservations) -> bool:

@@ -12,6 +12,10 @@ from lightning_sensitivity.callbacks.history import Row
 from lightning_sensitivity.callbacks.predicted import Verdict, is_same
 
 _SAID = 0.05  # share of labels that is worth a sentence
+_FACTS = (  # in the dict of a summary
+    *("monitored", "direction", "epoch", "checkpoint", "network", "reference", "chosen_by", "num_labels"),
+    *("is_tied", "is_improving", "num_validations", "num_gaps"),
+)
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
@@ -99,21 +103,7 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return numbers, names and flags, as ``json`` takes them: None for what is not known."""
-        facts = {
-            "monitored": self.monitored,
-            "direction": self.direction,
-            "epoch": self.epoch,
-            "checkpoint": self.checkpoint,
-            "network": self.network,
-            "reference": self.reference,
-            "chosen_by": self.chosen_by,
-            "num_labels": self.num_labels,
-            "is_tied": self.is_tied,
-            "is_improving": self.is_improving,
-            "num_validations": self.num_validations,
-            "num_gaps": self.num_gaps,
-            "doubts": [*self.doubts],
-        }
+        facts = {name: getattr(self, name) for name in _FACTS} | {"doubts": [*self.doubts]}
         expected = {name: value for name, value in self.best.items() if EXPECTED in name}
         known = {"learner": None, "is_trusted": False} if self.verdict is None else asdict(self.verdict)
         return {name: _known(value) for name, value in {**facts, **expected, **known}.items()}
