@@ -98,6 +98,9 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "gaps, one at the end": (verdict(), without(validations()[:1]) + validations(4) + [{**validations()[0], **{
         "expected_loss": math.nan}}],
         f"{BEST[:-1]}4. {CHOSE} {RIVAL} There is no value for 2 of 7 validations."),
+    "another value, where losses are equal": (verdict(), validations(expected_loss=0.5)[1:],
+        f"`{ACCURACY}` was highest at epoch 4. {CHOSE} There the network is expected to reach an accuracy of 0.9, the "
+        f"reference by itself 0.84. {LONGER}"),
     "ties": (verdict(), validations(expected_loss=0.5, expected_accuracy=0.5)[1:],
         f"All values of `{LOSS}` are equal, so that no epoch was chosen."),
     "a blind reference": (verdict(**BLIND), without(validations()),
