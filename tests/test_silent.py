@@ -171,7 +171,7 @@ CASES = {
     "dict with an array": Case("!`inputs", "!`inputs", batch=lambda x, y: {"z": x, "names": np.arange(2), "label": y},
         forward=lambda m, *args: m.net(args[0]), step=part("z")),
     "empty inputs": Case(batch=lambda x, y: {"x": x, "names": [], "more": x[:, :0], "y": y},
-        forward=lambda m, x, names, more: m.net(x), step=lambda m, b, noise: m(noise(b["x"]), [], 0), s=None,
+        forward=lambda m, x, names, more: m.net(x), step=lambda m, b, noise: m(noise(b["x"]), [], b["more"]), s=None,
         seen=lambda b: b["x"]),
     "call= and features=": Case(None, batch=lambda x, y: {"z": x, "label": y}, forward=lambda m, x, y, z: None,
         r_options={"call": lambda m, b: m.net(b["z"]), "features": lambda b: b["z"]},
@@ -236,7 +236,7 @@ CASES = {
     # outputs
     "softmax": Case("!`outputs", "!`outputs", forward=lambda m, x: m.net(x).softmax(1)),
     "log-softmax": Case("!`outputs", forward=lambda m, x: m.net(x).log_softmax(1)),
-    "sigmoid": Case(UNIT, r"!multilabel\) are not supported", forward=lambda m, x: m.net(x).sigmoid(),
+    "sigmoid": Case(UNIT, "!set `task='multilabel'`", forward=lambda m, x: m.net(x).sigmoid(),
         y=lambda f: (f[:, :4] > 0.5).long()),
     "squeezed": Case(forward=lambda m, x: m.net(x).squeeze(1), y=is_upper, **BINARY),
     "sigmoid of one": Case(UNIT, UNIT, y=is_upper, forward=lambda m, x: (m.net(x) + 9 * x[:, :1] - 4).sigmoid(),
@@ -271,7 +271,7 @@ CASES = {
     "quantiles of several numbers, outputs=": Case(None, num_outputs=2,
         forward=lambda m, x: m.net(x)[..., None] + torch.arange(3), y=lambda f: f[:, :2] + f[:, 2:4],
         r_options={"task": "regression", "outputs": lambda y: y[..., 1]}, step=lambda m, b, noise: m(b[0])[..., 1]),
-    "measurements that are nan": Case(None, "!nan or inf", y=lambda f: f[:, :2] / 0 * 0, **REGRESSION),
+    "measurements that are nan": Case(None, "?No training sample has a label", y=lambda f: f[:, :2] / 0 * 0, **REGRESSION),
 }  # fmt: skip
 
 
