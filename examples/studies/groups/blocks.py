@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from summaries import Runs, Values, table
 
 RUNS = Runs.read(Path(__file__).with_name("results.csv"))
@@ -20,6 +21,22 @@ def pair(column: str, form: str = ".1f", runs: str = "ROW") -> str:
 
 def difference(column: str) -> str:
     return f"{{ROW.groups_{column}.minus[rows_{column}].interval:+.1f}}"
+
+
+LIKELY = pd.read_csv(Path(__file__).with_name("likely.csv"))
+LIKELY["is_said"] = LIKELY["farther"] > 0
+TOO_SURE = LIKELY.merge(RUNS.frame, on=["table", "seed"]).query("rows_left_out_error >= 10")["is_said"]
+NO_GROUPS = {
+    "at random": "split at random",
+    "400 rows": "of 400 rows",
+    "repeated rows": "with rows that a sampler repeats",
+}
+NO_GROUPS |= {"undersampled": "with as many known rows of each class"}
+
+
+def said(label: str, is_of: pd.Series) -> str:
+    found = LIKELY[is_of]
+    return f"| {label} | {found['table'].nunique()} | {len(found)} | {found['is_said'].sum()} |"
 
 
 LEVEL = {
@@ -53,6 +70,17 @@ BLOCKS = {
             f"| expected accuracy | {met(RUNS.groups_accuracy_level_error, 3)} |",
         ]
     ),
+    "groups: likely": "\n".join(
+        [
+            "| groups that nobody has named | tables | runs | said |",
+            "|---|---|---|---|",
+            *(said(kind, LIKELY["what"] == kind) for kind in KINDS),
+            said("**all with groups**", LIKELY["what"].isin(KINDS)),
+            *(said(f"without groups, {label}", LIKELY["what"] == what) for what, label in NO_GROUPS.items()),
+        ]
+    )
+    + f"\n\nOf the {len(TOO_SURE)} runs in which the reference was 10 points too sure of itself, or more, it is said "
+    f"in {TOO_SURE.sum()}.",
     "groups: says": table("without, with `groups=` (runs)", ROWS, SAYS),
     "groups: level": table("points off: without, with `groups=` (runs)", ROWS, LEVEL),
     "groups: choice": table("without, with `groups=` (runs)", ROWS, CHOICE),
