@@ -205,7 +205,7 @@ def try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
     got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
-        once, twice = (float(torch.as_tensor(loss(*pair)).double().mean()) for pair in pairs)
+        once, twice = (float(torch.as_tensor(loss(x.clone(), y)).double().mean()) for x, y in pairs)
     check_argument("loss", once, math.isfinite(once), f"finite for {got}")
     if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
         values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"

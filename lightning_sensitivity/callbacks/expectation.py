@@ -131,7 +131,9 @@ class Expectation:
             for name, metric in self.metrics.items():
                 labels = known if isinstance(metric, OfKnownLabels) else draws
                 found[name] = float(metric_value(metric, p, labels, self._task))
-        return {EXPECTED + name: value for name, value in found.items() if not math.isnan(value)}
+        if self._loss is not None and not math.isfinite(found["loss"]):
+            self._reporter.warn("loss", f"gets {found['loss']} from `loss`, and logs no `{EXPECTED}loss` then.")
+        return {EXPECTED + name: value for name, value in found.items() if math.isfinite(value)}
 
     def _losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the loss of the task, or that of the user, which needs samples of which all labels are known."""

@@ -151,5 +151,5 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
         like: Labels in the form and on the device that the loss takes, of any number.
     """
     outputs = outputs.to(like.device)
-    values = [torch.as_tensor(loss(outputs, task.as_labels(each, like))) for each in draws]
+    values = [torch.as_tensor(loss(outputs.clone(), task.as_labels(each, like))) for each in draws]  # it may write
     return torch.stack(values).detach().double().cpu()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_sensitivity.reference.kinds import Array
 
+_UNKNOWN = "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
 _EXACT = 2.0**53  # below, whole numbers in double precision are exact
 
 
@@ -21,6 +22,8 @@ def group_numbers(groups: Array) -> Tensor:
     Raises:
         ValueError: If there is not one for each sample, or some are nan.
     """
+    if isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O":
+        _check_known(groups)
     names = np.asarray(groups.detach().cpu() if isinstance(groups, Tensor) else groups)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
@@ -30,10 +33,16 @@ def group_numbers(groups: Array) -> Tensor:
     return _of_floats(names.astype(np.float64)) if names.dtype.kind == "f" else _of_strings(names)
 
 
+def _check_known(groups: Array) -> None:
+    """Raise ValueError if some names are missing, which would become a group of their own."""
+    if any(name is None or (isinstance(name, float) and math.isnan(name)) for name in groups):
+        raise ValueError(_UNKNOWN)
+
+
 def _of_floats(numbers: Array) -> Tensor:
     """Return whole numbers as they are, and of others the bits."""
     if not np.isfinite(numbers).all():
-        raise ValueError("Expected each sample to have a group, but some are nan or inf: give them one of their own.")
+        raise ValueError(_UNKNOWN)
     found = torch.from_numpy(numbers)
     is_whole = (found == found.round()) & (found.abs() < _EXACT)
     return torch.where(is_whole, found.long(), found.view(torch.int64))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gaussian_nll_loss, huber_loss, one_hot, softplus
 
@@ -12,7 +13,7 @@ from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reference.observations import projection
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, Plain, X, batches_of, fit
-from tests.helpers import logged, quick_risk, refused, unlabelled_loader
+from tests.helpers import fitted_and_said, logged, quick_risk, refused, unlabelled_loader
 
 QUANTILES, TARGETS = torch.tensor([0.1, 0.5, 0.9]), X[:, 0] + X[:, 1].sin()
 
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[str, Tensor, int, Any]] = {  # the task, labels, the numb
     "soft labels": ("multiclass", one_hot(NOISY, 4).double(), 4, cross_entropy),
     "quantiles, of each sample": ("regression", TARGETS, 3, pinball),
     "mean and deviation": ("regression", TARGETS, 2, nll),
+    "one that writes to outputs": ("multiclass", NOISY, 4, lambda outputs, y: cross_entropy(outputs.mul_(2), y)),
     "Huber": ("regression", TARGETS[:, None].double(), 1, huber_loss),
 }
 
@@ -46,7 +48,7 @@ def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
     errors = reference.residuals_near(q) if task == "regression" and num_outputs > 1 else reference.residuals_
     draws = draw_labels(q, task, errors)
     draws = one_hot(draws, 4).double() if y.ndim == 2 and task == "multiclass" else draws
-    values = [loss(outputs, each.reshape(len(x), *y.shape[1:]).to(y)).mean() for each in draws]
+    values = [loss(outputs.clone(), each.reshape(len(x), *y.shape[1:]).to(y)).mean() for each in draws]
     assert logged(run, "val/expected_loss")["val/expected_loss"] == pytest.approx(float(sum(values) / 20), rel=1e-5)
     assert ("reference_expected_loss" in monitor.history[0]) == (task == "multiclass" or num_outputs == 1)
 
@@ -67,3 +69,18 @@ def test_it_is_refused_before_the_first_step(name: str) -> None:
             quick_risk(loss=loss)
         return
     refused([quick_risk(loss=loss)], Plain(), batches_of(X, CORRECT), unlabelled_loader(), match=match)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_later_is_said_once_and_ends_no_run(value: float) -> None:
+    model = Plain()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(outputs, y) + (value if model.current_epoch > 0 and not model.training else 0.0)
+
+    stopping = EarlyStopping("val/expected_loss", patience=9)
+    run, texts = fitted_and_said(
+        [monitor := quick_risk(loss=loss), stopping], model, batches_of(X, CORRECT), max_epochs=3
+    )
+    assert run.current_epoch == 3 and ["expected_loss" in row for row in monitor.history] == [True, False, False]
+    assert len(texts) == 1 and f"gets {value} from `loss`" in texts[0]

@@ -42,7 +42,9 @@ def test_numbers_of_strings_and_fractions_depend_on_no_process_and_no_other_samp
 
 
 @pytest.mark.parametrize(("groups", "match"), [
-    ([1.0, math.nan], "some are nan or inf"),
+    ([1.0, math.nan], "some are None, nan or inf"),
+    (["a", None], "some are None"),
+    (np.array(["a", math.nan], dtype=object), "some are None"),
     (torch.zeros(3, 2), r"one a sample, but got shape \(3, 2\)"),
     (3, r"one a sample, but got shape \(\)"),
 ])  # fmt: skip
