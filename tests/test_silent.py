@@ -271,7 +271,8 @@ CASES = {
     "quantiles of several numbers, outputs=": Case(None, num_outputs=2,
         forward=lambda m, x: m.net(x)[..., None] + torch.arange(3), y=lambda f: f[:, :2] + f[:, 2:4],
         r_options={"task": "regression", "outputs": lambda y: y[..., 1]}, step=lambda m, b, noise: m(b[0])[..., 1]),
-    "measurements that are nan": Case(None, "?No training sample has a label", y=lambda f: f[:, :2] / 0 * 0, **REGRESSION),
+    "measurements that are nan": Case(None, "?No training sample has a label", y=lambda f: f[:, :2] / 0 * 0,
+        **REGRESSION),
 }  # fmt: skip
 
 

@@ -300,9 +300,11 @@ def _find_outputs(result: object) -> object:
         return entry(result, "logits")
     if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         has_tensors = is_sequence(result) and any(map(is_floating, result))
-        example, others = ", such as `outputs=lambda out: out[1]`", ": if none, set `call=lambda module, batch: ...`"
+        example = (
+            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
+        )
         raise Refused(
-            f"`outputs` should say which of several outputs are the logits{example if has_tensors else ''}, "
-            f"of {describe(result)}, which `forward` returned{'' if has_tensors else others}."
+            f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which `forward` "
+            f"returned: {example}."
         )
     return first_of(result)

@@ -72,7 +72,7 @@ class BatchReader:
         self._groups = groups
         self._encoder = features if isinstance(features, nn.Module) else None
         self._features = None if isinstance(features, nn.Module) else features
-        if call is not None and inputs is None and self._features is None:
+        if call is not None and (inputs, self._features) == (None, None):
             raise Refused(
                 "`call=` needs `inputs=`, which says what the reference sees of a batch, and an encoder gets, such as "
                 "`inputs=lambda batch: batch[0]`; or `features=`, a function of the batch."
