@@ -30,15 +30,21 @@ def farther_share(known: Observations, new: Observations) -> float:
     if x is None or y is None or x.shape[1] > _MOST_COLUMNS or has_few_values(known.seen):
         return 0.0
     x, y = _different(x)[:_MOST_KNOWN].double(), y[:_MOST_COMPARED].double()
-    num_compared, number = min(len(x), _MOST_COMPARED), len(y)
-    if num_compared < 2 or number < 2:
+    if min(len(x), len(y)) < 2:
         return 0.0
+    of_known, of_new = _nearest_distances(x, y)
+    share = _larger_share(of_new, of_known)
+    num_known, num_new = len(of_known), len(of_new)
+    stderr = math.sqrt((num_known + num_new + 1) / (12 * num_known * num_new))
+    return share if share > 0.5 + max(_FARTHER, _STANDARD_ERRORS * stderr) else 0.0
+
+
+def _nearest_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far some known samples are from the nearest other one, and new ones from the nearest known one."""
     mean, std = x.mean(0), x.std(0)
     x, y = (((each - mean) / std)[:, std > 0].clamp(-_FAR, _FAR).float() for each in (x, y))
-    of_known = torch.cdist(x[:num_compared], x, p=1).fill_diagonal_(torch.inf).amin(1)
-    share = _larger_share(torch.cdist(y, x, p=1).amin(1), of_known)
-    stderr = math.sqrt((num_compared + number + 1) / (12 * num_compared * number))
-    return share if share > 0.5 + max(_FARTHER, _STANDARD_ERRORS * stderr) else 0.0
+    of_known = torch.cdist(x[:_MOST_COMPARED], x, p=1).fill_diagonal_(torch.inf).amin(1)
+    return of_known, torch.cdist(y, x, p=1).amin(1)
 
 
 def _different(x: Tensor) -> Tensor:
