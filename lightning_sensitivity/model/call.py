@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.model.arguments import as_tuple, find_arguments, is_sequence, parameters_of
+from lightning_sensitivity.model.arguments import as_tuple, find_arguments, is_sequence, parameters_of, split_elements
 from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_dense, is_floating, take, tensors_in
 from lightning_sensitivity.model.entries import (
     TARGET_NAMES,
@@ -74,7 +74,7 @@ class ModelCall:
         self._outputs = outputs
         self._is_chosen = inputs is not None
         self.by_name, self.arguments = find_arguments(model, batch, inputs)
-        self._place = _place_of_argument(batch, self.by_name)
+        self._place = _place_of_argument(model, batch, self.by_name)
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
@@ -231,11 +231,13 @@ class FunctionCall(ModelCall):
         return self._function(self._model, self.arguments[_BATCH])
 
 
-def _place_of_argument(batch: object, by_name: bool) -> str:
+def _place_of_argument(model: nn.Module, batch: object, by_name: bool) -> str:
     """Return the code that selects an argument of a batch, with a place for its name or number."""
     if by_name:
         return "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
-    return "batch[{}]" if is_sequence(batch) else "batch"
+    if not is_sequence(batch):
+        return "batch"
+    return "batch[0][{}]" if split_elements(model, batch)[0] is batch[0] else "batch[{}]"
 
 
 def _names(named: Mapping[str, object]) -> set[str]:

@@ -25,6 +25,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
     "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),
     "several outputs": ("binary", LOGITS, BITS, r"Expected one output.*shape \(6, 3\).*leave `task` out"),
+    "several labels": ("binary", LOGITS, MULTI_HOT.float(), "Expected one output.*set `task='multilabel'`"),
     "two columns of bits": ("binary", SINGLE, MULTI_HOT[:, :2], "one label per output.*Leave `task` out"),
     "two classes at once": ("binary", SINGLE, MULTI_HOT[:, :2].float(), "sum to 1"),
     "a target for some outputs": ("regression", LOGITS, SINGLE, r"one target per output.*\(6, 3\).*\(6, 1\)"),

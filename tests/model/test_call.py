@@ -175,6 +175,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
         r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
     ),
+    "noise on one in a pair": (
+        lambda: call(TWO, (([X, X], IDS), IDS))(torch.clone),
+        r"got `x\[0\]`, `x\[1\]` among.*\(batch\[0\]\[0\], batch\[0\]\[1\],\)`",
+    ),
     "noise on ids": (lambda: call(EMBEDDED, IDS)(torch.clone), r"got none.*`at='net\.emb'`"),
     "noise on graphs": (lambda: call(GRAPHS, SimpleNamespace(x=X))(torch.clone), r"got none.*`at='net\.0'`"),
     "outputs in entries of a tuple": (

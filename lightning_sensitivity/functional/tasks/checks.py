@@ -7,7 +7,7 @@ from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 BY_CLASS = "Leave `task` out if labels are class indices"
-_MULTILABEL = "If several classes are right for one sample, set `task='multilabel'`"
+MULTILABEL = "If several classes are right for one sample, set `task='multilabel'`"
 
 
 def are_ignored(targets: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ def check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
     check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
     sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
     if not bool((sums_to_one | are_ignored(targets).any(1)).all()):
-        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_MULTILABEL}")
+        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {MULTILABEL}")
 
 
 def check_indices(outputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless labels are indices of the classes, or -100."""
     if targets.shape == outputs.shape:
         advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
-        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_MULTILABEL}")
+        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {MULTILABEL}")
     if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
         raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
     targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around

@@ -12,6 +12,7 @@ from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase
 from lightning_sensitivity.functional.tasks.checks import (
     BY_CLASS,
     IGNORED,
+    MULTILABEL,
     are_ignored,
     are_outside,
     check_indices,
@@ -173,7 +174,8 @@ class Binary(Multiclass):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) != 1:
-            advice = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
+            of_classes = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
+            advice = MULTILABEL if targets.shape == outputs.shape else of_classes
             got = describe_both(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
