@@ -99,7 +99,8 @@ def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
 
 
 def _difference_of_tensors(ours: list[_Input], theirs: list[_Input], has_drawn: bool) -> str | None:
-    """Say how the tensors of an argument differ."""
+    """Say how the tensors of an argument differ; of several, such as two views, a step may send one after the other."""
+    ours = ours[: len(theirs)]
     step, us = (", ".join(str(each.shape) for each in tensors) for tensors in (theirs, ours))
     if step != us:
         return f"`forward` gets an input of shape {step} in the step, and {us} from us"

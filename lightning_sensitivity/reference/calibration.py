@@ -126,7 +126,8 @@ def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
         return Sharpening(power, unsmoothed=power)
     found = min((_smoothed(p, y, each) for each in _POWERS), key=attrgetter("score")).sharpening
     if not _are_redrawn(p, y, found):
-        return Sharpening(power, unsmoothed=power)
+        share = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
+        found = Sharpening(power, share, y.mean(0))  # the least that makes it as sure as it is right
     return replace(found, unsmoothed=power)
 
 
