@@ -72,9 +72,9 @@ TABLE = ["| your data | write | off | kept | last |", "|---|---|---|---|---|", *
 BLOCKS = {
     "settings": "\n".join(TABLE),
     "worth in labels": f"""
-The estimate for tables is worth {WORTH("as_they_are")} labels. If the network is better than the reference, it falls
-short, on tables by {{tables.off_where_it_leads:.1f}} points. Few positives and numbers come from tables of at most 3,000
-rows.""",
+The estimate for tables is worth {WORTH("as_they_are")} labels. If the network is better than the reference, it
+falls short, on tables by {{tables.off_where_it_leads:.1f}} points. Few positives and numbers come from tables of at
+most 3,000 rows.""",
     "tenth": """
 Training loses its labels, and few, noisy ones choose: on {tables_held.gained.count} runs of tables,
 {tables_held.gained.interval:.1f} points worse
