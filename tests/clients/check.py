@@ -51,7 +51,6 @@ CASES: Mapping[str, Case] = {
     "Graphs and fingerprints": Case("val_loss", within=0.2, follows=0.8),
     "transformers": Case("val_loss"),
     "timm": Case("val_loss"),
-    "braindecode": Case("val_loss"),
 }
 
 
