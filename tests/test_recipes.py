@@ -205,7 +205,7 @@ def wave_encoder(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 Prepare = Callable[[Path, pytest.MonkeyPatch], None]
 SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], Prepare | None]] = {
-    "A judge with eyes": (lambda: of_images() | {"encoder": cnn(16)}, None),
+    "Pretrained encoders": (lambda: of_images() | {"encoder": cnn(16)}, None),
     "torchvision": (of_images, torchvision),
     "timm": (of_images, timm),
     "transformers": (of_texts, transformers),
