@@ -76,10 +76,9 @@ TABLE = ["| your data | write | off | kept | last |", "|---|---|---|---|---|", *
 BLOCKS = {
     "settings": "\n".join(TABLE),
     "worth in labels": f"""
-On tables, {WORTH("as_they_are")} labels would estimate as well. Where your network beats the reference, the estimate
-is too low, by {too_low:.1f} points there. Few positives and numbers: tables of at most 3,000 rows.""",
+On tables, {WORTH("as_they_are")} validation labels estimate as well; networks better than the reference are
+underestimated, by {too_low:.1f} points. Few positives and numbers: tables of at most 3,000 rows.""",
     "tenth": """
-Fewer labels train, and few, noisy ones choose: over {tables_held.gained.count} runs on tables, this tested
-{tables_held.gained.interval:.1f} points worse, trained again on all
-{tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
+Over {tables_held.gained.count} runs on tables, holding out tested {tables_held.gained.interval:.1f} points worse than
+`RiskMonitor`; retrained on all labels, {tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
 }
