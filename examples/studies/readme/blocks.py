@@ -80,5 +80,6 @@ On tables, {WORTH("as_they_are")} validation labels estimate as well; networks b
 underestimated, by {too_low:.1f} points. Few positives and numbers: tables of at most 3,000 rows.""",
     "tenth": """
 Over {tables_held.gained.count} runs on tables, holding out tested {tables_held.gained.interval:.1f} points worse than
-`RiskMonitor`; retrained on all labels, {tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
+`RiskMonitor`; retrained on all labels,
+{tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
 }
