@@ -63,7 +63,7 @@ def page() -> Iterator[Any]:
     flags += " --disable-component-update --disable-sync"
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags.split())
-        page = browser.new_page(viewport={"width": 1400, "height": 700})
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.set_default_timeout(60_000)
         yield page
         browser.close()
@@ -94,7 +94,7 @@ def test_the_values_stand_beside_the_loss_at_the_address_of_the_guide(
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # until the curves are drawn
     # This is the picture of docs/guide, with $LOGDIR and --basetemp.
-    page.screenshot(path=tmp_path / "tensorboard.png", clip={"x": 0, "y": 0, "width": 1400, "height": 500})
+    page.screenshot(path=tmp_path / "tensorboard.png", clip={"x": 0, "y": 0, "width": 1400, "height": 840})
 
 
 @pytest.mark.browser
