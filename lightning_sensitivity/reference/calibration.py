@@ -124,7 +124,7 @@ def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
     if not excess > _ERRORS * by_chance:  # also without a label
         return Sharpening(power, unsmoothed=power)
-    found = min((_smoothed(p, y, each) for each in _POWERS), key=attrgetter("score")).sharpening
+    found = min((_smoothed(logarithms, y, each) for each in _POWERS), key=attrgetter("score")).sharpening
     if not _are_redrawn(p, y, found):
         share = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
         found = Sharpening(power, share, y.mean(0))  # the least that makes it as sure as it is right
@@ -138,10 +138,10 @@ class _Fit(NamedTuple):
     sharpening: Sharpening
 
 
-def _smoothed(p: Tensor, y: Tensor, power: float) -> _Fit:
+def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> _Fit:
     """Fit the share that is spread, at a temperature; its Brier score is lowest in closed form."""
     shares = y.mean(0)
-    q = Sharpening(power)(p)
+    q = (power * logarithms).softmax(1)
     towards = shares - q
     share = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
     share = min(max(share, 0.0), _MAX_SMOOTHING)
