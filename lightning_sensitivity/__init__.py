@@ -1,4 +1,4 @@
-"""Watch output sensitivity, and stop PyTorch Lightning models without validation labels."""
+"""Two PyTorch Lightning callbacks and a torchmetric track generalization without validation labels."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

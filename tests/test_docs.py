@@ -191,5 +191,12 @@ def test_every_card_is_in_the_table() -> None:
     assert [name for name in names if f"| `val/{name}` |" not in text] == []
 
 
+def test_the_first_sentence_is_the_same_everywhere() -> None:
+    sentence = inspect.getdoc(lightning_sensitivity)
+    assert f"**{sentence}**" in README.read_text()
+    for name in ("pyproject.toml", "CITATION.cff", "docs/index.md"):
+        assert str(sentence) in (ROOT / name).read_text(), name
+
+
 def test_the_version_is_in_the_changelog() -> None:
     assert f"## [{lightning_sensitivity.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

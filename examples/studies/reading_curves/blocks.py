@@ -24,8 +24,8 @@ BLOCKS = {
         },
     ),
     "sensitivity in README": """
-In {runs.count} runs, stopping at the lowest sensitivity cost {runs.sensitivity_lowest_accuracy_lost:.0f} points of
-accuracy against the best epoch; never stopping cost {runs.never_stop_accuracy_lost:.1f}.""",
+No. In {runs.count} runs, stopping at its minimum cost {runs.sensitivity_lowest_accuracy_lost:.0f} points of accuracy
+against the best epoch; never stopping cost {runs.never_stop_accuracy_lost:.1f}.""",
     "augmented runs": """
 On {augmented.count} such runs with human labels (at most 10,000 images), the last epoch lost
 {augmented.never_stop_accuracy_lost:.1f} points against the best one.""",
