@@ -139,6 +139,10 @@ print(f"\nThe expected accuracy is highest at epoch {chosen}: accuracy {measured
 print(f"At the last one, epoch {last}, it is {measured[last]:.3f}; the best is epoch {best}, {measured[best]:.3f}.")
 print(f"The estimates are {100 * distance('accuracy'):.1f} points of accuracy and {distance('loss'):.3f} of loss away.")
 
+# %% [markdown]
+# Green: output sensitivity rises from the first epoch to the last, as new customers fall behind those of training. It
+# does not turn where accuracy is highest, so its minimum is no epoch to keep.
+
 # %%
 plt.rcParams.update({"font.size": 11, "axes.titlesize": 13, "lines.linewidth": 2.5})
 plt.rcParams.update(dict.fromkeys(["figure.facecolor", "axes.facecolor"], "none"))  # for light and dark pages

@@ -211,7 +211,7 @@ SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], Prepare | None]] = {
     "transformers": (of_texts, transformers),
     "sentence-transformers": (of_texts, sentence_transformers),
     "Sound": (of_waves, wave_encoder),
-    "Tables": (dict, None),
+    "A whole script for a table": (dict, None),
     "Images": (of_files, None),
     "Texts": (of_texts, None),
     "Other batches": (of_named_images, None),

@@ -73,20 +73,19 @@ def by_own_metric(name: str, measure: str) -> dict[str, str]:
 
 
 def judged() -> str:
-    """Say what a fine-tuned network lost, judged by its own body and by encoders, in the same runs."""
+    """Say what fine-tuned networks lost, judged by their own body and by encoders, in the same runs."""
+    loses = "{{{}.{}_accuracy_lost:.1f}}".format
     judges = {
-        "body": "its own body, frozen before the fit",
-        "lite0": "the same network at a higher resolution",
-        "lite2": "a larger network",
+        "its own body": ("tuned_body", "pretrained_body"),
+        "EfficientNet-Lite0 at 96 pixels": ("tuned_lite0", "pretrained_lite0"),
+        "EfficientNet-Lite2 at 128 pixels": ("", "pretrained_lite2"),
     }
-    found = [f"{{pretrained_{end}.expected_accuracy_accuracy_lost:.1f}} by {label}" for end, label in judges.items()]
-    return (
-        f"Judged so, EfficientNet-Lite0, fine-tuned, lost, in points of accuracy, {', '.join(found)}; by never "
-        "stopping {pretrained.never_stop_accuracy_lost:.1f} ({pretrained.count} runs). A small ResNet lost "
-        "{tuned_body.expected_accuracy_accuracy_lost:.1f} by its own body, "
-        "{tuned_lite0.expected_accuracy_accuracy_lost:.1f} by EfficientNet-Lite0, and "
-        "{tuned.never_stop_accuracy_lost:.1f} by never stopping ({tuned.count} runs)."
-    )
+    rows = {
+        judge: [loses(name, "expected_accuracy") if name else "–" for name in names] for judge, names in judges.items()
+    }
+    rows["none: the last epoch"] = [loses(name, "never_stop") for name in ("tuned", "pretrained")]
+    head = "| encoder | a small ResNet ({tuned.count}): lost | EfficientNet-Lite0 ({pretrained.count}): lost |"
+    return "\n".join([head, "|---|---|---|", *(f"| {' | '.join([judge, *cells])} |" for judge, cells in rows.items())])
 
 
 BLOCKS = {
@@ -103,9 +102,9 @@ BLOCKS = {
         {
             "expected loss: off": "{ROW.loss_error:.1f}",
             "600 labels: off": "{ROW.labels_loss_error:.1f}",
-            "its epoch: above the lowest": lost("expected_loss", "noisy_loss"),
-            "that of 600 labels": lost("labels_600_by_loss", "noisy_loss"),
-            "the last": lost("never_stop", "noisy_loss"),
+            "its epoch is above the lowest by": lost("expected_loss", "noisy_loss"),
+            "that of 600 labels by": lost("labels_600_by_loss", "noisy_loss"),
+            "the last by": lost("never_stop", "noisy_loss"),
         },
     ),
     "worth: better than the reference": table(
@@ -154,11 +153,9 @@ BLOCKS = {
         counted(HELD_OUT),
         {
             "trained on all, **expected accuracy**": lost("expected_accuracy", "accuracy"),
-            "trained on 90 %, by the loss on 10 %": lost("held_out_by_loss", "accuracy"),
-            "by their accuracy": lost("held_out_by_accuracy", "accuracy"),
-            "by their loss, then trained again on all": lost("retrained", "accuracy"),
-            "by their loss − expected accuracy [95 %]": "{ROW.gained.interval:+.1f}",
-            "runs that gain, lose": "{ROW.gained.above:.0f}, {ROW.gained.below:.0f}",
+            "trained on 90 %, the loss on 10 %": lost("held_out_by_loss", "accuracy"),
+            "the same, then trained again on all": lost("retrained", "accuracy"),
+            "the second − the first [95 %]": "{ROW.gained.interval:+.1f}",
         },
     ),
     "worth: limits": """
@@ -214,12 +211,15 @@ was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were
     "worth: labels": table(
         "accuracy lost, points",
         LABELS,
-        {name: f"{{{name}.ROW_accuracy_lost:.1f}} → {{{name}.ROW_combined_accuracy_lost:.1f}}" for name in WITH_LABELS},
+        {
+            f"{name}: {by}": f"{{{name}.ROW{end}_accuracy_lost:.1f}}"
+            for name in WITH_LABELS
+            for by, end in (("labels alone", ""), ("**and the reference**", "_combined"))
+        },
     )
     + """
 
-Before the arrow stand labels alone, behind it expected accuracy by the same labels and the reference. Without labels,
-the highest expected accuracy loses """
+Without labels, the highest expected accuracy loses """
     + ", ".join(f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {name}" for name in WITH_LABELS)
     + ".",
     "worth: compare": table(
