@@ -61,17 +61,11 @@ def _fit_by_columns(
     for column, known in enumerate(is_known.T):
         samples = known.nonzero()[0]
         own, own_folds = labels[samples, column], within(folds, samples, len(y))
-        number = _num_folds(own, task)
+        number = FOLDS
+        if task.estimator_type == "classifier":  # of a class that occurs once, no fold could know anything
+            number = min(FOLDS, np.unique(own, return_counts=True)[1].min(initial=FOLDS))
         if len(samples) >= FEWEST and number > 1 and have_several(own, own_folds):
             one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
             left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
             found.add(np.array([column]), one)
     return found, found.filled(left_out, matrix)
-
-
-def _num_folds(labels: Array, task: Task) -> int:
-    """Return how many folds of single samples there may be: of a class that occurs once, none could know anything."""
-    if task.estimator_type != "classifier":
-        return FOLDS
-    counts: list[int] = np.unique(labels, return_counts=True)[1].tolist()
-    return min([FOLDS, *counts])

@@ -263,7 +263,9 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     found = [np.full_like(y, np.nan) for _ in _ALPHAS]
     for samples, which in groups:
         places = np.ix_(samples, which)
-        parts = _leave_out_of_ridge(features[samples], y[places], within(folds, samples, len(y)))
+        own_folds = within(folds, samples, len(y))
+        leave_out = _leave_one_out if own_folds is None else partial(_leave_folds_out, folds=own_folds)
+        parts = leave_out(features[samples], y[places])
         for left_out, part in zip(found, parts, strict=True):
             left_out[places] = part
     best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
@@ -274,13 +276,8 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     return model, model.filled(found[best], matrix)
 
 
-def _leave_out_of_ridge(features: Array, y: Array, folds: Folds) -> list[Array]:
-    """Return what ridge regression would predict of each sample without it, ``(N, C)``, for each ridge."""
-    return _leave_one_out(features, y) if folds is None else _leave_folds_out(features, y, folds)
-
-
 def _leave_one_out(features: Array, y: Array) -> list[Array]:
-    """Leave out each sample by itself, in closed form."""
+    """Return what ridge regression would predict of each sample without it, in closed form, for each ridge."""
     x, targets = features - features.mean(0), y - y.mean(0)
     values, vectors = np.linalg.eigh(x.T @ x)
     basis = x @ vectors
@@ -294,7 +291,7 @@ def _leave_one_out(features: Array, y: Array) -> list[Array]:
 
 
 def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[Array]:
-    """Leave out folds."""
+    """Return what ridge regression would predict of each fold without it, for each ridge."""
     found = [np.tile(y.mean(0), (len(y), 1)) for _ in _ALPHAS]
     for known, new in folds:
         mean, mean_label = features[known].mean(0), y[known].mean(0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,15 +89,13 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
         Which samples they are, ``(M,)``, and these, with the matrix of their labels, ``(M, C)``.
     """
     seen, labels = known.seen, known.labels
-    place, rest = projection(seen), _of_remainders(seen)
-    order = _projected(labels).argsort(stable=True)
-    group = torch.zeros(len(order), dtype=torch.int64) if known.groups is None else known.groups
-    for key in (group, rest, place):
-        order = order[key[order].argsort(stable=True)]
+    group = torch.zeros(len(known), dtype=torch.int64) if known.groups is None else known.groups
+    keys = projection(seen), _remainders(seen), group
+    order = torch.from_numpy(np.lexsort([each.numpy() for each in (_projected(labels), *reversed(keys))]))
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
     y = task.label_matrix(labels[order], num_columns).double()
-    is_other = torch.stack([key[order].diff() != 0 for key in (place, rest, group)]).any(0)  # than the one before
+    is_other = torch.stack([key[order].diff() != 0 for key in keys]).any(0)  # than the one before
     first = torch.cat([is_other.new_ones(1), is_other])
     which = first.cumsum(0) - 1
     sums = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype)
@@ -139,7 +138,7 @@ def projection(seen: Seen) -> Tensor:
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
 
 
-def _of_remainders(seen: Seen) -> Tensor:
+def _remainders(seen: Seen) -> Tensor:
     """Return the projection of what single precision leaves out of doubles, ``(N,)``; 0 where that is nothing."""
     found = torch.zeros(len(next(iter(seen.values()))), dtype=torch.int64)
     for seed, values in enumerate(seen.values()):
@@ -180,17 +179,13 @@ def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
         known: Columns of some samples, ``(N, D)``, or the means of groups.
         new: The same columns of others, ``(M, D)``.
     """
-    pairs = zip(*(torch.split(each, _COLUMNS_AT_ONCE, 1) for each in (known, new)), strict=True)
-    sizes = torch.cat([_differences(*pair) for pair in pairs])
-    column = int(sizes.argmax())
-    return column, float(sizes[column])
-
-
-def _differences(known: Tensor, new: Tensor) -> Tensor:
-    """Return by how many standard errors the mean of each column differs, ``(D,)``."""
-    known, new = known.double(), new.double()
-    of_all = torch.cat([known, new]).var(0) * (1 / len(known) + 1 / len(new))
-    of_each = known.var(0, correction=0) / len(known) + new.var(0, correction=0) / len(new)
-    variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
-    gaps = (known.mean(0) - new.mean(0)).abs() / variances.sqrt()
-    return gaps.where(variances > 0, 0.0)
+    sizes = []
+    for some_known, some_new in zip(*(torch.split(each, _COLUMNS_AT_ONCE, 1) for each in (known, new)), strict=True):
+        x, y = some_known.double(), some_new.double()
+        of_all = torch.cat([x, y]).var(0) * (1 / len(x) + 1 / len(y))
+        of_each = x.var(0, correction=0) / len(x) + y.var(0, correction=0) / len(y)
+        variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
+        gaps = (x.mean(0) - y.mean(0)).abs() / variances.sqrt()
+        sizes.append(gaps.where(variances > 0, 0.0))
+    column = int(torch.cat(sizes).argmax())
+    return column, float(torch.cat(sizes)[column])

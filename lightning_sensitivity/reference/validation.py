@@ -39,8 +39,13 @@ def read_samples(x: Samples, names: Array = None, kind: str = "") -> Seen:
 
 def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
     """Return the kind of samples, and their numbers."""
-    if hasattr(x, "columns"):
-        x = _columns_of(x, list(x.columns if names is None else names))
+    if hasattr(x, "columns"):  # a data frame
+        names = list(x.columns if names is None else names)
+        _refuse("are missing", [name for name in names if name not in x.columns])
+        columns = {name: np.asarray(x[name]) for name in names}
+        for problem, has_problem in _PROBLEMS.items():
+            _refuse(problem, [name for name, column in columns.items() if has_problem(column)])
+        x = np.column_stack([*columns.values()]).astype(float)
     values = _as_tensor("x", x)
     kind = kind or kind_of(values)
     return kind, KINDS[kind].read(values)
@@ -63,15 +68,6 @@ def _as_array(name: str, values: Array) -> Array:
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _columns_of(frame: Samples, names: list[str]) -> Array:
-    """Return the columns of a data frame as floats, ``(N, D)``."""
-    _refuse("are missing", [name for name in names if name not in frame.columns])
-    columns = {name: np.asarray(frame[name]) for name in names}
-    for problem, has_problem in _PROBLEMS.items():
-        _refuse(problem, [name for name, column in columns.items() if has_problem(column)])
-    return np.column_stack([*columns.values()]).astype(float)
-
-
 def _refuse(problem: str, columns: list[str]) -> None:
     if columns:
         raise ValueError(f"Columns of `x` {problem}: {', '.join(map(repr, columns))}.")
@@ -89,34 +85,26 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     """
     array = np.asarray(_as_array("y", y))
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    has_names = task.takes_names and array.ndim == 1
-    labels, classes = _of_names(array) if has_names else _of_numbers(array, task)
+    if task.has_indices and array.ndim == 1:
+        if array.dtype.kind not in "biuOUS":
+            raise ValueError(
+                f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got "
+                f"{array.dtype}. "
+                "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. Leave samples "
+                "without a label out."
+            )
+        counts = np.asarray(array != IGNORED)
+        classes, indices = np.unique(array[counts], return_inverse=True)
+        labels = torch.full((len(array),), IGNORED)
+        labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
+    else:
+        numbers = array.astype(float)
+        known = torch.from_numpy(~np.isnan(numbers))
+        labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(known, torch.nan)
+        shape = tuple(labels.shape[1:])
+        task.check(torch.zeros(len(labels), *task.sample_shape(shape)), labels)
+        task.check_learnable(labels)
+        classes = np.arange(task.num_columns(shape))
     if not bool(task.has_label(labels).any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED} or nan, but got none.")
     return labels, classes
-
-
-def _of_names(names: Array) -> tuple[Tensor, Array]:
-    """Return class indices of integers and names, ``(N,)``."""
-    if names.dtype.kind not in "biuOUS":
-        raise ValueError(
-            f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got "
-            f"{names.dtype}. Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. "
-            "Leave samples without a label out."
-        )
-    counts = np.asarray(names != IGNORED)
-    classes, indices = np.unique(names[counts], return_inverse=True)
-    labels = torch.full((len(names),), IGNORED)
-    labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
-    return labels, classes
-
-
-def _of_numbers(numbers: Array, task: Task) -> tuple[Tensor, Array]:
-    """Return probabilities and measurements, ``(N,)`` or ``(N, C)``, as they are."""
-    numbers = numbers.astype(float)
-    is_unknown = torch.from_numpy(np.isnan(numbers))
-    labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(~is_unknown, torch.nan)
-    shape = tuple(labels.shape[1:])
-    task.check(torch.zeros(len(labels), *task.sample_shape(shape)), labels)
-    task.check_learnable(labels)
-    return labels, np.arange(task.num_columns(shape))

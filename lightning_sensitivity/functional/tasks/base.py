@@ -22,7 +22,7 @@ class TaskBase:
     """What all tasks share: the layout of outputs, and that they are logits of classes.
 
     Attributes:
-        takes_names: Whether labels that a user gives a reference may be names of classes.
+        has_indices: Whether labels ``(N,)`` that a user gives a reference are classes, as integers or names.
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
         has_class_dimension: Whether a dimension of outputs is that of classes or labels.
         is_by_column: Whether each column of a matrix is the answer to a question of its own.
@@ -33,7 +33,7 @@ class TaskBase:
         estimator_method: The method by which such an estimator predicts a matrix.
     """
 
-    takes_names = False
+    has_indices = False
     has_class_shares = True
     has_class_dimension = True
     is_by_column = False

@@ -32,7 +32,7 @@ class Multiclass(TaskBase):
     """One of C classes is correct: softmax, and the sum over classes of squared differences."""
 
     name = "multiclass"
-    takes_names = True
+    has_indices = True
     scale = 1.0  # of the sum of squared differences
 
     def predictions(self, outputs: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Binary(Multiclass):
     """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
 
     name = "binary"
-    takes_names = False
+    has_indices = False
     scale = 0.5
 
     def sample_shape(self, label_shape: tuple[int, ...]) -> tuple[int, ...]:
