@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lightning_utilities import apply_to_collection
-from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE as AxType
@@ -72,17 +71,6 @@ def eager() -> AbstractContextManager[object]:
 
 
 # Lightning
-
-
-def callback_class() -> Any:
-    """Return Lightning's class of callbacks; beside an older ``pytorch_lightning``, one that is both packages'."""
-    from lightning.pytorch.callbacks import Callback
-
-    if not RequirementCache("pytorch_lightning<2.5.3"):  # newer ones take callbacks of both
-        return Callback
-    from pytorch_lightning import Callback as Other
-
-    return type("Callback", (Callback, Other), {})
 
 
 def num_loaders(trainer: Trainer) -> int:

@@ -11,7 +11,13 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import are_close, are_log_probabilities, are_probabilities, without_ones
+from lightning_sensitivity.functional.tensors import (
+    are_close,
+    are_log_probabilities,
+    are_probabilities,
+    in_32_bits,
+    without_ones,
+)
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
@@ -176,32 +182,36 @@ def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str,
     return found
 
 
-def try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, task: Task) -> None:
-    """Refuse a metric that fails on a training batch, or does not return one number.
+def try_values(
+    metrics: Mapping[str, Metric], loss: Loss | None, outputs: Tensor, labels: Tensor, task: Task, num_columns: int
+) -> None:
+    """Refuse a metric or a loss that fails on the labelled samples of a training batch, or gives no number of these.
 
     Args:
         metrics: The metrics by name.
-        outputs: Outputs ``(N, C)``.
-        labels: Their labels ``(N, C)``.
+        loss: The loss of the user; None for that of the task.
+        outputs: Outputs ``(N, ...)``.
+        labels: Their labels, as `targets` returns them.
         task: The task.
+        num_columns: C.
     """
-    y = task.hard_labels(labels)
-    twice = torch.stack([y, y])  # a few need two samples
+    counts = task.has_label(labels)
+    if not bool(counts.any()):
+        return
+    y = task.hard_labels(task.label_matrix(labels, num_columns)[counts])
     for name, metric in metrics.items():
         with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
-            value = metric_value(metric, task.predictions(outputs), twice, task)
+            p = task.predictions(task.output_matrix(outputs.cpu())[counts])
+            value = metric_value(metric, p, torch.stack([y, y]), task)  # a few need two samples
             is_number = isinstance(value, Tensor) and value.numel() == 1
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
+    if loss is not None:
+        x = in_32_bits(outputs)[counts]
+        _try_loss(loss, x, task.filled(in_32_bits(labels).to(x.device)[counts]))
 
 
-def try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
-    """Refuse a loss that fails on a training batch, or is no mean over samples.
-
-    Args:
-        loss: The loss.
-        outputs: Outputs ``(N, ...)``.
-        labels: Their labels, as `targets` returns them, on the same device.
-    """
+def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
+    """Refuse a loss that is no mean over samples."""
     got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]

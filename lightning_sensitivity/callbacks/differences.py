@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.reference.groups import group_means, known_share
 from lightning_sensitivity.reference.neighbors import farther_share
 from lightning_sensitivity.reference.observations import Observations, largest_difference, projection, repeated_share
@@ -20,14 +20,14 @@ class Differences:
     Args:
         known: Training samples.
         are_inputs: Whether columns are those of inputs, and not of ``features=``.
-        reporter: Says it.
+        run: Says it.
     """
 
-    def __init__(self, known: Observations, are_inputs: bool, reporter: Reporter) -> None:
+    def __init__(self, known: Observations, are_inputs: bool, run: Run) -> None:
         self._known = known
         self._places = projection(known.seen)
         self._has_columns = are_inputs and "columns" in known.seen
-        self._reporter = reporter
+        self._run = run
 
     def say(self, dataloader_idx: int, new: Observations) -> None:
         """Compare samples of a loader with training samples."""
@@ -55,7 +55,7 @@ class Differences:
                 f"{q[:, gap].mean():.0%} of dataloader {dataloader_idx}. If a sampler or undersampling changes the "
                 "shares of classes, set `class_shares=`."
             )
-            self._reporter.warn("class-shares", message, kind=str(dataloader_idx))
+            self._run.warn("class-shares", message, kind=str(dataloader_idx))
 
     def _say_columns(self, dataloader_idx: int, new: Observations) -> bool:
         """Warn if a column has another mean among validation samples, and return whether one has."""
@@ -67,7 +67,7 @@ class Differences:
                 f"training, by {size:.0f} standard errors: scale both alike, and leave out what is known only "
                 "afterwards."
             )
-            self._reporter.warn("columns", message, kind=str(dataloader_idx))
+            self._run.warn("columns", message, kind=str(dataloader_idx))
         return size > _COLUMNS_DIFFER
 
     def _say_repeated(self, dataloader_idx: int, new: Observations) -> None:
@@ -78,7 +78,7 @@ class Differences:
                 f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are training samples: a network "
                 "knows their labels, and the values say nothing of others. Validate on other samples."
             )
-            self._reporter.warn("repeated", message, kind=str(dataloader_idx))
+            self._run.warn("repeated", message, kind=str(dataloader_idx))
 
     def _say_groups(self, dataloader_idx: int, new: Observations) -> None:
         """Warn if validation samples are of groups that training has seen."""
@@ -88,7 +88,7 @@ class Differences:
                 f"finds that {share:.0%} of the samples of dataloader {dataloader_idx} are of groups that training has "
                 "seen: the values hold for these groups alone. Validate on other ones."
             )
-            self._reporter.warn("groups", message, kind=str(dataloader_idx))
+            self._run.warn("groups", message, kind=str(dataloader_idx))
 
     def _say_likely_groups(self, dataloader_idx: int, new: Observations) -> None:
         """Warn if training samples are so near to each other as those of the same persons are."""
@@ -99,4 +99,4 @@ class Differences:
                 f"to them ({share:.0%} are farther from the nearest one; by chance half are). If several are of one "
                 "patient, household or machine, set `groups=`: without it, too much is expected."
             )
-            self._reporter.warn("groups", message, kind=f"likely {dataloader_idx}")
+            self._run.warn("groups", message, kind=f"likely {dataloader_idx}")

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryFBetaScore
 
 from lightning_sensitivity.callbacks.checks import EXPECTED
 from lightning_sensitivity.callbacks.monitor import Values
-from lightning_sensitivity.callbacks.predicted import Unseen
-from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.callbacks.record import Unseen
+from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
 from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
-from lightning_sensitivity.messages import say_unused
+from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
@@ -30,21 +29,24 @@ class Expectation:
         task: The task.
         loss: The loss of the user; None for that of the task.
         metrics: The metrics by name.
-        like: A label or more, in the form and on the device that the loss takes.
-        reporter: Says what is doubtful.
+        outputs: Outputs of any samples, whose shape and type those of all processes have.
+        labels: Labels of any samples, in the form that the loss takes.
+        run: Says what is doubtful.
 
     Attributes:
         metrics: The metrics by name.
+        no_outputs: Outputs of no sample.
     """
 
     def __init__(
-        self, task: Task, loss: Loss | None, metrics: Mapping[str, Metric], like: Tensor, reporter: Reporter
+        self, task: Task, loss: Loss | None, metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, run: Run
     ) -> None:
         self._task = task
         self._loss = loss
         self.metrics = dict(metrics)
-        self._like = like
-        self._reporter = reporter
+        self.no_outputs = in_32_bits(outputs[:0]).cpu()
+        self._like = in_32_bits(labels[:0]).to(outputs.device)
+        self._run = run
         self._is_worse_than_constant = False  # has been said
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
@@ -132,7 +134,7 @@ class Expectation:
                 labels = known if isinstance(metric, OfKnownLabels) else draws
                 found[name] = float(metric_value(metric, p, labels, self._task))
         if self._loss is not None and not math.isfinite(found["loss"]):
-            self._reporter.warn("loss", f"gets {found['loss']} from `loss`, and logs no `{EXPECTED}loss` then.")
+            self._run.warn("loss", f"gets {found['loss']} from `loss`, and logs no `{EXPECTED}loss` then.")
         return {EXPECTED + name: value for name, value in found.items() if math.isfinite(value)}
 
     def _losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
@@ -151,33 +153,18 @@ class Expectation:
     @property
     def doubts(self) -> list[str]:
         """What makes the values of all validations doubtful, as a summary says it."""
-        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._reporter.may_be_probabilities}
+        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._run.may_be_probabilities}
         return [name for name, is_so in found.items() if is_so]
-
-    def warn_of_thresholds(self, shares: list[float]) -> None:
-        """Warn of an F score whose threshold hardly any sample reaches, since positives are few."""
-        for name, metric in self.metrics.items():
-            if isinstance(metric, BinaryFBetaScore) and len(shares) == 2 and metric.threshold > 2 * shares[1]:
-                message = (
-                    f"expects `{name}` at a threshold of {metric.threshold:g}, though only {shares[1]:.0%} of the "
-                    f"labels are positive, so that few samples reach it. Set `threshold={shares[1]:.2f}`."
-                )
-                self._reporter.warn("metrics", message)
-
-    def warn_of_unused(self, shares: list[float], num_labels: int) -> None:
-        """Warn if most outputs are the label of no training sample, though there are many: they may be features."""
-        if message := say_unused(shares, num_labels):
-            self._reporter.warn("outputs", message)
 
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
         if bool(is_finite.any()):
-            self._reporter.note_outputs(self._task.may_be_probabilities(outputs[is_finite]))
+            self._run.note_outputs(self._task.may_be_probabilities(outputs[is_finite]))
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
-            self._reporter.warn("nan", message, kind=str(dataloader_idx))
+            self._run.warn("nan", message, kind=str(dataloader_idx))
         if dataloader_idx == 0 and unseen is not None and self._task.may_be_scaled:
             rows = is_finite[unseen.indices]
             self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])
@@ -196,7 +183,7 @@ class Expectation:
                 f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
                 "scales targets or takes logarithms, do the same in `targets=`."
             )
-            self._reporter.warn("targets", message)
+            self._run.warn("targets", message)
 
 
 def _worth_of_labels(num_labels: int, unseen: Unseen | None, counts: Tensor) -> int:

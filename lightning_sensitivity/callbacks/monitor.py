@@ -2,9 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity import compat
@@ -16,11 +16,6 @@ from lightning_sensitivity.model import isolated
 from lightning_sensitivity.model.isolation import RunIsolated
 from lightning_sensitivity.model.kept import MAX_BYTES, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
-
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback
-else:
-    Callback = compat.callback_class()
 
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
@@ -110,7 +105,7 @@ class Monitor(Callback, ABC):
         self.run = Run(type(self).__name__, self.prefix)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
-            self.run.reporter.warn("processes", message)
+            self.run.warn("processes", message)
 
     def _check_prefix(self, trainer: Trainer) -> None:
         """Refuse two monitors that log the same names."""
@@ -136,7 +131,7 @@ class Monitor(Callback, ABC):
         """Warn if the first step changes the inputs that are measured."""
         problem = self.run.first_step.stop()
         if problem is not None:
-            self.run.reporter.warn(
+            self.run.warn(
                 "step",
                 f"may not measure what your step computes: {problem}. Do what the step does with inputs and outputs "
                 "in `forward`, or in `inputs=` and `outputs=`.",
@@ -164,7 +159,7 @@ class Monitor(Callback, ABC):
         if not samples.wants(batch_idx):
             return
         if self.run.phase is Phase.BEFORE_FIRST_STEP:
-            self.run.reporter.look_at(batch)
+            self.run.look_at(batch)
         with (
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
@@ -192,7 +187,7 @@ class Monitor(Callback, ABC):
             found = float(trainer.callback_metrics.get(name, value))
             if not (math.isnan(value) or math.isclose(found, value, rel_tol=_SAME, abs_tol=_SAME**2)):
                 message = f"logs `{name}`, and your own code does, too, so that it is the mean of both. Set `prefix=`."
-                self.run.reporter.warn("names", message, kind=name)
+                self.run.warn("names", message, kind=name)
 
     # After a run
 
@@ -207,7 +202,7 @@ class Monitor(Callback, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what only the end of a run tells, and free the samples."""
-        self.run.reporter.finish()
+        self.run.finish()
         self.free()
 
     # Helpers
@@ -249,7 +244,7 @@ class Monitor(Callback, ABC):
             samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
-                self.run.reporter.warn("samples", message)
+                self.run.warn("samples", message)
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
             with self.run.report_failure(what, NO_VALUE), trainer.precision_plugin.val_step_context():
                 self.run.measured[samples.dataloader_idx] = self._measure_loader(pl_module, samples)
@@ -310,7 +305,7 @@ class Monitor(Callback, ABC):
             logged_name = self.logged_name(trainer, name, dataloader_idx)
             if logged_name in of_others:
                 message = f"does not log `{logged_name}`, since your own code does. Choose another `prefix=`."
-                self.run.reporter.warn("names", message, kind=logged_name)
+                self.run.warn("names", message, kind=logged_name)
             elif name not in values:
                 self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
             else:
@@ -334,4 +329,4 @@ class Monitor(Callback, ABC):
         is_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
         if 0 < size < _FEW_SAMPLES and not is_meant:
             message = f"has only {size} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
-            self.run.reporter.warn("few-samples", message, kind=str(dataloader_idx))
+            self.run.warn("few-samples", message, kind=str(dataloader_idx))

@@ -1,8 +1,10 @@
 """The callback that logs what to expect of unseen samples, and so what to stop by."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,28 +13,39 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.callbacks.checks import (
+    BLIND,
     EXPECTED,
     check_class_shares,
     check_metrics,
     check_monitored,
     check_outputs,
+    check_targets,
+    try_values,
 )
-from lightning_sensitivity.callbacks.history import History, of_state, plot_history, state_of
+from lightning_sensitivity.callbacks.expectation import Expectation
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
-from lightning_sensitivity.callbacks.predicted import Predicted
 from lightning_sensitivity.callbacks.predictions import Predictions, predict_both
 from lightning_sensitivity.callbacks.processes import agree
-from lightning_sensitivity.callbacks.risk_run import Options, RiskRun, begin, warn_of_odd_labels
+from lightning_sensitivity.callbacks.record import History, Predicted, of_state, plot_history, state_of
 from lightning_sensitivity.callbacks.run import is_fitting
+from lightning_sensitivity.callbacks.run_reference import RunReference
 from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
-from lightning_sensitivity.messages import Selector, check_argument, check_bool, check_estimator, describe_error
+from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
+from lightning_sensitivity.messages import (
+    Selector,
+    check_argument,
+    check_bool,
+    check_estimator,
+    describe_error,
+    say_unused,
+)
 from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.model.isolation import RunIsolated, isolated
 from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.model.reader import BatchReader, check_count
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 
@@ -127,15 +140,20 @@ class RiskMonitor(Monitor):
         self.validation_labels = validation_labels
         self.history: History = []
         self.summary: dict[str, Any] = {}
-        self._options = Options(reader, loss, own_metrics, reference, class_shares, validation_labels)
+        self._own_metrics = own_metrics
+        self._estimator = reference
+        self._class_shares = class_shares
         self._saved: Predicted | None = None  # what an earlier part of this fit has predicted
-        self._risk_run: RiskRun | None = None  # of the last fit, from its first training batch on
+        # Of the last fit, from its first training batch on:
+        self._reference: RunReference | None = None
+        self._expectation: Expectation | None = None
+        self._of_reference: dict[int, Values] = {}  # what is expected of the reference itself, by loader
         self._model_id = 0  # of the model of the last fit
 
     @property
     def reference(self) -> Any:
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before."""
-        return None if self._risk_run is None else self._risk_run.reference.fitted
+        return None if self._reference is None else self._reference.fitted
 
     def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
         """Predict samples by the network, and by the reference, for their mean, which is often better.
@@ -157,9 +175,9 @@ class RiskMonitor(Monitor):
             >>> risk = RiskMonitor()
             >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
         """
-        if self._risk_run is None or self.reference is None:
+        if self._reference is None or self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return predict_both(self.reader, model, self._risk_run.reference, dataloader)
+        return predict_both(self.reader, model, self._reference, dataloader)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.
@@ -180,7 +198,7 @@ class RiskMonitor(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self._options.metrics is None:  # of the classes of the last fit
+        if self._own_metrics is None:  # of the classes of the last fit
             self.metrics = self.task.default_metrics(2)
         has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
         goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
@@ -189,13 +207,14 @@ class RiskMonitor(Monitor):
         else:
             self._restore([], None)
         self._model_id = id(pl_module)
-        self._risk_run = None
+        self._reference = None
+        self._of_reference = {}
         self.summary = {}
         self.reader.reset()
 
     def _predicted(self) -> Predicted | None:
         """Return what the reference of this fit has predicted, also in an earlier part of it."""
-        return self._saved if self._risk_run is None else self._risk_run.reference.known
+        return self._saved if self._reference is None else self._reference.known
 
     def _restore(self, history: History, predicted: Predicted | None) -> None:
         """Go on with what is known of an earlier part of this fit."""
@@ -223,7 +242,7 @@ class RiskMonitor(Monitor):
             self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
         except Exception:  # whatever is there
             message = "leaves its state in the checkpoint alone: another version has saved it. So this fit begins anew."
-            self.run.reporter.warn("checkpoint", message)
+            self.run.warn("checkpoint", message)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
@@ -238,22 +257,18 @@ class RiskMonitor(Monitor):
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
-        if self.summary or self._risk_run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.summary or self._reference is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self._has_no_validation(self._risk_run):
+        if not self._reference.was_tried and not any(self.names[0] in row for row in self.history):
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
-            self.run.reporter.warn("samples", message)
+            self.run.warn("samples", message)
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
-            verdict, doubts = self._risk_run.reference.verdict, self._risk_run.expectation.doubts
-            summary = summarize(trainer, self._curves(trainer), self.history, verdict, doubts)
-            self.summary = summary.as_dict()
-            say = rank_zero_warn if summary.epoch is None else rank_zero_info
-            say(summary.line())
-
-    def _has_no_validation(self, run: RiskRun) -> bool:
-        """Return whether no validation could have a value."""
-        return not run.reference.was_tried and not any(self.names[0] in row for row in self.history)
+            assert self._expectation is not None
+            verdict, doubts = self._reference.verdict, self._expectation.doubts
+            self.summary, line = summarize(trainer, self._curves(trainer), self.history, verdict, doubts)
+            say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
+            say(line)
 
     def _curves(self, trainer: Trainer) -> dict[str, Curve]:
         """Return what each logged name stands for."""
@@ -267,23 +282,45 @@ class RiskMonitor(Monitor):
 
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first batch of a run."""
-        self.run.reporter.look_at(batch)
+        self.run.look_at(batch)
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
-            self._risk_run = begin(
-                self._options, trainer, module, batch, self.check_model, self.run.reporter, self._saved
-            )
-            self.metrics = self._risk_run.expectation.metrics
+            self._begin(trainer, module, batch)
         check_monitored(trainer, self.prefix, self.directions)
+
+    def _begin(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Check that the model can be measured, and that labels, loss and metrics fit."""
+        self.reader.check_encoder(module)
+        call = self.reader.call(module, batch)
+        with isolated(module) as run, trainer.precision_plugin.val_step_context():
+            outputs = self.check_model(run, call)
+        any_outputs = self.task.has_any_outputs(self.loss)
+        shape = tuple(without_ones(outputs).shape[1:])
+        labels = self.reader.labels(module, batch, None if any_outputs else shape)
+        is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
+        shape = tuple(labels.shape[1:]) if any_outputs else shape
+        check_count(labels, len(outputs))
+        check_targets(labels, self.task)
+        self.reader.check_seen(module, batch, call, labels)
+        self.reader.groups(module, batch, len(outputs))
+        num_columns = self.task.num_columns(shape)
+        check_class_shares(self._class_shares, self.task, num_columns)
+        self.metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
+        with isolated(module) as run:
+            run(try_values, self.metrics, self.loss, outputs, labels, self.task, num_columns)
+        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run)
+        self._reference = RunReference(
+            self.task, self.reader, self._estimator, self._class_shares, self.run, shape, is_local, self._saved
+        )
 
     def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep training samples."""
-        if self._risk_run is None:
+        if self._reference is None:
             return
         with (
             self.run.report_failure("could not keep a training batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            self._risk_run.learn(trainer, module, batch, batch_idx)
+            self._reference.add(trainer, module, batch, batch_idx)
 
     # A validation
 
@@ -302,37 +339,72 @@ class RiskMonitor(Monitor):
         """Return whether every process has its training samples; a sanity check needs none."""
         if not is_fitting(trainer):
             return bool(trainer.sanity_checking)
-        can_read = agree(trainer, self._risk_run is not None)
-        return can_read and self._risk_run is not None and self._risk_run.reference.is_ready(trainer)
+        can_read = agree(trainer, self._reference is not None)
+        return can_read and self._reference is not None and self._reference.is_ready(trainer)
 
     def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
         """Keep a validation batch, with its labels if they are wanted."""
         kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
-                shape = None if self._risk_run is None else self._risk_run.label_shape
+                shape = None if self._reference is None else self._reference.output_shape
                 kept.labels = self.reader.kept_labels(module, batch, kept, shape)
             except MisconfigurationException as error:
                 message = f"treats some validation batches as unlabelled: {describe_error(error)}"
-                self.run.reporter.warn("labels", message)
-            warn_of_odd_labels(self.reader, self.run.reporter)
+                self.run.warn("labels", message)
         samples.add(kept)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
-        """Run the model on the kept samples of a loader; see :meth:`RiskRun.measure`."""
-        if self._risk_run is None:  # a sanity check, which logs nothing
-            return tuple(run(batch.call.to(module.device)) for batch in samples.batches)
-        return self._risk_run.measure(module, run, samples)
+        """Run the model on the kept samples of a loader.
+
+        Returns:
+            Its outputs ``(N, ...)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
+        """
+        found = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
+        if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
+            return tuple(found)
+        num_columns = self.task.num_columns(self._reference.output_shape)
+        labels = [torch.zeros(0, num_columns, dtype=torch.float64)]  # no other default
+        for batch in samples.batches:
+            unknown = torch.full((batch.size, num_columns), math.nan)
+            y = unknown if batch.labels is None else self.task.label_matrix(batch.labels, num_columns)
+            labels.append(y.double())
+        return torch.cat([self._expectation.no_outputs, *found]), torch.cat(labels)
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
-        assert self._risk_run is not None
-        self._risk_run.prepare(trainer, self.run.samples)
+        assert self._reference is not None
+        self._reference.prepare(trainer, self.run.samples)
+        made = self.reference
+        if made is not None and (message := say_unused(list(made.shares_), made.num_samples_)):
+            self.run.warn("outputs", message)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
-        """Compute what to expect on a loader, over all processes."""
-        assert self._risk_run is not None
-        return self._risk_run.compute(trainer, dataloader_idx, *rows)
+        """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
+        assert self._reference is not None and self._expectation is not None
+        outputs, labels = rows
+        if self.validation_labels and bool(labels.isnan().all()):
+            message = (
+                f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
+                "some, set `targets=`."
+            )
+            self.run.warn("labels", message, kind="none")
+        unseen = self._reference.unseen.get(dataloader_idx)
+        self._expectation.warn_of(dataloader_idx, outputs, unseen)
+        with isolated(trainer.lightning_module) as run:  # losses and metrics may be parts of it, or draw numbers
+            values: Values = run(self._expectation.values, outputs, labels, unseen)
+            if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
+                self._of_reference[dataloader_idx] = {}
+                with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
+                    own = run(self._expectation.values_of_reference, outputs, labels, unseen)
+                    self._of_reference[dataloader_idx] = own
+        if values:
+            return values | self._of_reference.get(dataloader_idx, {})
+        verdict = self._reference.verdict
+        if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
+            self.run.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
+        return {}
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
@@ -342,5 +414,5 @@ class RiskMonitor(Monitor):
     def free(self) -> None:
         """Free the samples, those of training included."""
         super().free()
-        if self._risk_run is not None:
-            self._risk_run.reference.free()
+        if self._reference is not None:
+            self._reference.free()

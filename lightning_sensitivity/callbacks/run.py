@@ -1,16 +1,26 @@
-"""Where a run is, and what lives as long as it."""
+"""Where a run is, what lives as long as it, and what is said of it: errors before its first step, warnings after it."""
 
-from contextlib import AbstractContextManager
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 
+from lightning_sensitivity.callbacks.checks import LOGITS
 from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.callbacks.missing import MissingValues
-from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.messages import Refused, describe_error, link_to
+from lightning_sensitivity.model.entries import inputs_hint
 from lightning_sensitivity.model.kept import KeptSamples
+
+_SOME_VALIDATIONS = 3  # after which logits of a classifier have left [0, 1]
 
 
 def is_fitting(trainer: Trainer) -> bool:
@@ -35,7 +45,7 @@ class Validation(Enum):
 
 
 class Run:
-    """A run of a Trainer, as a monitor sees it; each has a new one.
+    """A run of a Trainer, as a monitor sees it; each has a new one, which says each thing once.
 
     Args:
         monitor: Name of the monitor's class.
@@ -44,7 +54,6 @@ class Run:
     Attributes:
         phase: Where it is, and so what a failure means.
         validation: What is done with the current validation.
-        reporter: Says what is doubtful or has failed.
         first_step: Watches the first training step.
         missing: What other callbacks get in place of values.
         samples: The kept validation samples, by loader.
@@ -55,28 +64,21 @@ class Run:
     def __init__(self, monitor: str, prefix: str) -> None:
         self.phase = Phase.BEFORE_FIRST_STEP
         self.validation = Validation.SKIPPED
-        self.reporter = Reporter(monitor, prefix)
         self.first_step = FirstStep()
         self.missing = MissingValues()
         self.samples: list[KeptSamples] = []
         self.measured: list[tuple[Tensor, ...] | None] = []
         self.logged: dict[str, float] = {}
+        self._monitor = monitor
+        self._prefix = prefix
+        self._said: set[str] = set()
+        self._outputs_may_be: list[bool] = []  # probabilities, by validation
+        self._hint = ""  # how to select the inputs of the batch that is read
 
     @property
     def is_measured(self) -> bool:
         """Whether the current validation is measured, or will be after its last batch."""
         return self.validation is not Validation.SKIPPED
-
-    def report_failure(self, what: str, consequence: str) -> AbstractContextManager[None]:
-        """Turn an exception inside into an error before the first step, and into a warning after it.
-
-        Args:
-            what: What failed, such as "could not measure the samples".
-            consequence: A sentence that says what happens to the values.
-        """
-        if self.phase is Phase.BEFORE_FIRST_STEP:
-            return self.reporter.refuse_failure(what)
-        return self.reporter.report_failure(what, consequence)
 
     def free(self) -> None:
         """Free the samples, and stop watching."""
@@ -84,3 +86,79 @@ class Run:
         self.samples = []
         self.measured = []
         self.first_step.stop()
+
+    # What is said
+
+    def look_at(self, batch: object) -> None:
+        """Look at a batch that is read, so that a failure can name its entries."""
+        self._hint = inputs_hint(batch)
+
+    def warn(self, entry: str, message: str, kind: str = "") -> None:
+        """Warn in the first process, once.
+
+        Args:
+            entry: The entry of the page on troubleshooting.
+            message: What follows the name of the monitor, as whole sentences.
+            kind: What tells this warning from others of the same entry.
+        """
+        if self._is_new(entry + kind):
+            rank_zero_warn(self._text(entry, message))
+
+    @contextmanager
+    def report_failure(self, what: str, consequence: str) -> Iterator[None]:
+        """Turn an exception inside into an error before the first step, and into a warning after it.
+
+        Args:
+            what: What failed, such as "could not measure the samples".
+            consequence: A sentence that says what happens to the values.
+        """
+        try:
+            yield
+        except Warning:  # the user, or a test, has made warnings errors
+            raise
+        except Exception as error:
+            if self.phase is Phase.BEFORE_FIRST_STEP:
+                raise self._as_error(what, error) from error
+            entry = getattr(error, "entry", "failed")
+            if is_oom_error(error):
+                entry = "out-of-memory"
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
+                garbage_collection_cuda()
+            if self._is_new(what):  # in the process where it happens
+                warnings.warn(self._text(entry, f"{what}: {describe_error(error)} {consequence}"), stacklevel=3)
+
+    def note_outputs(self, may_be_probabilities: bool) -> None:
+        """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
+        self._outputs_may_be.append(may_be_probabilities)
+        if len(self._outputs_may_be) >= _SOME_VALIDATIONS:
+            self.finish()
+
+    @property
+    def may_be_probabilities(self) -> bool:
+        """Whether outputs of all validations so far may be probabilities."""
+        return len(self._outputs_may_be) > 0 and all(self._outputs_may_be)
+
+    def finish(self) -> None:
+        """Warn of what only the end of a run, or some validations, can tell."""
+        if self.may_be_probabilities:
+            self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
+
+    def _is_new(self, kind: str) -> bool:
+        """Return whether something has not been said yet, and remember it."""
+        is_new = kind not in self._said
+        self._said.add(kind)
+        return is_new
+
+    def _text(self, entry: str, message: str) -> str:
+        return f"`{self._monitor}` ({self._prefix}*) {message}{link_to(entry)}"
+
+    def _as_error(self, what: str, error: Exception) -> Exception:
+        """Say what failed, and what may help; Lightning's batch-size finder needs errors of memory as they are."""
+        if is_oom_error(error):
+            return error
+        reason = describe_error(error)
+        is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
+        of_call = ", or `call=lambda module, batch: ...`" if self._monitor == "RiskMonitor" else ""
+        which = f"set {self._hint or '`inputs=`'}{of_call}"
+        advice = "" if is_clear else f" If `forward` takes other arguments, {which}."
+        return Refused(f"`{self._monitor}` {what}: {reason}{advice}", getattr(error, "entry", "arguments"))

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.differences import Differences
-from lightning_sensitivity.callbacks.predicted import Predicted, Unseen, Verdict
 from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
-from lightning_sensitivity.callbacks.reporter import Reporter
+from lightning_sensitivity.callbacks.record import Predicted, Unseen, Verdict
+from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
@@ -56,12 +56,13 @@ class RunReference:
         reader: Reads batches, and their labels.
         estimator: What is fitted; None for the reference's own learners.
         class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
-        reporter: Says what is doubtful.
-        output_shape: The shape of the network's outputs for a sample.
+        run: Says what is doubtful.
+        output_shape: The shape of the network's outputs for a sample, or of its label where outputs have another.
         is_local: Whether errors of a regression are drawn near each prediction.
         saved: What an earlier part of this fit has predicted; None without one.
 
     Attributes:
+        output_shape: The same.
         was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
         predicted: What is known of it, and what it predicts; None without one.
@@ -73,7 +74,7 @@ class RunReference:
         reader: BatchReader,
         estimator: Any,
         class_shares: Any,
-        reporter: Reporter,
+        run: Run,
         output_shape: tuple[int, ...],
         is_local: bool,
         saved: Predicted | None,
@@ -85,8 +86,8 @@ class RunReference:
         self._reader = reader
         self._estimator = estimator
         self._class_shares = class_shares
-        self._reporter = reporter
-        self._output_shape = output_shape
+        self._run = run
+        self.output_shape = output_shape
         self._is_local = is_local
         self._saved = saved  # until it is compared with the kept samples
         self._kept: KeptObservations | None = None  # training samples of this process; None before there are some
@@ -117,7 +118,7 @@ class RunReference:
             return
         kept = self._kept_at(trainer, batch_idx)
         if not kept.is_complete:
-            self._reader.keep_observations(kept, module, batch, self._output_shape)
+            self._reader.keep_observations(kept, module, batch, self.output_shape)
 
     def _kept_at(self, trainer: Trainer, batch_idx: int) -> KeptObservations:
         """Return what is kept at a batch; a resumed loader may begin anew within an epoch."""
@@ -134,7 +135,7 @@ class RunReference:
         """Prepare to keep samples; where no validation comes earlier, these are spread over a whole epoch."""
         is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
         num_batches = trainer.num_training_batches if is_last and self._is_from_start else 0
-        num_columns = self._task.num_columns(self._output_shape)
+        num_columns = self._task.num_columns(self.output_shape)
         return self._reader.make_kept(num_columns, trainer.world_size, num_batches)
 
     def is_ready(self, trainer: Trainer) -> bool:
@@ -164,7 +165,7 @@ class RunReference:
         found: dict[int, Tensor] = {}
         if agree(trainer, own.keys() == saved.fingerprints.keys()):
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
-        self.predicted = saved.matched(found, self._task.num_columns(self._output_shape))
+        self.predicted = saved.matched(found, self._task.num_columns(self.output_shape))
         self._saved = None
         if self.predicted is None:
             message = (
@@ -172,20 +173,20 @@ class RunReference:
                 "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
                 "their patience. Validate on the same samples."
             )
-            self._reporter.warn("checkpoint", message, kind="samples")
+            self._run.warn("checkpoint", message, kind="samples")
 
     def _make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
         """Make the reference; without any label, try again after a later epoch."""
         self.was_tried = True
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         own: _Part | None = None
-        with self._reporter.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
+        with self._run.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
             own = self._own_part(trainer.lightning_module, kept)
         parts = gather_objects(trainer, own)
         is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
-            with isolate_rng(include_cuda=False), self._reporter.report_failure(*failure):
+            with isolate_rng(include_cuda=False), self._run.report_failure(*failure):
                 self._fit(parts)
         self._is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
         self._kept = None
@@ -202,7 +203,7 @@ class RunReference:
         for samples in kept:
             if samples.size > 0:
                 what = f"expects nothing of dataloader {samples.dataloader_idx}"
-                with self._reporter.report_failure(what, "Set `features=`."):
+                with self._run.report_failure(what, "Set `features=`."):
                     unseen[samples.dataloader_idx] = self._reader.join(module, samples)
         return _Part(known, unseen, self._fingerprints(kept))
 
@@ -247,17 +248,17 @@ class RunReference:
         if self._reader.unread:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
-            self._reporter.warn("features", message, kind="unread")
+            self._run.warn("features", message, kind="unread")
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
         found: dict[int, Unseen] = {}
-        differences = Differences(known, not self._reader.has_features, self._reporter)
+        differences = Differences(known, not self._reader.has_features, self._run)
         for index in sorted({index for part in parts for index in part.unseen}):
             unseen = [part.unseen[index] for part in parts if index in part.unseen]
             if None in unseen:  # which has been said where it happened
                 continue
-            with self._reporter.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+            with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                 joined = Observations.join([each for each in unseen if each is not None])
                 found[index] = self._predict(index, differences, joined)
         return found
@@ -271,7 +272,7 @@ class RunReference:
                 f"leaves out {number} {what} with nan or inf in inputs or features. If values are missing, fill them "
                 "in, with a column that says where."
             )
-            self._reporter.warn("nan", message, kind=what)
+            self._run.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
 
     def _predict(self, dataloader_idx: int, differences: Differences, unseen: Observations) -> Unseen:

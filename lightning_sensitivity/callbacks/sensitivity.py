@@ -119,7 +119,7 @@ class SensitivityMonitor(Monitor):
                     f"network learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, "
                     "or stop at a bound: `EarlyStopping(..., divergence_threshold=)`."
                 )
-                self.run.reporter.warn("stop-by-sensitivity", message, kind=kind)
+                self.run.warn("stop-by-sensitivity", message, kind=kind)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule."""
@@ -208,6 +208,6 @@ class SensitivityMonitor(Monitor):
         if estimate.num_samples < 2 and not messages:
             messages = {"failed": "there is no value, which needs at least two samples."}
         for entry, message in messages.items():
-            self.run.reporter.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if not self.per_output and estimate.num_samples > 0:
-            self.run.reporter.note_outputs(may_be_probabilities(extremes))
+            self.run.note_outputs(may_be_probabilities(extremes))

@@ -2,20 +2,17 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeAlias
 
 from lightning.pytorch import Trainer
 
 from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, LOGITS, callbacks_that_monitor
-from lightning_sensitivity.callbacks.history import Row
-from lightning_sensitivity.callbacks.predicted import Verdict, is_same
+from lightning_sensitivity.callbacks.record import Row, Verdict, is_same
+
+Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
 
 _SAID = 0.05  # share of labels that is worth a sentence
-_FACTS = (  # in the dict of a summary
-    *("monitored", "direction", "epoch", "checkpoint", "network", "reference", "chosen_by", "num_labels"),
-    *("is_tied", "is_improving", "num_validations", "num_gaps"),
-)
 _ENDED = 0.01  # of the first learning rate
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
@@ -37,166 +34,13 @@ class Curve(NamedTuple):
     is_highest: bool
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is known at the end of a fit.
-
-    Attributes:
-        monitored: The logged name that chose.
-        curve: What it stands for.
-        best: The row of the best epoch; empty if none was chosen.
-        checkpoint: The file of that epoch, if one was saved.
-        is_tied: Whether no epoch was chosen since all values are equal.
-        is_improving: Whether more epochs are likely to be better.
-        num_validations: How many validations there were.
-        num_gaps: How many of them have no value.
-        verdict: What is known of the reference; None without one.
-        doubts: What makes the numbers doubtful.
-    """
-
-    monitored: str
-    curve: Curve
-    best: Row
-    checkpoint: str
-    is_tied: bool
-    is_improving: bool
-    num_validations: int
-    num_gaps: int
-    verdict: Verdict | None
-    doubts: tuple[str, ...]
-
-    @property
-    def epoch(self) -> int | None:
-        """The best epoch; None if none was chosen."""
-        return self.best.get("epoch")
-
-    @property
-    def network(self) -> float | None:
-        """What the network is expected to reach there."""
-        return self.best.get(self.curve.value)
-
-    @property
-    def reference(self) -> float | None:
-        """What the reference by itself is expected to reach on the same samples."""
-        return self.best.get(f"reference_{self.curve.value}")
-
-    @property
-    def num_labels(self) -> int:
-        """How many validation labels judged it."""
-        return int(self.best.get("num_labels", 0))
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether a reference judged it."""
-        return self.best.get("reference") is not None
-
-    @property
-    def direction(self) -> str:
-        """Where the value is best."""
-        return "highest" if self.curve.is_highest else "lowest"
-
-    @property
-    def chosen_by(self) -> str:
-        """What chose the epoch."""
-        names = ["reference"] * self.has_reference + ["labels"] * (self.num_labels > 0)
-        return " and ".join(names) or "nothing"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return numbers, names and flags, as ``json`` takes them: None for what is not known."""
-        facts = {name: getattr(self, name) for name in _FACTS} | {"doubts": [*self.doubts]}
-        expected = {name: value for name, value in self.best.items() if EXPECTED in name}
-        known = {"learner": None, "is_trusted": False} if self.verdict is None else asdict(self.verdict)
-        return {name: _known(value) for name, value in {**facts, **expected, **known}.items()}
-
-    def line(self) -> str:
-        """Say it in sentences."""
-        return " ".join(filter(None, [*self._choice(), self._unexplained(), self._longer()]))
-
-    def _choice(self) -> list[str]:
-        """Say which epoch was chosen, and by what, or why none was."""
-        if self.is_tied:
-            return [f"All values of `{self.monitored}` are equal, so that no epoch was chosen."]
-        if not self.best:
-            return [self._why_nothing()]
-        doubts = [_DOUBTS[each] for each in self.doubts]
-        return [self._best(), self._what_chose(), *doubts, self._rival(), self._blind(), self._gaps()]
-
-    def _best(self) -> str:
-        """Say which epoch and file."""
-        file = f", in the checkpoint {self.checkpoint}" if self.checkpoint else ""
-        return f"`{self.monitored}` was {self.direction} at epoch {self.epoch}{file}."
-
-    def _what_chose(self) -> str:
-        """Say what chose."""
-        labels = f"{self.num_labels} validation labels"
-        if not self.has_reference:
-            return f"{labels} chose."
-        if self.verdict is None:
-            return "The reference of an earlier part of this fit chose."
-        learner = self.verdict.learner
-        name = _LEARNERS.get(learner, learner).format(self.verdict.features)
-        both = f"{labels} and the" if self.num_labels else "The"
-        return f"{both} reference ({name}, {self.verdict.num_training:,} training labels) chose."
-
-    def _why_nothing(self) -> str:
-        """Say why nothing was expected."""
-        none = f"`{self.monitored}` has no value to choose by"
-        if self.verdict is None:
-            return f"{none}: the reference is missing{BLIND}"
-        if self.verdict.is_trusted:
-            return f"{none}: no validation after the reference gave one."
-        if self.verdict.majority == 1:
-            return f"{none}: the reference has seen labels of only one class{BLIND}"
-        better = f"{max(0.0, self.verdict.skill):.0%} better than chance"
-        reason = f"sees too little of the inputs (on labels that it has not seen, it is {better})"
-        return f"{none}: the reference {reason}{BLIND}"
-
-    def _rival(self) -> str:
-        """Compare what is expected of the network and of the reference, on the same samples."""
-        if self.network is None or self.reference is None:
-            return ""
-        gain = self.reference - self.network if self.curve.is_highest else self.network - self.reference
-        advice = ": consider it, or the mean of both" if gain >= 0 and not self.doubts else ""
-        name = self.curve.value.removeprefix(EXPECTED)
-        what = _WORDS.get(name, f"`{name}` =")
-        reached = f"{what} {self.network:.3g}, the reference by itself {self.reference:.3g}"
-        return f"There the network is expected to reach {reached}{advice}."
-
-    def _blind(self) -> str:
-        """Name the labels that the reference can't tell, if there are several."""
-        if self.verdict is None or not self.verdict.blind_labels:
-            return ""
-        names = ", ".join(map(str, self.verdict.blind_labels))
-        return f"The reference can't tell these labels, which means by default leave out: {names}."
-
-    def _gaps(self) -> str:
-        """Say how many validations have no value."""
-        if self.num_gaps == 0:
-            return ""
-        return f"There is no value for {self.num_gaps} of {self.num_validations} validations."
-
-    def _longer(self) -> str:
-        """Say if more epochs are likely to be better."""
-        return "It was still improving: train for longer." if self.is_improving and not self.doubts else ""
-
-    def _unexplained(self) -> str:
-        """Say how many labels can't be explained, if that is worth a sentence."""
-        share = 0.0 if self.verdict is None else self.verdict.unexplained
-        if math.isnan(share) or share < _SAID:
-            return ""
-        return (
-            f"About {share:.0%} of the training labels can't be explained: they are wrong, or not to be known from the "
-            "inputs."
-        )
-
-
 def summarize(
     trainer: Trainer,
     curves: Mapping[str, Curve],
     history: Sequence[Row],
     verdict: Verdict | None,
     doubts: Iterable[str] = (),
-) -> Summary:
+) -> tuple[Summary, str]:
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
@@ -206,24 +50,36 @@ def summarize(
         history: A row for each validation and loader.
         verdict: What is known of the reference of this fit; None without one.
         doubts: What makes the network's values doubtful.
+
+    Returns:
+        The summary, and the same in sentences.
     """
     name = _name_that_chooses(trainer, curves, history)
     curve = curves[name]
     rows, finite, found = _rows_of(curve, history)
     best = _best_row(found, curve)
+    num_labels = int(best.get("num_labels", 0))
+    chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
     knows_answer = verdict is not None and verdict.knows_too_much
-    return Summary(
-        monitored=name,
-        curve=curve,
-        best=best,
-        checkpoint=_checkpoint_of(trainer, name, best.get(curve.value)),
-        is_tied=bool(found) and not best,
-        is_improving=len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
-        num_validations=len(rows),
-        num_gaps=len(rows) - len(finite),
-        verdict=verdict,
-        doubts=(*doubts, ANSWER) if knows_answer else (*doubts,),
-    )
+    summary = {
+        "monitored": name,
+        "direction": "highest" if curve.is_highest else "lowest",
+        "epoch": best.get("epoch"),
+        "checkpoint": _checkpoint_of(trainer, name, best.get(curve.value)),
+        "network": best.get(curve.value),
+        "reference": best.get(f"reference_{curve.value}"),
+        "chosen_by": " and ".join(chosen_by) or "nothing",
+        "num_labels": num_labels,
+        "is_tied": bool(found) and not best,
+        "is_improving": len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
+        "num_validations": len(rows),
+        "num_gaps": len(rows) - len(finite),
+        "doubts": [*doubts, *[ANSWER] * knows_answer],
+        **{each: value for each, value in best.items() if EXPECTED in each},
+        **({"learner": None, "is_trusted": False} if verdict is None else asdict(verdict)),
+    }
+    known = {each: None if isinstance(value, float) and math.isnan(value) else value for each, value in summary.items()}
+    return known, _line(known, curve.value.removeprefix(EXPECTED))
 
 
 def _name_that_chooses(trainer: Trainer, curves: Mapping[str, Curve], history: Sequence[Row]) -> str:
@@ -266,6 +122,72 @@ def _has_ended(trainer: Trainer) -> bool:
     return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
-def _known(value: Any) -> Any:
-    """Return a value, and None for nan."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+# The last line
+
+
+def _line(s: Summary, value: str) -> str:
+    """Say a summary in sentences."""
+    sentences = []
+    if s["is_tied"]:
+        sentences.append(f"All values of `{s['monitored']}` are equal, so that no epoch was chosen.")
+    elif s["epoch"] is None:
+        sentences.append(_why_nothing(s))
+    else:
+        file = f", in the checkpoint {s['checkpoint']}" if s["checkpoint"] else ""
+        sentences.append(f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.")
+        sentences.append(_what_chose(s))
+        sentences += [_DOUBTS[each] for each in s["doubts"]]
+        sentences.append(_rival(s, value))
+        if s.get("blind_labels"):
+            names = ", ".join(map(str, s["blind_labels"]))
+            sentences.append(f"The reference can't tell these labels, which means by default leave out: {names}.")
+        if s["num_gaps"] > 0:
+            sentences.append(f"There is no value for {s['num_gaps']} of {s['num_validations']} validations.")
+    if (s.get("unexplained") or 0.0) >= _SAID:
+        sentences.append(
+            f"About {s['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
+            "known from the inputs."
+        )
+    if s["is_improving"] and not s["doubts"]:
+        sentences.append("It was still improving: train for longer.")
+    return " ".join(filter(None, sentences))
+
+
+def _what_chose(s: Summary) -> str:
+    """Say what chose the epoch."""
+    labels = f"{s['num_labels']} validation labels"
+    if "reference" not in s["chosen_by"]:
+        return f"{labels} chose."
+    if s["learner"] is None:
+        return "The reference of an earlier part of this fit chose."
+    learner: str = s["learner"]
+    name = _LEARNERS.get(learner, learner).format(s["features"])
+    both = f"{labels} and the" if s["num_labels"] else "The"
+    return f"{both} reference ({name}, {s['num_training']:,} training labels) chose."
+
+
+def _why_nothing(s: Summary) -> str:
+    """Say why nothing was expected."""
+    none = f"`{s['monitored']}` has no value to choose by"
+    if s["learner"] is None:
+        return f"{none}: the reference is missing{BLIND}"
+    if s["is_trusted"]:
+        return f"{none}: no validation after the reference gave one."
+    if s["majority"] == 1:
+        return f"{none}: the reference has seen labels of only one class{BLIND}"
+    better = f"{max(0.0, s['skill']):.0%} better than chance"
+    return (
+        f"{none}: the reference sees too little of the inputs (on labels that it has not seen, it is {better}){BLIND}"
+    )
+
+
+def _rival(s: Summary, value: str) -> str:
+    """Compare what is expected of the network and of the reference, on the same samples."""
+    if s["network"] is None or s["reference"] is None:
+        return ""
+    gain = s["reference"] - s["network"]
+    is_better = (gain if s["direction"] == "highest" else -gain) >= 0
+    advice = ": consider it, or the mean of both" if is_better and not s["doubts"] else ""
+    what = _WORDS.get(value, f"`{value}` =")
+    reached = f"{what} {s['network']:.3g}, the reference by itself {s['reference']:.3g}"
+    return f"There the network is expected to reach {reached}{advice}."

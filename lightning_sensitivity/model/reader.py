@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import in_floats
-from lightning_sensitivity.messages import Refused, Selector, check_argument, check_selectors, describe, refuse_on_error
+from lightning_sensitivity.messages import (
+    Refused,
+    Selector,
+    check_argument,
+    check_selectors,
+    describe,
+    describe_error,
+    refuse_on_error,
+)
 from lightning_sensitivity.model.answers import find_answer
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall, select_outputs
@@ -18,7 +26,6 @@ from lightning_sensitivity.model.entries import place_of
 from lightning_sensitivity.model.inputs import InputReader
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
-from lightning_sensitivity.model.odd_labels import advised, ignoring, without_odd
 from lightning_sensitivity.model.targets import has_targets, select_targets
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
@@ -46,7 +53,6 @@ class BatchReader:
         function: The function ``call``, if there is one.
         has_features: Whether the user says what a reference sees.
         has_groups: Whether samples have groups.
-        odd: What to write to ignore labels that are none of the task, as keys.
 
     Raises:
         MisconfigurationException: If a selector is no function; in its methods, if a batch can't be read so.
@@ -81,7 +87,6 @@ class BatchReader:
         self.has_groups = groups is not None
         self.task = task
         self._input_reader = InputReader()
-        self.odd: dict[str, None] = {}
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -96,7 +101,6 @@ class BatchReader:
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
         self._input_reader = InputReader()
-        self.odd = {}
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -116,17 +120,13 @@ class BatchReader:
         """Return whether it is clear where the labels of a batch would be."""
         return self._targets is not None or has_targets(model, batch)
 
-    def labels(
-        self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None, has_begun: bool = False
-    ) -> Tensor:
+    def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
         Args:
             model: The model.
             batch: The batch.
             output_shape: The shape of the outputs for a sample; None if it is not known yet.
-            has_begun: Whether labels of earlier batches did fit, so that those that are none of the task, such as
-                another ``ignore_index``, leave out their samples alone.
 
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
@@ -139,16 +139,11 @@ class BatchReader:
         labels = found.detach().to("cpu", copy=True)
         if output_shape is None:
             return labels
-        num_columns = self.task.num_columns(output_shape)
-        if has_begun:
-            labels, values = without_odd(labels, self.task, num_columns)
-            self.odd.update({ignoring(value, place_of(batch, found), found.dtype): None for value in values})
-        with refuse_on_error("`targets` should fit the outputs", "task"):
-            try:
-                self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
-            except ValueError as error:
-                text = advised(str(error), labels, self.task, num_columns, place_of(batch, found))
-                raise ValueError(text) from error
+        try:
+            self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+        except Exception as error:
+            reason = describe_error(error).replace("batch[1]", place_of(batch, found))
+            raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
     def check_seen(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
@@ -177,7 +172,7 @@ class BatchReader:
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
-        labels = self.labels(model, batch, output_shape, has_begun=True)
+        labels = self.labels(model, batch, output_shape)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]
         check_count(labels, kept.size)
@@ -310,7 +305,7 @@ class BatchReader:
         if kept.plan.num_to_read == 0:
             return
         call = self.call(model, batch)
-        labels = self.labels(model, batch, output_shape, has_begun=True)
+        labels = self.labels(model, batch, output_shape)
         check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
         chosen = kept.plan.choose(len(labelled))

@@ -333,7 +333,7 @@ def test_class_shares_hold_for_all_predictions_and_no_other_accuracy_is_compared
 
 def test_labels_that_do_not_fit_and_batches_without_any_are_said_and_cost_no_run() -> None:
     for labels, match in (
-        (CORRECT[:50] + 7, "leaves out samples whose label is no class"),
+        (CORRECT[:50] + 7, "treats some validation batches as unlabelled"),
         (SOME * 0 - 100, "found no label"),
     ):
         monitor, val = quick_risk(validation_labels=True), batches_of(HOLDOUT, labels)

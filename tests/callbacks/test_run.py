@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_sensitivity import RiskMonitor, SensitivityMonitor, compat
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from tests.helpers import Classifier, Linear, fitted, loader, quick_risk, refused, said, trainer
 
@@ -124,9 +124,3 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")
     assert b"val/expected_loss" in events.read_bytes()
-
-
-def test_beside_an_older_pytorch_lightning_callbacks_are_those_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = pytest.importorskip("pytorch_lightning")
-    monkeypatch.setattr(compat, "RequirementCache", lambda requirement: requirement == "pytorch_lightning<2.5.3")
-    assert issubclass(compat.callback_class(), other.Callback) and issubclass(compat.callback_class(), Callback)

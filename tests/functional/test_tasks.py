@@ -21,7 +21,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
     "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*set `task='multilabel'`"),
     "bools": ("multiclass", LOGITS, BITS.bool(), "Expected class indices .* torch.bool"),
-    "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2$"),
+    "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2. If 2 means"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
     "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),
     "several outputs": ("binary", LOGITS, BITS, r"Expected one output.*shape \(6, 3\).*leave `task` out"),
@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "two columns of bits": ("binary", SINGLE, MULTI_HOT[:, :2], "one label per output.*Leave `task` out"),
     "two classes at once": ("binary", SINGLE, MULTI_HOT[:, :2].float(), "sum to 1"),
     "a target for some outputs": ("regression", LOGITS, SINGLE, r"one target per output.*\(6, 3\).*\(6, 1\)"),
-    "a number for a label": ("multilabel", LOGITS, 2.0 * MULTI_HOT, "labels from 0 to 1, .* got 0 to 2$"),
+    "a number for a label": ("multilabel", LOGITS, 2.0 * MULTI_HOT, "labels from 0 to 1, .* got 0 to 2. If 2 means"),
     "indices for labels": ("multilabel", LOGITS, CLASSES, "one label per output.*Leave `task` out"),
     "an infinite target": ("regression", SINGLE, SINGLE / 0, "finite targets"),
 }

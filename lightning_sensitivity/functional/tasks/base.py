@@ -16,6 +16,14 @@ from lightning_sensitivity.functional.tensors import (
 )
 
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
+NUM_DRAWS = 20  # of labels for each sample
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+def quantiles(num_samples: int) -> Tensor:
+    """Return evenly spaced quantiles, which begin at an offset of their own for each sample, ``(20, N)``."""
+    offsets = torch.arange(1, num_samples + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
+    return (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS
 
 
 class TaskBase:
@@ -73,10 +81,6 @@ class TaskBase:
 
     def check_learnable(self, labels: Tensor) -> None:
         """Raise ValueError if there is nothing to learn of labels."""
-
-    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
-        """Return which labels are none of this task, of any shape, such as another ``ignore_index``."""
-        return torch.zeros_like(targets, dtype=torch.bool)
 
     def has_label(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N,)``."""

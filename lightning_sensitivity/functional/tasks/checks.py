@@ -16,19 +16,16 @@ def are_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def are_outside(targets: Tensor) -> Tensor:
-    """Return which labels are neither from 0 to 1, nor unknown, of any shape."""
-    return ((targets < 0) | (targets > 1)) & ~are_ignored(targets)
-
-
 def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
     """Raise ValueError unless there is a label from 0 to 1 for each output, or -100."""
     check_sizes(outputs, targets, "label", advice)
     is_valid = (targets >= 0) & (targets <= 1)
-    if not bool((is_valid | are_ignored(targets)).all()):
+    is_valid |= are_ignored(targets)
+    if not bool(is_valid.all()):
         lowest, highest = float(targets.min()), float(targets.max())
         has_two = lowest == -1 and bool((targets != 0).all())
-        mapping = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`" if has_two else ""
+        to_zero = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`"
+        mapping = to_zero if has_two else _ignoring(targets, ~is_valid)
         expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
         raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 
@@ -56,11 +53,25 @@ def check_indices(outputs: Tensor, targets: Tensor) -> None:
     if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
         raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
     targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
-    if not bool((((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)).all()):
+    is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
+    if not bool(is_valid.all()):
+        begins_at_1 = ". If classes begin at 1, set `targets=lambda batch: batch[1] - 1`"
+        is_one_too_high = int(targets.max()) == num_classes and bool((targets != 0).all())
         raise ValueError(
             f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
             f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
+            f"{begins_at_1 if is_one_too_high else _ignoring(targets, ~is_valid)}"
         )
+
+
+def _ignoring(targets: Tensor, is_odd: Tensor) -> str:
+    """Say what to write to ignore the labels that do not fit, if they all have one value."""
+    values = torch.unique(targets[is_odd]).tolist()
+    if len(values) != 1:
+        return ""
+    labels = "batch[1]" if targets.is_floating_point() else "batch[1].long()"
+    how = f"`targets=lambda batch: {labels}.where(batch[1] != {values[0]:g}, {IGNORED})`"
+    return f". If {values[0]:g} means that there is none, set {how}"
 
 
 def describe_both(outputs: Tensor, targets: Tensor) -> str:

@@ -8,20 +8,18 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase
+from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase, quantiles
 from lightning_sensitivity.functional.tasks.checks import (
     BY_CLASS,
     IGNORED,
     MULTILABEL,
     are_ignored,
-    are_outside,
     check_indices,
     check_probabilities,
     check_soft_labels,
     describe_both,
     without_single_output,
 )
-from lightning_sensitivity.functional.tasks.draws import quantiles
 from lightning_sensitivity.functional.tasks.metrics import MeanAUROC
 from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
@@ -48,12 +46,6 @@ class Multiclass(TaskBase):
             check_soft_labels(outputs, without_ones(targets))
         else:
             check_indices(outputs, without_single_output(without_ones(targets)))
-
-    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
-        """Return which class indices are not from 0 to C - 1, and do not say that there is none."""
-        if targets.is_floating_point():
-            return super().is_odd(targets, num_columns)
-        return ((targets < 0) | (targets >= num_columns)) & ~are_ignored(targets)
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
@@ -190,10 +182,6 @@ class Binary(Multiclass):
         if y.shape[1] == 1:
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
         return super().label_matrix(y)
-
-    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
-        """Return which labels are not from 0 to 1, and do not say that there is none."""
-        return are_outside(targets)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return logits of class 1."""

@@ -8,15 +8,13 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import Metric
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase
+from lightning_sensitivity.functional.tasks.base import FLOOR, NUM_DRAWS, TaskBase, quantiles
 from lightning_sensitivity.functional.tasks.checks import (
     BY_CLASS,
     IGNORED,
     are_ignored,
-    are_outside,
     check_probabilities,
 )
-from lightning_sensitivity.functional.tasks.draws import NUM_DRAWS, quantiles
 from lightning_sensitivity.functional.tasks.metrics import KnownAccuracy, KnownAUROC
 from lightning_sensitivity.functional.tensors import may_be_probabilities
 
@@ -36,10 +34,6 @@ class Multilabel(TaskBase):
         """Raise ValueError if outputs and labels do not fit the task."""
         known = targets.nan_to_num(float(IGNORED)) if targets.is_floating_point() else targets
         check_probabilities(outputs, known, BY_CLASS)
-
-    def is_odd(self, targets: Tensor, num_columns: int) -> Tensor:
-        """Return which labels are not from 0 to 1, and not unknown."""
-        return are_outside(targets)
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which labels are known, ``(N, L)``."""
