@@ -21,7 +21,7 @@ from lightning_sensitivity.messages import (
     say_unused,
 )
 from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.model.isolation import isolated, isolated_with
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.groups import count_groups, known_share, stderr_of_mean
@@ -268,8 +268,8 @@ class _Judge(NamedTuple):
         """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""
         if self.loss is None:
             return answers.weights * self.task.worth(outputs, answers.y, answers.draws).nan_to_num()
-        with refuse_on_error("`loss` fails", "comparing-models"):
-            found = losses(self.loss, outputs, answers.draws, self.task, like)
+        with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(self.model, self.loss) as run:
+            found = run(losses, self.loss, outputs, answers.draws, self.task, like)
         expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
         check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
         return answers.weights * found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()

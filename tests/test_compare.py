@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.linear_model import LinearRegression
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
@@ -77,6 +77,16 @@ def test_models_are_ranked_by_the_mean_probability_of_the_class_that_each_choose
         assert found(rows) == named(chances(three(), estimator=estimator).mean(1))
     assert [row.rank for row in rows.values()] == [1, 2, 3]
     assert list(found(rows).values()) == sorted(found(rows).values(), reverse=True)
+
+
+def test_a_loss_may_write_to_what_it_gets() -> None:
+    def writing(outputs: Tensor, y: Tensor) -> Tensor:
+        values = cross_entropy(outputs, y, reduction="none")
+        outputs.zero_(), y.zero_()
+        return values
+
+    plain = compare(loss=lambda outputs, y: cross_entropy(outputs, y, reduction="none"))
+    assert found(compare(loss=writing)) == found(plain)
 
 
 def test_differences_to_the_first_are_paired_by_sample() -> None:

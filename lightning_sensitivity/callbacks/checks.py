@@ -19,6 +19,7 @@ from lightning_sensitivity.functional.tensors import (
     without_ones,
 )
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
+from lightning_sensitivity.model.isolation import isolated, isolated_with
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 BLIND = (  # ends what is said of a reference
@@ -29,6 +30,8 @@ BLIND = (  # ends what is said of a reference
 LOGITS = "`outputs=lambda p: p.logit(1e-6)` after a sigmoid, `outputs=lambda p: p.log()` after a softmax"
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
+_REPEATED = 1e-5  # difference of a loss that is called again
+_STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -183,43 +186,93 @@ def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str,
 
 
 def try_values(
-    metrics: Mapping[str, Metric], loss: Loss | None, outputs: Tensor, labels: Tensor, task: Task, num_columns: int
-) -> None:
+    module: LightningModule,
+    metrics: Mapping[str, Metric],
+    loss: Loss | None,
+    outputs: Tensor,
+    labels: Tensor,
+    task: Task,
+    num_columns: int,
+) -> bool:
     """Refuse a metric or a loss that fails on the labelled samples of a training batch, or gives no number of these.
 
     Args:
+        module: The model, of which they may be parts.
         metrics: The metrics by name.
         loss: The loss of the user; None for that of the task.
         outputs: Outputs ``(N, ...)``.
         labels: Their labels, as `targets` returns them.
         task: The task.
         num_columns: C.
+
+    Returns:
+        Whether outputs may be predictions of labels; not if the loss shows that they are, say, logarithms of rates.
     """
     counts = task.has_label(labels)
     if not bool(counts.any()):
-        return
-    y = task.hard_labels(task.label_matrix(labels, num_columns)[counts])
+        return True
+    x, y = in_32_bits(outputs)[counts], labels[counts]
+    with isolated(module) as run:
+        run(_try_metrics, metrics, x.cpu(), task.label_matrix(y, num_columns), task)
+    if loss is None:
+        return True
+    y = task.filled(in_32_bits(y).to(x.device))
+    tried = []
+    for _ in range(2):  # with the same random numbers
+        with isolated_with(module, loss) as run:
+            tried.append(run(_try_loss, loss, x, y))
+    if not math.isclose(*tried, rel_tol=_REPEATED, abs_tol=_REPEATED):
+        raise Refused(
+            f"`loss` gives {tried[0]:.6g}, and {tried[1]:.6g} when it is called again on the same batch, with the same "
+            "random numbers: it keeps something that is not restored. Let it be an `nn.Module` that keeps it in "
+            "buffers, or pass a copy that keeps nothing.",
+            entry="loss",
+        )
+    if not task.has_any_outputs(loss) or x.shape[1:].numel() != y.shape[1:].numel():
+        return True  # shapes tell
+    with isolated_with(module, loss) as run:
+        return run(_is_lowest_at, loss, y.reshape(x.shape).to(x), y)
+
+
+def _try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, task: Task) -> None:
+    """Refuse a metric that fails, or does not return one number."""
+    p, y = task.predictions(task.output_matrix(outputs)), task.hard_labels(labels)
     for name, metric in metrics.items():
         with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
-            p = task.predictions(task.output_matrix(outputs.cpu())[counts])
             value = metric_value(metric, p, torch.stack([y, y]), task)  # a few need two samples
             is_number = isinstance(value, Tensor) and value.numel() == 1
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
-    if loss is not None:
-        x = in_32_bits(outputs)[counts]
-        _try_loss(loss, x, task.filled(in_32_bits(labels).to(x.device)[counts]))
 
 
-def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
-    """Refuse a loss that is no mean over samples."""
+def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
+    """Refuse a loss that is no mean over samples, and return its value."""
     got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
-        once, twice = (float(torch.as_tensor(loss(x.clone(), y)).double().mean()) for x, y in pairs)
+        once, twice = (_mean_loss(loss, *pair) for pair in pairs)
     check_argument("loss", once, math.isfinite(once), f"finite for {got}")
     if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
         values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"
         raise Refused(f"`loss` should be a mean over samples, or a number for each, got {values}.", entry="loss")
+    return once
+
+
+def _mean_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
+    """Compute a loss, which may write to what it gets."""
+    value = loss(outputs.clone(), labels.clone())
+    is_one = not isinstance(value, list | tuple)
+    check_argument("loss", value, is_one, "a function that returns one tensor, such as `lambda f, y: loss(f, y)[0]`")
+    return float(torch.as_tensor(value).double().mean())
+
+
+def _is_lowest_at(loss: Loss, outputs: Tensor, labels: Tensor) -> bool:
+    """Return whether a loss is finite at some outputs, and not lower where all are somewhat less or more."""
+    step = _STEP * (float(outputs.nan_to_num().std(correction=0)) or 1.0)
+    try:
+        lowest, *others = (_mean_loss(loss, outputs + shift, labels) for shift in (0.0, -step, step))
+    except Exception:  # such as of an exponential
+        return False
+    return math.isfinite(lowest) and not any(other < lowest - _REPEATED * step for other in others)
 
 
 def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:

@@ -32,6 +32,7 @@ class Expectation:
         outputs: Outputs of any samples, whose shape and type those of all processes have.
         labels: Labels of any samples, in the form that the loss takes.
         run: Says what is doubtful.
+        are_predictions: Whether outputs are what a reference predicts, and not, say, logarithms of rates.
 
     Attributes:
         metrics: The metrics by name.
@@ -39,7 +40,14 @@ class Expectation:
     """
 
     def __init__(
-        self, task: Task, loss: Loss | None, metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, run: Run
+        self,
+        task: Task,
+        loss: Loss | None,
+        metrics: Mapping[str, Metric],
+        outputs: Tensor,
+        labels: Tensor,
+        run: Run,
+        are_predictions: bool = True,
     ) -> None:
         self._task = task
         self._loss = loss
@@ -47,6 +55,7 @@ class Expectation:
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._run = run
+        self._are_predictions = are_predictions
         self._is_worse_than_constant = False  # has been said
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
@@ -102,7 +111,7 @@ class Expectation:
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
-        own = self._task.outputs_of(unseen.q, outputs.shape[1:])
+        own = self._task.outputs_of(unseen.q, outputs.shape[1:]) if self._are_predictions else None
         if own is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
@@ -159,13 +168,14 @@ class Expectation:
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
-        if bool(is_finite.any()):
+        if dataloader_idx == 0 and bool(is_finite.any()):  # once in a validation
             self._run.note_outputs(self._task.may_be_probabilities(outputs[is_finite]))
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
             self._run.warn("nan", message, kind=str(dataloader_idx))
-        if dataloader_idx == 0 and unseen is not None and self._task.may_be_scaled:
+        may_be_scaled = self._task.may_be_scaled and self._are_predictions
+        if dataloader_idx == 0 and unseen is not None and may_be_scaled:
             rows = is_finite[unseen.indices]
             self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])
 

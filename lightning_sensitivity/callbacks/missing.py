@@ -33,6 +33,10 @@ class MissingValues:
         """Remember the values of a loader, but for nan and inf."""
         self._last |= {(name, dataloader_idx): value for name, value in values.items() if math.isfinite(value)}
 
+    def resume(self, num_incomplete: int) -> None:
+        """Go on after as many validations that lacked a value, in an earlier part of a fit."""
+        self._num_incomplete = num_incomplete
+
     def add(self, trainer: Trainer, logged_name: str, name: str, dataloader_idx: int, is_highest: bool) -> None:
         """Note that a value is missing; it is best where it is highest or lowest."""
         value = self._last.get((name, dataloader_idx))

@@ -43,7 +43,7 @@ from lightning_sensitivity.messages import (
     say_unused,
 )
 from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import RunIsolated, isolated
+from lightning_sensitivity.model.isolation import RunIsolated, isolated, isolated_with
 from lightning_sensitivity.model.kept import KeptSamples
 from lightning_sensitivity.model.reader import BatchReader, check_count
 
@@ -222,6 +222,8 @@ class RiskMonitor(Monitor):
         for row in history:
             known = {name: value for name, value in row.items() if name in self.names and value is not None}
             self.run.missing.remember(row["dataloader_idx"], known)
+        lacking = [row for row in history if not row.keys() >= {*self.names}]
+        self.run.missing.resume(len({(row["epoch"], row["step"]) for row in lacking}))
 
     @property
     def state_key(self) -> str:
@@ -305,9 +307,8 @@ class RiskMonitor(Monitor):
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)
         self.metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
-        with isolated(module) as run:
-            run(try_values, self.metrics, self.loss, outputs, labels, self.task, num_columns)
-        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run)
+        may_predict = try_values(module, self.metrics, self.loss, outputs, labels, self.task, num_columns)
+        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run, may_predict)
         self._reference = RunReference(
             self.task, self.reader, self._estimator, self._class_shares, self.run, shape, is_local, self._saved
         )
@@ -391,7 +392,9 @@ class RiskMonitor(Monitor):
             self.run.warn("labels", message, kind="none")
         unseen = self._reference.unseen.get(dataloader_idx)
         self._expectation.warn_of(dataloader_idx, outputs, unseen)
-        with isolated(trainer.lightning_module) as run:  # losses and metrics may be parts of it, or draw numbers
+        with isolated_with(
+            trainer.lightning_module, self.loss
+        ) as run:  # losses and metrics may be parts of it, or draw numbers
             values: Values = run(self._expectation.values, outputs, labels, unseen)
             if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
                 self._of_reference[dataloader_idx] = {}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.differences import Differences
@@ -17,6 +16,7 @@ from lightning_sensitivity.callbacks.record import Predicted, Unseen, Verdict
 from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.model.isolation import same_streams
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
@@ -186,7 +186,7 @@ class RunReference:
         is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
-            with isolate_rng(include_cuda=False), self._run.report_failure(*failure):
+            with same_streams(), self._run.report_failure(*failure):
                 self._fit(parts)
         self._is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
         self._kept = None

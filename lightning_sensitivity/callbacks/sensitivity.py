@@ -209,5 +209,5 @@ class SensitivityMonitor(Monitor):
             messages = {"failed": "there is no value, which needs at least two samples."}
         for entry, message in messages.items():
             self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if not self.per_output and estimate.num_samples > 0:
+        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
             self.run.note_outputs(may_be_probabilities(extremes))

@@ -83,7 +83,9 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
     return rules.losses(outputs, y, draws).double().nanmean()
 
 
-def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass") -> Tensor:
+def expected_metric(
+    metric: Metric, logits: Numbers, q: Numbers, task: str = "multiclass", residuals: Numbers = None
+) -> Tensor:
     """Compute the value of a metric to expect, if labels are drawn from the predictions of a reference.
 
     Args:
@@ -92,6 +94,7 @@ def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "mu
         q: Predictions of the same samples by a reference: probabilities ``(N, C)``, also those of class 1,
             ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``.
         task: The task.
+        residuals: As for :func:`expected_loss`.
 
     Returns:
         The value, a scalar tensor.
@@ -108,7 +111,7 @@ def expected_metric(metric: Metric, logits: Numbers, q: Numbers, task: str = "mu
         tensor(0.8500)
     """
     rules, logits, q = _of_same_samples(task, logits, q)
-    return metric_value(metric, rules.predictions(logits), draw_labels(q, task), rules)
+    return metric_value(metric, rules.predictions(logits), draw_labels(q, task, residuals), rules)
 
 
 def _of_same_samples(task: str, outputs: Numbers, q: Numbers) -> tuple[Task, Tensor, Tensor]:
@@ -151,5 +154,5 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
         like: Labels in the form and on the device that the loss takes, of any number.
     """
     outputs = outputs.to(like.device)
-    values = [torch.as_tensor(loss(outputs.clone(), task.as_labels(each, like))) for each in draws]  # it may write
-    return torch.stack(values).detach().double().cpu()
+    pairs = ((outputs.clone(), task.as_labels(each, like).clone()) for each in draws)  # it may write to both
+    return torch.stack([torch.as_tensor(loss(*pair)) for pair in pairs]).detach().double().cpu()

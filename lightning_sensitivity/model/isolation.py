@@ -52,9 +52,9 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     """
     if any(map(is_lazy, model.parameters())):
         raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if _has_scripts(model):
         raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
-    state, of_python, of_numpy = _State(model), random.getstate(), np.random.get_state()
+    state = _State(model)
 
     def run(function: Callable[..., T], *args: object) -> T:
         with torch.random.fork_rng(state.devices, device_type="cuda"):
@@ -67,12 +67,46 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
         return result
 
     try:
-        with torch.random.fork_rng(state.devices, device_type="cuda"), torch.no_grad(), compat.eager():
+        with (
+            same_streams(),
+            torch.random.fork_rng(state.devices, device_type="cuda"),
+            torch.no_grad(),
+            compat.eager(),
+        ):
             yield run
     finally:
         state.restore()  # a run whose own `restore` was interrupted
+
+
+def _has_scripts(model: nn.Module) -> bool:
+    """Return whether a part of a model is scripted, whose attributes can't be put back."""
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+
+
+@contextmanager
+def same_streams() -> Iterator[None]:
+    """Put the random streams of torch on the CPU, NumPy and Python back, also after Ctrl-C."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+@contextmanager
+def isolated_with(model: nn.Module, function: object) -> Iterator[RunIsolated]:
+    """Yield what :func:`isolated` does, and put back a function of the user, too, if it is a module or of one.
+
+    Args:
+        model: The module.
+        function: A function, such as a loss.
+    """
+    owner = getattr(function, "__self__", function)
+    module = owner if isinstance(owner, nn.Module) and not _has_scripts(owner) else nn.Identity()
+    with isolated(model) as run, isolated(module) as run_function:
+        yield lambda call, *args: run(run_function, call, *args)
 
 
 class _State:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -30,13 +31,25 @@ def group_numbers(groups: Array) -> Tensor:
     names = names.ravel()
     if names.dtype.kind in "biu":
         return torch.from_numpy(names.astype(np.int64))
+    if names.dtype.kind in "mM" and np.isnat(names).any():
+        raise ValueError(_UNKNOWN)
     return _of_floats(names.astype(np.float64)) if names.dtype.kind == "f" else _of_strings(names)
 
 
 def _check_known(groups: Array) -> None:
     """Raise ValueError if some names are missing, which would become a group of their own."""
-    if any(name is None or (isinstance(name, float) and math.isnan(name)) for name in groups):
+    if any(map(_is_missing, groups)):
         raise ValueError(_UNKNOWN)
+
+
+def _is_missing(name: object) -> bool:
+    """Return whether a name is None, nan, or what pandas and NumPy have in its place, which equals nothing."""
+    with suppress(ValueError, RuntimeError):  # of an array
+        try:
+            return name is None or bool(name != name)
+        except TypeError:  # of `pandas.NA`
+            return True
+    return False
 
 
 def _of_floats(numbers: Array) -> Tensor:

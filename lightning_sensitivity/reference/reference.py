@@ -1,6 +1,7 @@
 """A reference: the best small model of the training labels, which never sees the network."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -119,19 +120,21 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
-        labels, self.classes_ = read_labels(y, task)
+        labels, classes = read_labels(y, task)
         samples = Observations(seen, labels, None if groups is None else group_numbers(groups))
         _check_sizes(samples)
-        indices, known = choose_different(samples, len(self.classes_), task)
+        indices, known = choose_different(samples, len(classes), task)
         if len(known) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
         known.seen = shrunk(known.seen)
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(known, task)
+        self.classes_ = classes
         self._describe(learner, indices[chosen], task)
         self.__dict__.pop("feature_names_in_", None)
-        if hasattr(x, "columns"):
-            self.feature_names_in_ = np.array(list(x.columns), dtype=object)
+        frame: Any = x.get("columns") if isinstance(x, Mapping) else x
+        if hasattr(frame, "columns"):
+            self.feature_names_in_ = np.array(list(frame.columns), dtype=object)
         return self
 
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:

@@ -1,19 +1,29 @@
 """A loss of the user's own is expected on labels that are drawn, as a plain loop computes it."""
 
 import math
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, gaussian_nll_loss, huber_loss, one_hot, softplus
+from torch.nn.functional import (
+    cross_entropy,
+    gaussian_nll_loss,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    one_hot,
+    poisson_nll_loss,
+    softplus,
+)
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reference.observations import projection
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, NOISY, Plain, X, batches_of, fit
-from tests.helpers import fitted_and_said, logged, quick_risk, refused, unlabelled_loader
+from tests.helpers import fitted, fitted_and_said, logged, quick_risk, refused, unlabelled_loader
 
 QUANTILES, TARGETS = torch.tensor([0.1, 0.5, 0.9]), X[:, 0] + X[:, 1].sin()
 
@@ -53,11 +63,14 @@ def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
     assert ("reference_expected_loss" in monitor.history[0]) == (task == "multiclass" or num_outputs == 1)
 
 
+CALLS = count()
 REFUSED: dict[str, tuple[Any, str]] = {
     "a sum": (lambda o, y: cross_entropy(o, y, reduction="sum"), "should be a mean over samples"),
     "nan": (lambda o, y: o.sum() * math.nan, "should be finite"),
     "an error": (lambda o, y: cross_entropy(o, y.float()), r"`loss` fails on outputs \(16, 4\) and labels \(16,\)"),
     "no function": (3, "`loss` should be a function"),
+    "a loss and more": (lambda o, y: (cross_entropy(o, y), o.sum()), "a function that returns one tensor, .*, got"),
+    "a count of its calls": (lambda o, y: cross_entropy(o, y) + 1e-3 * next(CALLS), "when it is called again"),
 }
 
 
@@ -69,6 +82,39 @@ def test_it_is_refused_before_the_first_step(name: str) -> None:
             quick_risk(loss=loss)
         return
     refused([quick_risk(loss=loss)], Plain(), batches_of(X, CORRECT), unlabelled_loader(), match=match)
+
+
+class Balanced(nn.Module):
+    """Class weights from the labels of the last batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shares", torch.ones(4).double() / 4)
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        if self.training:
+            self.shares.mul_(0.9).add_(0.1 * torch.bincount(y, minlength=4) / len(y))
+        return cross_entropy(outputs, y, 1 / self.shares)
+
+
+@pytest.mark.parametrize("take", [lambda loss: loss, lambda loss: loss.forward])
+def test_a_loss_that_keeps_something_beside_the_network_is_left_as_it_was(take: Any) -> None:
+    found = []
+    for has_monitor in (False, True):
+        loss = Balanced()
+        model = Plain(loss=lambda *args, loss=loss: loss(*args))
+        fitted([quick_risk(loss=take(loss))] * has_monitor, model, batches_of(X, NOISY), unlabelled_loader(seed=1))
+        found.append([*model.state_dict().values(), loss.shares])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("loss", "is_told"), [(poisson_nll_loss, False), (mse_loss, True), (l1_loss, True)])
+def test_of_logarithms_of_rates_a_reference_of_rates_has_no_loss_and_raises_no_doubt(loss: Any, is_told: bool) -> None:
+    rates = (3 * X[:, 0] + X[:, 1]).double().exp()
+    monitor, model = quick_risk("regression", loss=loss), Plain(1, loss)
+    _, texts = fitted_and_said(monitor, model, batches_of(X, rates[:, None]), unlabelled_loader(seed=1), max_epochs=4)
+    assert ["reference_expected_loss" in row for row in monitor.history] == [is_told] * 4
+    assert is_told or texts == monitor.summary["doubts"] == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

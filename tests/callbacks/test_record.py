@@ -144,6 +144,16 @@ def test_a_fit_that_is_resumed_at_an_end_of_an_epoch_uses_up_no_patience(tmp_pat
     assert part(4, ckpt_path=path).current_epoch == 4
 
 
+def test_a_fit_that_broke_before_its_first_value_uses_up_no_patience(tmp_path: Path) -> None:
+    def part(**options: Any) -> Trainer:
+        stopping = cb.EarlyStopping(LOSS, patience=4)
+        return fit(Still(), quick_risk(), stopping, train=MANY, val_check_interval=1, **options)
+
+    with pytest.warns(UserWarning, match="logged nothing: the run ended before a validation that follows a whole"):
+        part(max_steps=8).save_checkpoint(path := tmp_path / "early.ckpt")
+    assert part(max_epochs=2, ckpt_path=path).current_epoch == 2
+
+
 def test_other_validation_samples_are_said_and_others_get_the_last_value_until_there_is_a_new_reference(
     tmp_path: Path,
 ) -> None:

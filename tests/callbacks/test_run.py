@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,11 +13,24 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
-from tests.helpers import Classifier, Linear, fitted, loader, quick_risk, refused, said, trainer
+from lightning_sensitivity.compat import random_streams
+from tests.helpers import (
+    Classifier,
+    Linear,
+    Quiet,
+    fitted,
+    loader,
+    quick_risk,
+    refused,
+    said,
+    trainer,
+    unlabelled_loader,
+)
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 
@@ -56,6 +70,20 @@ def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     assert "log" not in vars(model) and "predict_step" not in vars(model)
     assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     assert all(monitor.run.samples == [] for monitor in monitors)
+
+
+def test_ctrl_c_in_the_reference_leaves_random_streams_as_they_were() -> None:
+    seen = list[Any]()
+
+    class Stopped(GaussianNB):
+        def fit(self, x: Any, y: Any) -> Any:
+            seen.append(random_streams())
+            np.random.rand(7), torch.rand(7)
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fitted(quick_risk(reference=Stopped()), Quiet(), val=unlabelled_loader(), num_sanity_val_steps=0)
+    assert len(seen) == 1 and random_streams() == seen[0]
 
 
 # What is checked before a run

@@ -276,7 +276,8 @@ def test_outputs_that_leave_0_to_1_in_one_validation_are_no_probabilities() -> N
             return super().forward(x) - (0.0 if self.training or self.current_epoch != 1 else 0.5)
 
     for kind in (SensitivityMonitor, lambda: quick_risk("binary")):
-        assert said(kind(), Cosines(), of(X, (X[:, 0] < 0.5).float()), max_epochs=4) == []
+        for val in (VAL, [VAL] * 3):  # of which each has samples of its own
+            assert said(kind(), Cosines(), of(X, (X[:, 0] < 0.5).float()), val, max_epochs=4) == []
 
 
 def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference() -> None:

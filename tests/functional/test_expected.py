@@ -116,6 +116,9 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     outputs, q = sample("regression", 60)
     found = expected_metric(MeanSquaredError(), outputs, q, "regression")
     assert found == pytest.approx(float((outputs - q).square().mean()), rel=1e-5)
+    errors = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])
+    loss = expected_loss(outputs, q, "regression", errors)
+    assert expected_metric(MeanSquaredError(), outputs, q, "regression", errors) == pytest.approx(float(loss), rel=1e-5)
     single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression")
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
 

@@ -45,6 +45,11 @@ def test_numbers_of_strings_and_fractions_depend_on_no_process_and_no_other_samp
     ([1.0, math.nan], "some are None, nan or inf"),
     (["a", None], "some are None"),
     (np.array(["a", math.nan], dtype=object), "some are None"),
+    (["a", pd.NA], "some are None"),
+    (np.array(["a", np.float32("nan")], dtype=object), "some are None"),
+    (pd.Series(["a", None], dtype="string"), "some are None"),
+    (pd.Series(pd.to_datetime(["2020-01-01", None])), "some are None"),
+    ([pd.Timestamp("2020-01-01"), pd.NaT], "some are None"),
     (torch.zeros(3, 2), r"one a sample, but got shape \(3, 2\)"),
     (3, r"one a sample, but got shape \(\)"),
 ])  # fmt: skip

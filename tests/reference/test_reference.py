@@ -153,6 +153,8 @@ def test_a_data_frame_is_put_in_order_and_names_are_remembered(names: list[Any])
     with pytest.raises(ValueError, match="Columns of `x` are missing: 'b', 'flag'"):
         found.predict(frame[["a", "c", names[-1]]])
     assert not hasattr(found.fit(frame.to_numpy(float), NAMES), "feature_names_in_")
+    both, others = ({"columns": each, "tokens": SPECIES[:, None]} for each in (frame, frame[frame.columns[::-1]]))
+    np.testing.assert_array_equal(found.fit(both, NAMES).predict_proba(others), found.predict_proba(both))
 
 
 @pytest.mark.parametrize("what", [*INPUTS, "words", "numbers beside texts", "an estimator"])
@@ -437,6 +439,16 @@ def test_what_it_can_not_learn_from_is_refused_by_name(what: str) -> None:
     message, (x, y, *task) = BAD[what]
     with pytest.raises((ValueError, TypeError), match=message):
         Reference(*task).fit(x, y)
+
+
+def test_a_fit_that_fails_leaves_it_as_it_was() -> None:
+    new, old = Reference(), Reference(estimator=GaussianNB()).fit(IRIS, NAMES)
+    for each in (new, old):
+        with pytest.raises(ValueError, match="Expected 4 or more different samples"):
+            each.fit(IRIS[:3], ["no", "yes", "no"])
+    with pytest.raises(NotFittedError):
+        new.predict(IRIS)
+    assert {*old.predict(IRIS)} == {*NAMES}
 
 
 @pytest.mark.parametrize("x", [X.to_sparse(), csr_matrix(X.numpy())])
