@@ -240,7 +240,7 @@ class _Judge(NamedTuple):
                 raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
         weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
         draws = self._draw(fitted, q, outputs[0].shape[1:].numel())
-        judged = [_Answers(weights, self.task.told(q, fitted.blind_labels_), draws)]
+        judged = [_Answers(weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws)]
         if with_labels:
             judged.append(self._labels(draws, q.shape[1], fitted.blind_labels_))
         total = torch.stack([answers.weights for answers in judged]).sum(0).mean()
@@ -258,11 +258,13 @@ class _Judge(NamedTuple):
             labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
         y = self.task.label_matrix(labels, num_columns)
         hard = self.task.hard_labels(y)[None]
-        y = self.task.told(y, blind)
+        y = y.index_fill(1, torch.as_tensor(blind, dtype=torch.long), torch.nan)
         known, has_label = self.task.known(y).double().mean(1), self.task.has_label(y)
         num_labels = int(has_label.sum())
         number = count_groups(None if self.groups is None else self.groups[has_label], num_labels)
-        return _Answers(known * (number / max(1, num_labels)), y, self.task.completed(hard, draws))
+        if bool(hard.isnan().any()):
+            hard = hard.where(~hard.isnan(), draws.to(hard))
+        return _Answers(known * (number / max(1, num_labels)), y, hard)
 
     def _values(self, outputs: Tensor, answers: _Answers, like: Tensor) -> Tensor:
         """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""

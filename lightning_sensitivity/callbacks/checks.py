@@ -213,10 +213,11 @@ def try_values(
         return True
     x, y = in_32_bits(outputs)[counts], labels[counts]
     with isolated(module) as run:
-        run(_try_metrics, metrics, x.cpu(), task.label_matrix(y, num_columns), task)
+        matrix = task.label_matrix(y, num_columns)
+        run(_try_metrics, metrics, x.cpu(), matrix, task)
     if loss is None:
         return True
-    y = task.filled(in_32_bits(y).to(x.device))
+    y = task.as_labels(task.hard_labels(matrix).nan_to_num(), in_32_bits(y).to(x.device))
     tried = []
     for _ in range(2):  # with the same random numbers
         with isolated_with(module, loss) as run:

@@ -103,10 +103,11 @@ class Expectation:
     def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
         """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
         drawn = self._task.hard_labels(labels)[None]
-        if unseen is None or bool(self._task.are_known(drawn).all()):
+        if unseen is None or not bool(drawn.isnan().any()):
             return drawn
         drawn = drawn.repeat(len(unseen.draws), *[1] * (drawn.ndim - 1))
-        drawn[:, unseen.indices] = self._task.completed(drawn[:, unseen.indices], unseen.draws.to(drawn.dtype))
+        known = drawn[:, unseen.indices]
+        drawn[:, unseen.indices] = known.where(~known.isnan(), unseen.draws.to(known))
         return drawn
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
@@ -138,9 +139,8 @@ class Expectation:
         found: Values = {"loss": float(self._losses(outputs, y, draws).nanmean())}
         if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
-            known = self._task.masked(draws, y)
             for name, metric in self.metrics.items():
-                labels = known if isinstance(metric, OfKnownLabels) else draws
+                labels = draws.where(~y.isnan(), math.nan) if isinstance(metric, OfKnownLabels) else draws
                 found[name] = float(metric_value(metric, p, labels, self._task))
         if self._loss is not None and not math.isfinite(found["loss"]):
             self._run.warn("loss", f"gets {found['loss']} from `loss`, and logs no `{EXPECTED}loss` then.")
@@ -150,7 +150,7 @@ class Expectation:
         """Compute the loss of the task, or that of the user, which needs samples of which all labels are known."""
         if self._loss is None:
             return self._task.losses(outputs, y, draws).double()
-        whole = self._task.are_whole(draws)
+        whole = ~draws.isnan().transpose(0, 1).flatten(1).any(1)
         return losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
 
     def _are_finite(self, outputs: Tensor) -> Tensor:

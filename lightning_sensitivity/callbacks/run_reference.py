@@ -288,7 +288,7 @@ class RunReference:
         differences.say(dataloader_idx, new)
         errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
         draws = draw_labels(q, self._task.name, errors)
-        q = self._task.told(q.float(), self.fitted.blind_labels_)
+        q = q.float().index_fill(1, torch.from_numpy(self.fitted.blind_labels_), math.nan)
         return Unseen(indices, q, draws, self.fitted.score_, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:

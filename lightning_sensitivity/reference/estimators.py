@@ -55,15 +55,14 @@ def _fit_by_columns(
     model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
 ) -> tuple[ByColumns, Array]:
     """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    is_known = task.are_known(torch.from_numpy(labels)).numpy()
-    y = np.where(is_known, labels, np.nan)
-    found, left_out = ByColumns(column_means(y)), np.full_like(y, np.nan)
-    for column, known in enumerate(is_known.T):
+    found, left_out = ByColumns(column_means(labels)), np.full_like(labels, np.nan)
+    for column, known in enumerate(~np.isnan(labels.T)):
         samples = known.nonzero()[0]
-        own, own_folds = labels[samples, column], within(folds, samples, len(y))
-        number = FOLDS
-        if task.estimator_type == "classifier":  # of a class that occurs once, no fold could know anything
-            number = min(FOLDS, np.unique(own, return_counts=True)[1].min(initial=FOLDS))
+        own, own_folds, number = labels[samples, column], within(folds, samples, len(labels)), FOLDS
+        if task.estimator_type == "classifier":
+            own = own.astype(int)
+            counts = np.unique(own, return_counts=True)[1]
+            number = min(FOLDS, counts.min(initial=FOLDS))  # of a class that occurs once, no fold could know anything
         if len(samples) >= FEWEST and number > 1 and have_several(own, own_folds):
             one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
             left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]

@@ -44,7 +44,8 @@ def measure_quality(learner: Learner, task: Task) -> Quality:
     """Measure the left-out predictions of a learner; of all labels, if it can tell none of several."""
     p, y = learner.left_out, learner.labels
     blind = _blind_labels(p, y, task) if task.is_by_column else []
-    y = task.told(y, blind if len(blind) < y.shape[1] else [])
+    if len(blind) < y.shape[1]:
+        y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
     questions = zip(task.classifications(p, y), task.classifications(learner.unsmoothed, y), strict=True)

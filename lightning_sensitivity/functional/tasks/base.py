@@ -90,33 +90,6 @@ class TaskBase:
         """Return which labels count, by column of their matrix; a column for all where they count together."""
         raise NotImplementedError
 
-    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
-        """Return drawn labels with a mark in place of those that are unknown among labels ``(N, C)``."""
-        return draws
-
-    def told(self, y: Tensor, blind: Sequence[int]) -> Tensor:
-        """Return labels ``(N, C)`` as if those of some columns were unknown, which a reference can't tell."""
-        y = y.clone()
-        y[:, list(blind)] = math.nan
-        return y
-
-    def are_whole(self, draws: Tensor) -> Tensor:
-        """Return for which samples all labels ``(R, N, ...)`` are known, as a loss of a user needs them, ``(N,)``."""
-        return self.are_known(draws).transpose(0, 1).flatten(1).all(1)
-
-    def completed(self, draws: Tensor, others: Tensor) -> Tensor:
-        """Return drawn labels with others, ``(R, N, ...)``, in place of those that are unknown."""
-        is_unknown = ~self.are_known(draws)
-        return others.where(is_unknown, draws) if bool(is_unknown.any()) else draws
-
-    def are_known(self, draws: Tensor) -> Tensor:
-        """Return which of labels that were drawn are known, of the same shape."""
-        return torch.ones_like(draws, dtype=torch.bool)
-
-    def filled(self, labels: Tensor) -> Tensor:
-        """Return labels in the form of a user, with a number in place of those that are unknown."""
-        return labels
-
     def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
         """Return predicted and true labels, arrays, as scikit-learn compares them."""
         return predicted, labels

@@ -63,20 +63,8 @@ class Multilabel(TaskBase):
     # Labels as they are drawn
 
     def hard_labels(self, p: Tensor) -> Tensor:
-        """Return yes and no as 1 and 0, ``(N, L)``, and -100 where a label is unknown."""
-        return (p > 0.5).long().where(~p.isnan(), IGNORED)
-
-    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
-        """Return drawn labels with -100 in place of those that are unknown."""
-        return draws.where(~y.isnan(), IGNORED)
-
-    def are_known(self, draws: Tensor) -> Tensor:
-        """Return which of labels that were drawn are known, ``(R, N, L)``."""
-        return draws != IGNORED
-
-    def filled(self, labels: Tensor) -> Tensor:
-        """Return labels in the form of a user, 0 where they are unknown, as a loss can take them."""
-        return labels.where(self.known(labels).reshape(labels.shape), 0)
+        """Return yes and no as 1 and 0, ``(N, L)``, and nan where a label is unknown."""
+        return (p > 0.5).to(p).where(~p.isnan(), torch.nan)
 
     def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
         """Draw each label by its probability, ``(20, N, L)``; those of a sample are independent."""
@@ -92,7 +80,7 @@ class Multilabel(TaskBase):
 
     def answers(self, p: Tensor, classes: Any) -> Any:
         """Return what a user wants to know of predictions ``(N, L)``: 1 for yes and 0 for no, an array."""
-        return self.hard_labels(p).numpy()
+        return (p > 0.5).long().numpy()
 
     def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
         """Return predicted and true labels, arrays, of all that are known, one after the other."""
@@ -109,7 +97,7 @@ class Multilabel(TaskBase):
         """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
         if getattr(metric, "ignore_index", 0) is None:
             metric.ignore_index = IGNORED
-        return p, drawn.where(drawn != IGNORED, getattr(metric, "ignore_index", IGNORED))
+        return p, drawn.nan_to_num(getattr(metric, "ignore_index", IGNORED)).long()
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether some label ``(R, N, L)`` is both yes and no, so that metrics say something."""

@@ -73,7 +73,7 @@ class Regression(TaskBase):
 
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute squared errors, the mean over drawn targets ``(R, N, C)``, ``(N, C)``; nan of what is unknown."""
-        return (self.output_matrix(outputs) - self.masked(draws, y)).square().double().mean(0)
+        return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double().mean(0)
 
     def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the squared error of each sample, ``(N,)``."""
@@ -86,18 +86,6 @@ class Regression(TaskBase):
     def hard_labels(self, p: Tensor) -> Tensor:
         """Return predictions or labels ``(N, C)``, which are numbers that may be drawn."""
         return p
-
-    def masked(self, draws: Tensor, y: Tensor) -> Tensor:
-        """Return drawn targets with nan in place of those that are unknown."""
-        return draws.where(~y.isnan(), torch.nan)
-
-    def are_known(self, draws: Tensor) -> Tensor:
-        """Return which of targets that were drawn are known, ``(R, N, C)``."""
-        return ~draws.isnan()
-
-    def filled(self, labels: Tensor) -> Tensor:
-        """Return targets in the form of a user, 0 where they are unknown, as a loss can take them."""
-        return labels.nan_to_num(0.0)
 
     def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
         """Add errors ``(20, C)`` or ``(20, N, C)`` to predictions ``(N, C)``; without any there is one draw."""
