@@ -1,7 +1,7 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
 from typing import Any, NamedTuple
 
@@ -25,8 +25,7 @@ from lightning_sensitivity.model.isolation import isolated, isolated_with
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
 from lightning_sensitivity.reference.groups import count_groups, known_share, stderr_of_mean
-from lightning_sensitivity.reference.kinds import join_seen
-from lightning_sensitivity.reference.observations import projection, repeated_share
+from lightning_sensitivity.reference.observations import Observations, projection, repeated_share
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
 
@@ -134,7 +133,8 @@ def compare_models(
         >>> [model.name for model in compare_models(models, [x[200:]], training=train_loader)]
         ['good', 'random']
     """
-    check_argument("models", models, _are_models(models), "a dict of names and modules, two or more")
+    are_models = isinstance(models, Mapping) and all(isinstance(model, nn.Module) for model in models.values())
+    check_argument("models", models, are_models and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
@@ -144,37 +144,36 @@ def compare_models(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )
     has_any_outputs = rules.has_any_outputs(loss)
-    found = _outputs(models, batches, reader, has_any_outputs)
-    _check_inputs(models, batches[0], reader)
-    first = next(iter(models.values()))
-    shape = None if has_any_outputs else tuple(without_ones(found[0]).shape[1:])
-    judge = _Judge(first, shape, batches, _groups(first, batches, reader), reader, rules, loss)
-    values = judge.values(found, training, reference, validation_labels)
-    return _rank(dict(zip(models, values, strict=True)), rules.is_highest_best and loss is None, judge.groups)
-
-
-def _are_models(models: object) -> bool:
-    if not isinstance(models, Mapping) or len(models) < 2:
-        return False
-    return all(isinstance(model, nn.Module) for model in models.values())
-
-
-def _check_inputs(models: Mapping[str, nn.Module], batch: object, reader: BatchReader) -> None:
-    """Refuse models that get different inputs, unless a function says what the reference sees."""
-    calls = {name: reader.call(model, move_batch(model, batch)) for name, model in models.items()}
-    names = {name: (*call.inputs(),) if call.by_name else len(call.inputs()) for name, call in calls.items()}
-    if not reader.has_features and len({*names.values()}) > 1:
-        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
-
-
-def _outputs(
-    models: Mapping[str, nn.Module], batches: Sequence[object], reader: BatchReader, has_any_outputs: bool
-) -> list[Tensor]:
-    """Compute the outputs of each model for all batches, on the CPU."""
     found = {name: _run(name, model, batches, reader, has_any_outputs) for name, model in models.items()}
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-    return [*found.values()]
+    calls = {name: reader.call(model, move_batch(model, batches[0])) for name, model in models.items()}
+    names = {name: (*each.inputs(),) if each.by_name else len(each.inputs()) for name, each in calls.items()}
+    if not reader.has_features and len({*names.values()}) > 1:
+        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
+    first = next(iter(models.values()))
+    shape = None if has_any_outputs else tuple(without_ones(next(iter(found.values()))).shape[1:])
+    new = _observe(first, batches, reader)
+    with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
+        fitted, like = _fit(first, training, reader, shape, reference, new)
+        q = torch.from_numpy(fitted.predict_matrix(new.seen))
+        may_choose = fitted.may_choose(reader.sees_all)
+        if not may_choose and not validation_labels:
+            skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
+            raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
+    is_other = shape is None and next(iter(shapes.values()))[1:] != q.shape[1:]  # such as quantiles
+    draws = draw_labels(q, task, fitted.residuals_near(q) if is_other else fitted.residuals_)
+    blind = torch.from_numpy(fitted.blind_labels_)
+    weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
+    answers = [_Answers(weights, q.index_fill(1, blind, torch.nan), draws)]
+    if validation_labels:
+        answers.append(_by_labels(first, batches, reader, shape, draws, blind, new.groups))
+    total = torch.stack([each.weights for each in answers]).sum(0).mean()
+    values = {}
+    for name, outputs_of_model in found.items():
+        parts = [_worth(outputs_of_model, each, reader.task, loss, first, like) for each in answers]
+        values[name] = torch.stack(parts).sum(0) / total
+    return _rank(values, rules.is_highest_best and loss is None, new.groups)
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, has_any_outputs: bool) -> Tensor:
@@ -194,15 +193,58 @@ def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchRe
     return outputs
 
 
-def _groups(model: nn.Module, batches: Sequence[object], reader: BatchReader) -> Tensor | None:
-    """Return the number of the group of each sample, ``(N,)``; None without groups."""
-    if not reader.has_groups:
-        return None
+def _observe(model: nn.Module, batches: Sequence[object], reader: BatchReader) -> Observations:
+    """Return what the reference sees of the samples of all batches, and their groups."""
     found = []
     for batch in batches:
         moved = move_batch(model, batch)
-        found.append(reader.groups(model, moved, reader.size(model, reader.call(model, moved))))
-    return torch.cat([each for each in found if each is not None])
+        call = reader.call(model, moved)
+        size = reader.size(model, call)
+        seen, groups = reader.see(model, moved, call, size), reader.groups(model, moved, size)
+        found.append(Observations(seen, torch.zeros(size, 0), groups))
+    return Observations.join(found)
+
+
+def _fit(
+    model: nn.Module,
+    training: Iterable[object],
+    reader: BatchReader,
+    shape: tuple[int, ...] | None,
+    estimator: object,
+    new: Observations,
+) -> tuple[Any, Tensor]:
+    """Fit a reference to training samples, and return it, and the form of labels; warn if new samples are not new."""
+    from lightning_sensitivity.reference import Reference
+
+    num_columns = 1 if shape is None else reader.task.num_columns(shape)
+    kept, like = reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
+    for index, batch in enumerate(training):
+        moved = move_batch(model, batch)
+        like = reader.labels(model, moved, shape)
+        if index == 0:
+            if doubt := reader.task.doubt(like):
+                raise Refused(doubt, entry="task")
+            reader.check_seen(model, moved, reader.call(model, moved), like)
+        reader.keep_observations(kept, model, moved, shape)
+    known = kept.joined()
+    fitted = Reference(reader.task.name, estimator).fit(known.seen, known.labels, known.groups)
+    repeated = repeated_share(projection(new.seen), projection(known.seen))
+    of_known_groups = known_share(new.groups, known.groups)
+    doubts = {"outputs": say_unused(list(fitted.shares_), fitted.num_samples_)}
+    if repeated:
+        doubts["repeated"] = (
+            f"finds that {repeated:.0%} of the samples of `dataloader` are training samples, whose labels the models "
+            "know: take others."
+        )
+    if of_known_groups:
+        doubts["groups"] = (
+            f"finds that {of_known_groups:.0%} of the samples of `dataloader` are of groups in `training`: the "
+            "comparison holds for these groups alone."
+        )
+    for entry, doubt in doubts.items():
+        if doubt:
+            warnings.warn(f"`compare_models` {doubt}{link_to(entry)}", stacklevel=3)
+    return fitted, like[:0]
 
 
 class _Answers(NamedTuple):
@@ -213,108 +255,39 @@ class _Answers(NamedTuple):
     draws: Tensor  # the same as one or more labels a sample, ``(R, N, ...)``
 
 
-class _Judge(NamedTuple):
-    """What tells the worth of outputs for batches, which are read as for a model."""
+def _by_labels(
+    model: nn.Module,
+    batches: Sequence[object],
+    reader: BatchReader,
+    shape: tuple[int, ...] | None,
+    draws: Tensor,
+    blind: Tensor,
+    groups: Tensor | None,
+) -> _Answers:
+    """Return the validation labels, completed by drawn ones; those of one group count as one."""
+    with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+        labels = torch.cat([reader.labels(model, move_batch(model, batch), shape) for batch in batches])
+    task, num_columns = reader.task, 1 if shape is None else reader.task.num_columns(shape)
+    y = task.label_matrix(labels, num_columns)
+    drawn = task.hard_labels(y)[None]
+    if bool(drawn.isnan().any()):
+        drawn = drawn.where(~drawn.isnan(), draws.to(drawn))
+    y = y.index_fill(1, blind, torch.nan)
+    known, has_label = task.known(y).double().mean(1), task.has_label(y)
+    num_labels = int(has_label.sum())
+    number = count_groups(None if groups is None else groups[has_label], num_labels)
+    return _Answers(known * (number / max(1, num_labels)), y, drawn)
 
-    model: nn.Module
-    shape: tuple[int, ...] | None  # of outputs for a sample; None if a loss takes any
-    batches: Sequence[object]
-    groups: Tensor | None  # the number of the group of each sample
-    reader: BatchReader
-    task: Task
-    loss: Loss | None
 
-    def _moved(self) -> Iterator[Any]:
-        """Move one batch after the other to the device of the model."""
-        return (move_batch(self.model, batch) for batch in self.batches)
-
-    def values(
-        self, outputs: Sequence[Tensor], training: Iterable[object], estimator: object, with_labels: bool
-    ) -> list[Tensor]:
-        """Return what the outputs ``(N, ...)`` of each model are worth, ``(N,)``, by a reference, and by labels."""
-        with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
-            fitted, q, like = self._fit(training, estimator)
-            may_choose = fitted.may_choose(self.reader.sees_all)
-            if not may_choose and not with_labels:
-                skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
-                raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
-        draws = self._draw(fitted, q, outputs[0].shape[1:].numel())
-        judged = [_Answers(weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws)]
-        if with_labels:
-            judged.append(self._labels(draws, q.shape[1], fitted.blind_labels_))
-        total = torch.stack([answers.weights for answers in judged]).sum(0).mean()
-        found = [[self._values(each, answers, like) for answers in judged] for each in outputs]
-        return [torch.stack(parts).sum(0) / total for parts in found]
-
-    def _draw(self, fitted: Any, q: Tensor, num_outputs: int) -> Tensor:
-        """Draw labels; those of other outputs than numbers, such as quantiles, with the errors near a prediction."""
-        is_local = self.shape is None and num_outputs != q.shape[1]
-        return draw_labels(q, self.task.name, fitted.residuals_near(q) if is_local else fitted.residuals_)
-
-    def _labels(self, draws: Tensor, num_columns: int, blind: Sequence[int]) -> _Answers:
-        """Return the validation labels, completed by drawn ones; those of one group count as one."""
-        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            labels = torch.cat([self.reader.labels(self.model, batch, self.shape) for batch in self._moved()])
-        y = self.task.label_matrix(labels, num_columns)
-        hard = self.task.hard_labels(y)[None]
-        y = y.index_fill(1, torch.as_tensor(blind, dtype=torch.long), torch.nan)
-        known, has_label = self.task.known(y).double().mean(1), self.task.has_label(y)
-        num_labels = int(has_label.sum())
-        number = count_groups(None if self.groups is None else self.groups[has_label], num_labels)
-        if bool(hard.isnan().any()):
-            hard = hard.where(~hard.isnan(), draws.to(hard))
-        return _Answers(known * (number / max(1, num_labels)), y, hard)
-
-    def _values(self, outputs: Tensor, answers: _Answers, like: Tensor) -> Tensor:
-        """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""
-        if self.loss is None:
-            return answers.weights * self.task.worth(outputs, answers.y, answers.draws).nan_to_num()
-        with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(self.model, self.loss) as run:
-            found = run(losses, self.loss, outputs, answers.draws, self.task, like)
-        expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
-        check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
-        return answers.weights * found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
-
-    def _check(self, batch: object, labels: Tensor) -> None:
-        """Refuse labels of another task, or among what the reference sees."""
-        if doubt := self.task.doubt(labels):
-            raise Refused(doubt, entry="task")
-        self.reader.check_seen(self.model, batch, self.reader.call(self.model, batch), labels)
-
-    def _fit(self, training: Iterable[object], estimator: object) -> tuple[Any, Tensor, Tensor]:
-        """Fit a reference, predict validation samples, ``(N, C)``, and return the form of labels.
-
-        It warns if these are training samples.
-        """
-        from lightning_sensitivity.reference import Reference
-
-        num_columns = 1 if self.shape is None else self.task.num_columns(self.shape)
-        kept, like = self.reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
-        for index, batch in enumerate(training):
-            moved = move_batch(self.model, batch)
-            like = self.reader.labels(self.model, moved, self.shape)
-            if index == 0:
-                self._check(moved, like)
-            self.reader.keep_observations(kept, self.model, moved, self.shape)
-        known = kept.joined()
-        fitted = Reference(self.task.name, estimator).fit(known.seen, known.labels, known.groups)
-        if message := say_unused(list(fitted.shares_), fitted.num_samples_):
-            warnings.warn(f"`compare_models` {message}{link_to('outputs')}", stacklevel=4)
-        new = join_seen([self.reader.see(self.model, batch) for batch in self._moved()])
-        if share := repeated_share(projection(new), projection(known.seen)):
-            warnings.warn(
-                f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are training samples, whose "
-                f"labels the models know: take others.{link_to('repeated')}",
-                stacklevel=4,
-            )
-        if share := known_share(self.groups, known.groups):
-            warnings.warn(
-                f"`compare_models` finds that {share:.0%} of the samples of `dataloader` are of groups in `training`: "
-                f"the comparison holds for these groups alone.{link_to('groups')}",
-                stacklevel=4,
-            )
-        return fitted, torch.from_numpy(fitted.predict_matrix(new)), like[:0]
+def _worth(outputs: Tensor, answers: _Answers, task: Task, loss: Loss | None, model: nn.Module, like: Tensor) -> Tensor:
+    """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""
+    if loss is None:
+        return answers.weights * task.worth(outputs, answers.y, answers.draws).nan_to_num()
+    with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(model, loss) as run:
+        found = run(losses, loss, outputs, answers.draws, task, like)
+    expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
+    check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
+    return answers.weights * found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:

@@ -212,8 +212,8 @@ def try_values(
     if not bool(counts.any()):
         return True
     x, y = in_32_bits(outputs)[counts], labels[counts]
+    matrix = task.label_matrix(y, num_columns)
     with isolated(module) as run:
-        matrix = task.label_matrix(y, num_columns)
         run(_try_metrics, metrics, x.cpu(), matrix, task)
     if loss is None:
         return True
