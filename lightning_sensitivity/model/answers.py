@@ -30,26 +30,20 @@ def find_answer(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) ->
     y = labels[counts].double()[:, None].flatten(1)
     if len(y) < _FEWEST:
         return None
+    orders = torch.zeros(y.shape[1])  # in which labels may come, their logarithms
+    for index, column in enumerate(y.T):
+        counts_of_values = torch.unique(column, return_counts=True)[1].double()
+        if len(counts_of_values) != 2:
+            orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
     for name, value in inputs.items():
         for place, _, x in places(value, name):
-            if has_samples(x, len(counts)) and _holds(x.detach().cpu()[counts].double()[:, None].flatten(1), y):
+            if not has_samples(x, len(counts)):
+                continue
+            columns = x.detach().cpu()[counts].double()[:, None].flatten(1)
+            is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
+            if bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any()):
                 return place
     return None
-
-
-def _holds(columns: Tensor, y: Tensor) -> bool:
-    """Return whether a column of labels is one of the columns, and not by chance."""
-    is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
-    orders = torch.tensor([_log_orders(column) for column in y.T])
-    return bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any())
-
-
-def _log_orders(column: Tensor) -> float:
-    """Return the logarithm of the number of orders in which labels may come; 0 if they have two values."""
-    numbers = torch.unique(column, return_counts=True)[1].double()
-    if len(numbers) == 2:
-        return 0.0
-    return math.lgamma(len(column) + 1) - float(torch.lgamma(numbers + 1).sum())
 
 
 def _standard(columns: Tensor) -> Tensor:

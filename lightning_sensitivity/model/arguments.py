@@ -27,7 +27,9 @@ def find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tup
     """Return whether a model gets its arguments by name, and these; see :class:`ModelCall`."""
     if inputs is not None:
         return _chosen_arguments(model, inputs(clone_tensors(batch)))  # which may write to the batch
-    entries = batch._asdict() if _has_all(model, batch) else batch
+    names = required_names(model)
+    has_all = len(names) > 0 and set(names) <= {*getattr(batch, "_fields", ())}  # a named tuple
+    entries = batch._asdict() if has_all else batch
     if not isinstance(entries, Mapping):
         return False, by_position(model, split_elements(model, batch)[0] if is_sequence(batch) else (batch,))
     if takes_only_keywords(model):
@@ -78,24 +80,14 @@ def as_tuple(chosen: object) -> tuple[object, ...]:
 def split_elements(model: nn.Module, batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return the inputs, as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
     count = max(1, len(required_names(model)))
-    return (batch[0], batch[1:]) if _is_pair(batch, count) else (batch[:count], batch[count:])
-
-
-def _is_pair(batch: Sequence[Any], count: int) -> bool:
-    """Return whether a batch is ((a, b, ...), y), with several inputs, as many as are required."""
-    if len(batch) != 2 or count < 2 or not is_sequence(batch[0]) or len(batch[0]) != count:
-        return False
-    return isinstance(batch[1], Tensor) and (count > 2 or has_one_number(batch[1]))
+    may_be_pair = len(batch) == 2 and count >= 2 and is_sequence(batch[0]) and len(batch[0]) == count
+    if may_be_pair and isinstance(batch[1], Tensor) and (count > 2 or has_one_number(batch[1])):
+        return batch[0], batch[1:]
+    return batch[:count], batch[count:]
 
 
 def _kinds(model: nn.Module) -> list[object]:
     return [p.kind for p in parameters_of(model).values()]
-
-
-def _has_all(model: nn.Module, batch: object) -> bool:
-    """Return whether a named tuple has all that ``forward`` requires."""
-    names = required_names(model)
-    return bool(names) and set(names) <= {*getattr(batch, "_fields", ())}
 
 
 def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments]:
@@ -112,26 +104,23 @@ def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments
 
 
 def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
-    """Return what a ``forward`` of one argument that names no entry takes: the only tensor, or all."""
-    expected, found = _expected(model), [*beside_labels(batch).values()]
-    if expected in ("tensor", "either") and len(found) == 1 and isinstance(found[0], Tensor):
+    """Return what a ``forward`` of one argument that names no entry takes: the only tensor, or all.
+
+    Its annotation says which, if there is one.
+    """
+    required, found = required_names(model), [*beside_labels(batch).values()]
+    takes_tensor = not required and _ANY in _kinds(model)
+    takes_all = False
+    if len(required) == 1:
+        annotation = str(parameters_of(model)[required[0]].annotation)
+        is_mapping = re.search("dict|mapping", annotation, re.IGNORECASE) is not None
+        takes_tensor = not is_mapping
+        takes_all = is_mapping or ("Tensor" not in annotation and len(found) > 1)
+    if takes_tensor and len(found) == 1 and isinstance(found[0], Tensor):
         return found[0]
-    if expected == "mapping" or (expected == "either" and len(found) > 1):
+    if takes_all:
         return batch
     raise Refused(
         f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select them: "
         f"{inputs_hint(batch)}."
     )
-
-
-def _expected(model: nn.Module) -> str:
-    """Return what the only argument of ``forward`` is by its annotation: tensor, mapping, either; or nothing."""
-    required = required_names(model)
-    if not required and _ANY in _kinds(model):
-        return "tensor"
-    if len(required) != 1:
-        return "nothing"
-    annotation = str(parameters_of(model)[required[0]].annotation)
-    if re.search("dict|mapping", annotation, re.IGNORECASE):
-        return "mapping"
-    return "tensor" if "Tensor" in annotation else "either"

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -30,8 +29,6 @@ Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
 
 _BATCH = "the batch"  # the name of what such a function gets
-_AT = "Perturb the output of a submodule by `at={}`, or select an input by `inputs=`"
-_FIRST = "; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({},)`"
 
 
 class ModelCall:
@@ -74,17 +71,20 @@ class ModelCall:
         self._outputs = outputs
         self._is_chosen = inputs is not None
         self.by_name, self.arguments = find_arguments(model, batch, inputs)
-        self._place = _place_of_argument(model, batch, self.by_name)
+        self._place = "batch"  # the code that selects an argument, with a place for its name or number
+        if self.by_name:
+            self._place = "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
+        elif is_sequence(batch):
+            self._place = "batch[0][{}]" if split_elements(model, batch)[0] is batch[0] else "batch[{}]"
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
         found = {name: without_labels(value) for name, value in self.arguments.items()}
-        return {name: value for name, value in found.items() if not (self.by_name and self._is_label(name))}
-
-    def _is_label(self, name: str) -> bool:
-        """Return whether an argument is called like labels, and as labels are if ``forward`` asks for it."""
-        return name in TARGET_NAMES or (name not in parameters_of(self._model) and is_like_targets(name))
+        if not self.by_name:
+            return found
+        asked = {*parameters_of(self._model)} - {*TARGET_NAMES}  # which may be named a little like labels
+        return {name: value for name, value in found.items() if name in asked or not is_like_targets(name)}
 
     def left_out(self) -> set[str]:
         """Name the entries that :meth:`inputs` leaves out, though their names are not those that labels have."""
@@ -109,20 +109,16 @@ class ModelCall:
             call.arguments[name] = apply_to_collection(
                 call.arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
-        outputs = select_outputs(call._run(), self._outputs)
+        result = call._result()
+        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
+            result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
+        outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
             self._check_class_dimension(outputs)
         return outputs
 
     def _result(self) -> object:
         return self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
-
-    def _run(self) -> object:
-        """Run the model; a single sample gets back its dimension, which ``squeeze()`` drops."""
-        result = self._result()
-        if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
-            return result[None]
-        return result
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced samples; None for all, if these are no more than wanted, or unknown."""
@@ -163,32 +159,28 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> str:
         """Find the name of the argument to perturb, which is the first one by position."""
-        names = [*self.inputs()] if self.by_name else [*self.arguments][:1]
-        found = {name: _floating_in(name, self.arguments[name]) for name in names}
-        candidates = [name for name in names if found[name]]
-        several = [*chain(*found.values())]
-        if len(candidates) != 1 or (len(several) > 1 and not self._is_chosen):
-            raise Refused(self._what_to_perturb(several), entry="noise")
-        return candidates[0]
-
-    def _what_to_perturb(self, several: list[str]) -> str:
-        """Say that not one input can be perturbed, and how to choose."""
+        candidates, several = [], []
+        for name in self.inputs() if self.by_name else [*self.arguments][:1]:
+            value = self.arguments[name]
+            found = places(beside_labels(value) if isinstance(value, Mapping) else value, name)
+            floating = [place for place, _, x in found if is_floating(x) and not is_empty(x)]
+            candidates += [name] * (len(floating) > 0)
+            several += floating
+        has_choice = len(several) > 1 and not self._is_chosen
+        if len(candidates) == 1 and not has_choice:
+            return candidates[0]
         listed = ", ".join(map("`{}`".format, several)) or "none"
-        keys = self.arguments if self.by_name else range(len(self.arguments))
-        places = ", ".join(map(self._place.format, keys))
-        hint = _FIRST.format(places) if len(several) > 1 and not self._is_chosen else ""
-        return (
-            f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({self}). "
-            f"{self._advice()}{hint}."
-        )
-
-    def _advice(self) -> str:
-        """Say what else to perturb: the first embedding, or else the first layer with weights of its own."""
         modules = [(name, each) for name, each in original_module(self._model).named_modules() if name]
-        layers = [name for name, each in modules if any(True for _ in each.parameters(recurse=False))]
         embeddings = [name for name, each in modules if isinstance(each, nn.Embedding)]
-        names = [*embeddings, *layers]
-        return _AT.format(repr(names[0]) if names else "")
+        layers = [name for name, each in modules if any(True for _ in each.parameters(recurse=False))]
+        at = next((repr(name) for name in [*embeddings, *layers]), "")
+        selected = ", ".join(map(self._place.format, self.arguments if self.by_name else range(len(self.arguments))))
+        hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
+        raise Refused(
+            f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({self}). "
+            f"Perturb the output of a submodule by `at={at}`, or select an input by `inputs=`{hint * has_choice}.",
+            entry="noise",
+        )
 
 
 class FunctionCall(ModelCall):
@@ -231,24 +223,9 @@ class FunctionCall(ModelCall):
         return self._function(self._model, self.arguments[_BATCH])
 
 
-def _place_of_argument(model: nn.Module, batch: object, by_name: bool) -> str:
-    """Return the code that selects an argument of a batch, with a place for its name or number."""
-    if by_name:
-        return "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
-    if not is_sequence(batch):
-        return "batch"
-    return "batch[0][{}]" if split_elements(model, batch)[0] is batch[0] else "batch[{}]"
-
-
 def _names(named: Mapping[str, object]) -> set[str]:
     """Collect the names of values, and of entries of those that are mappings."""
     return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
-
-
-def _floating_in(name: str, value: object) -> list[str]:
-    """List the places of the floating tensors in an argument that are not called like labels."""
-    found = beside_labels(value) if isinstance(value, Mapping) else value
-    return [place for place, _, x in places(found, name) if is_floating(x) and not is_empty(x)]
 
 
 def _num_samples(arguments: Mapping[str, object]) -> int:
@@ -278,7 +255,11 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
         MisconfigurationException: If the selection is not a floating tensor, or is a scalar; if several
             elements of a tuple may be the outputs.
     """
-    selected = _find_outputs(result) if outputs is None else _selected_by(outputs, result)
+    if outputs is None or outputs is select_outputs:
+        selected = _find_outputs(result)
+    else:
+        with refuse_on_error(f"`outputs` failed on {describe(result)}, which `forward` returned"):
+            selected = outputs(result)
     if not is_floating(selected) or selected.ndim == 0:
         found = [place for place, _, x in places(result, "result") if is_floating(x) and x.ndim > 0]
         example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
@@ -287,13 +268,6 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
             f"from {describe(result)}, which `forward` returned{example}."
         )
     return selected
-
-
-def _selected_by(outputs: Selector, result: object) -> object:
-    if outputs is select_outputs:
-        return select_outputs(result)
-    with refuse_on_error(f"`outputs` failed on {describe(result)}, which `forward` returned"):
-        return outputs(result)
 
 
 def _find_outputs(result: object) -> object:

@@ -84,12 +84,8 @@ def _find_features(result: object, mask: object) -> object:
         return result
     hidden = result.get("last_hidden_state")
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
-        return _mean_of_tokens(hidden, mask)
+        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+            return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return hidden.mean(1)
     names = _NAMES if len(result) > 1 else tuple(result)
     return next((result[name] for name in names if name in result), None)
-
-
-def _mean_of_tokens(hidden: Tensor, mask: object) -> Tensor:
-    if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-        return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    return hidden.mean(1)

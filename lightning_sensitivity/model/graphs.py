@@ -35,24 +35,15 @@ def graph_sums(graphs: object, size: int) -> Tensor | None:
     of_node, ends = entry(graphs, "batch"), entry(graphs, "edge_index")
     if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor) or ends.shape[:1] != (2,) or of_node.ndim != 1:
         return None
-    parts = [(of_node, _OF_NODES), (of_node[ends[0]], _OF_EDGES)]
-    sums = [_summed(places, _features(graphs, names, len(places)), size) for places, names in parts]
+    sums = []
+    for graph, names in ((of_node, _OF_NODES), (of_node[ends[0]], _OF_EDGES)):
+        columns = [torch.ones(len(graph), 1)]
+        for x in (entry(graphs, name) for name in names):
+            if isinstance(x, Tensor) and len(x) == len(graph):
+                x = x.detach().cpu()
+                if not x.is_floating_point():
+                    x = one_hot(x.long().clamp(0, _MAX_CATEGORIES - 1), _MAX_CATEGORIES)
+                columns.append(x[:, None].flatten(1).float())
+        features = torch.cat(columns, 1)
+        sums.append(torch.zeros(size, features.shape[1]).index_add_(0, graph.cpu().long(), features))
     return torch.cat(sums, 1)
-
-
-def _features(graphs: object, names: tuple[str, ...], count: int) -> Tensor:
-    """Return the features of nodes or edges beside a column of ones, ``(M, D)``."""
-    found = [entry(graphs, name) for name in names]
-    columns = [_columns(x.detach().cpu()) for x in found if isinstance(x, Tensor) and len(x) == count]
-    return torch.cat([torch.ones(count, 1), *columns], 1)
-
-
-def _columns(x: Tensor) -> Tensor:
-    """Return numbers as columns, and integers as categories."""
-    if not x.is_floating_point():
-        x = one_hot(x.long().clamp(0, _MAX_CATEGORIES - 1), _MAX_CATEGORIES)
-    return x[:, None].flatten(1).float()
-
-
-def _summed(places: Tensor, features: Tensor, size: int) -> Tensor:
-    return torch.zeros(size, features.shape[1]).index_add_(0, places.cpu().long(), features)

@@ -1,7 +1,7 @@
 """What a reference sees of the inputs of a model: columns, images, signals and texts, side by side."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,24 +39,22 @@ class InputReader:
             size: N, the number of samples.
             indices: Which of them to look at; None for all.
         """
-        chosen = [(name, take(x, indices)) for name, x in self._tensors(named, size)]
+        chosen = []
+        for name, value in sum_graphs(named, size).items():
+            tensors, has_more = _readable(value, size)
+            if has_more:
+                self.unread[name] = None
+            chosen += [(name, take(x, indices)) for x in tensors]
         masks = {x.shape: x for name, x in chosen if name == _MASK}
         numbers = {x.shape for _, x in chosen if x.is_floating_point()}
-        inputs = [(name, x) for name, x in chosen if _is_data(name, x.shape in numbers)]
+        # A mask is an input only if it may say which numbers are missing.
+        inputs = [(n, x) for n, x in chosen if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
         has_numbers = not all(_are_integers(x) for _, x in inputs)
         found: dict[str, list[Tensor]] = {}
         for name, x in inputs:
             kind, values = self._read(name, x, masks.get(x.shape), has_numbers)
             found.setdefault(kind, []).append(values.cpu())
         return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}
-
-    def _tensors(self, named: Mapping[str, object], size: int) -> Iterator[tuple[str, Tensor]]:
-        """List the tensors that can be read, each with its name, and remember the names of other inputs."""
-        for name, value in sum_graphs(named, size).items():
-            tensors, has_more = _readable(value, size)
-            if has_more:
-                self.unread[name] = None
-            yield from ((name, x) for x in tensors)
 
     def _read(self, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
         """Return the kind of an input, and what is seen of it."""
@@ -67,13 +65,10 @@ class InputReader:
             return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
         if _are_integers(x) and not has_numbers:
             return "tokens", x.long()
-        return "columns", self._categories(name, x[:, None].flatten(1).cpu().long())
-
-    def _categories(self, name: str, x: Tensor) -> Tensor:
-        """Return columns of integers or flags as numbers; of names, as all large ones are, nothing is seen."""
-        if bool((x >= _MANY).any()):
+        categories = x[:, None].flatten(1).cpu().long()
+        if bool((categories >= _MANY).any()):  # names, of which nothing is seen
             self.unread[name] = None
-        return x.clamp(max=_MANY).float()
+        return "columns", categories.clamp(max=_MANY).float()
 
 
 def _readable(value: object, size: int) -> tuple[list[Tensor], bool]:
@@ -84,11 +79,6 @@ def _readable(value: object, size: int) -> tuple[list[Tensor], bool]:
     parts = [x for x in tensors if x.ndim > 0 and not is_empty(x)]
     found = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
     return found, len(found) < len(parts)
-
-
-def _is_data(name: str, is_like_numbers: bool) -> bool:
-    """Return whether an argument is an input; a mask is one only if it may say which numbers are missing."""
-    return name != _MASK and (is_like_numbers or not _NO_INPUTS.search(name))
 
 
 def _are_integers(x: Tensor) -> bool:

@@ -63,12 +63,8 @@ class KeptBatch:
         columns = [x[:, None].flatten(1) for x in tensors if has_samples(x, self.size)]
         if not columns:
             raise ValueError("No input has a row for each sample")
-        return projection({str(place): x[:, :: _step(x)] for place, x in enumerate(columns)})
-
-
-def _step(columns: Tensor) -> int:
-    """Return the distance of the columns that are compared."""
-    return max(1, math.ceil(columns.shape[1] / _MAX_COMPARED))
+        steps = [max(1, math.ceil(x.shape[1] / _MAX_COMPARED)) for x in columns]
+        return projection({str(place): x[:, :: steps[place]] for place, x in enumerate(columns)})
 
 
 def num_bytes(value: object) -> int:
@@ -252,8 +248,13 @@ class KeptObservations:
 
     def _thin_out(self) -> None:
         """Keep no more samples than are wanted."""
-        parts = [_below(self.plan.limit, *part) for part in self._parts]
-        self._parts = [(priorities, read) for priorities, read in parts if len(read)]
+        parts, self._parts = self._parts, []
+        for priorities, read in parts:
+            is_wanted = priorities < self.plan.limit
+            if bool(is_wanted.all()):
+                self._parts.append((priorities, read))
+            elif bool(is_wanted.any()):
+                self._parts.append((priorities[is_wanted], read.take(is_wanted)))
         self.size = sum(len(read) for _, read in self._parts)
 
     @property
@@ -277,9 +278,3 @@ class KeptObservations:
         joined = Observations.join([read for _, read in self._parts])
         self._parts = [(torch.cat([priorities for priorities, _ in self._parts]), joined)]  # which frees the parts
         return joined
-
-
-def _below(limit: float, priorities: Tensor, read: Observations) -> tuple[Tensor, Observations]:
-    """Return the samples with priorities below a limit."""
-    chosen = priorities < limit
-    return (priorities, read) if bool(chosen.all()) else (priorities[chosen], read.take(chosen))

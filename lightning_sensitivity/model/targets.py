@@ -1,6 +1,5 @@
 """Where the labels of a batch are: by name, or by what a ``forward`` does not take."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -46,14 +45,8 @@ def _find_targets(model: nn.Module, batch: object) -> object:
     """Find the labels by name or position; None if it is not clear where they are."""
     names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
     found = [value for value in map(partial(entry, batch), names) if isinstance(value, Tensor)]
-    if not found and is_sequence(batch):
-        return _after_inputs(model, batch)
-    return found[0] if len(found) == 1 else None
-
-
-def _after_inputs(model: nn.Module, batch: Sequence[Any]) -> object:
-    """Return what follows the inputs, if it is the last element, or the only tensor that ``forward`` can't take."""
-    rest = split_elements(model, batch)[1]
-    if len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model)):
-        return None
-    return rest[0] if rest else None
+    if found or not is_sequence(batch):
+        return found[0] if len(found) == 1 else None
+    rest = split_elements(model, batch)[1]  # what follows the inputs
+    has_choice = len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model))
+    return rest[0] if rest and not has_choice else None
