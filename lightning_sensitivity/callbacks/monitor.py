@@ -100,19 +100,15 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
-        self._check_prefix(trainer)
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        names = [name for each in monitors for name in each.prefixed_names()]
+        are_unique = len(names) == len({*names})
+        check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)
-
-    def _check_prefix(self, trainer: Trainer) -> None:
-        """Refuse two monitors that log the same names."""
-        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        names = [name for each in monitors for name in each.prefixed_names()]
-        are_unique = len(names) == len({*names})
-        check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
 
     # The first training step
 
@@ -147,7 +143,11 @@ class Monitor(Callback, ABC):
         self.run.validation = Validation.SKIPPED
         if self.is_ready(trainer) and self.should_measure(trainer):
             self.run.validation = Validation.KEEPING
-            self.run.samples = self.run.samples or self._make_samples(trainer)
+            if not self.run.samples:
+                num_loaders, world_size = compat.num_loaders(trainer), trainer.world_size
+                num_wanted = math.inf if self.num_samples is None else self.num_samples / world_size
+                max_bytes = MAX_BYTES / num_loaders / world_size
+                self.run.samples = [KeptSamples(num_wanted, index, max_bytes) for index in range(num_loaders)]
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
@@ -178,7 +178,16 @@ class Monitor(Callback, ABC):
         if trainer.sanity_checking:
             self.run.free()
             return
-        self._log_all(trainer)
+        if self.run.is_measured:
+            self.prepare(trainer)
+        self.run.missing.begin()
+        for dataloader_idx in range(self.num_loaders(trainer)):
+            values = self._compute_loader(trainer, dataloader_idx) if self.run.is_measured else {}
+            self._log_values(trainer, dataloader_idx, values)
+            if is_fitting(trainer):
+                self.remember(trainer, dataloader_idx, values)
+        if is_fitting(trainer):
+            self.run.missing.hand_out(trainer)  # to others, for what is missing
         self.run.validation = Validation.SKIPPED
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,13 +238,6 @@ class Monitor(Callback, ABC):
         suffix = f"/dataloader_idx_{dataloader_idx}" if self.num_loaders(trainer) > 1 else ""
         return self.prefix + name + suffix
 
-    def _make_samples(self, trainer: Trainer) -> list[KeptSamples]:
-        """Prepare to keep samples of each validation loader."""
-        num_loaders = compat.num_loaders(trainer)
-        num_wanted = math.inf if self.num_samples is None else self.num_samples / trainer.world_size
-        max_bytes = MAX_BYTES / num_loaders / trainer.world_size
-        return [KeptSamples(num_wanted, index, max_bytes) for index in range(num_loaders)]
-
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader without a trace."""
         self.run.validation = Validation.MEASURED
@@ -246,15 +248,14 @@ class Monitor(Callback, ABC):
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
                 self.run.warn("samples", message)
             what = f"could not measure the samples of dataloader {samples.dataloader_idx}"
-            with self.run.report_failure(what, NO_VALUE), trainer.precision_plugin.val_step_context():
-                self.run.measured[samples.dataloader_idx] = self._measure_loader(pl_module, samples)
-
-    def _measure_loader(self, pl_module: LightningModule, samples: KeptSamples) -> tuple[Tensor, ...]:
-        """Measure the samples of a loader; before the first step, check the model, too."""
-        with isolated(pl_module) as run:
-            if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
-                self.check_model(run, samples.batches[0].call.to(pl_module.device))
-            return self.measure(pl_module, run, samples)
+            with (
+                self.run.report_failure(what, NO_VALUE),
+                trainer.precision_plugin.val_step_context(),
+                isolated(pl_module) as run,
+            ):
+                if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
+                    self.check_model(run, samples.batches[0].call.to(pl_module.device))
+                self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 
     def check_model(self, run: RunIsolated, call: Any) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
@@ -270,19 +271,6 @@ class Monitor(Callback, ABC):
         self.check_outputs(outputs)
         return outputs
 
-    def _log_all(self, trainer: Trainer) -> None:
-        """Compute and log the values of each loader; in a fit, others get something for those that are missing."""
-        if self.run.is_measured:
-            self.prepare(trainer)
-        self.run.missing.begin()
-        for dataloader_idx in range(self.num_loaders(trainer)):
-            values = self._compute_loader(trainer, dataloader_idx) if self.run.is_measured else {}
-            self._log_values(trainer, dataloader_idx, values)
-            if is_fitting(trainer):
-                self.remember(trainer, dataloader_idx, values)
-        if is_fitting(trainer):
-            self.run.missing.hand_out(trainer)
-
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:
         """Gather what all processes have measured of a loader, and compute its values; none if one fails.
 
@@ -292,7 +280,12 @@ class Monitor(Callback, ABC):
         if not agree(trainer, own is not None) or own is None:
             return {}
         rows = [gather_tensors(trainer, each) for each in own]
-        self._warn_of_few_samples(trainer, dataloader_idx, len(rows[0]))
+        are_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
+        if 0 < len(rows[0]) < _FEW_SAMPLES and not are_meant:
+            message = (
+                f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
+            )
+            self.run.warn("few-samples", message, kind=str(dataloader_idx))
         values: Values | None = None
         with self.run.report_failure(f"could not compute the values of dataloader {dataloader_idx}", NO_VALUE):
             values = self.compute_values(trainer, dataloader_idx, *rows)
@@ -310,23 +303,12 @@ class Monitor(Callback, ABC):
                 self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
             else:
                 self.run.missing.remember(dataloader_idx, {name: float(values[name])})
-                self._log(trainer, name, logged_name, values[name])
-
-    def _log(self, trainer: Trainer, name: str, logged_name: str, value: Any) -> None:
-        """Log a value."""
-        with self.run.report_failure(f"could not log `{logged_name}`", NO_VALUE):
-            trainer.lightning_module.log(
-                logged_name,
-                value,
-                prog_bar=self.prog_bar and name == self.names[0],
-                sync_dist=trainer.world_size > 1,
-                add_dataloader_idx=False,
-            )
-            self.run.logged[logged_name] = float(value)
-
-    def _warn_of_few_samples(self, trainer: Trainer, dataloader_idx: int, size: int) -> None:
-        """Warn of a loader that has few samples in all processes."""
-        is_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
-        if 0 < size < _FEW_SAMPLES and not is_meant:
-            message = f"has only {size} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
-            self.run.warn("few-samples", message, kind=str(dataloader_idx))
+                with self.run.report_failure(f"could not log `{logged_name}`", NO_VALUE):
+                    trainer.lightning_module.log(
+                        logged_name,
+                        values[name],
+                        prog_bar=self.prog_bar and name == self.names[0],
+                        sync_dist=trainer.world_size > 1,
+                        add_dataloader_idx=False,
+                    )
+                    self.run.logged[logged_name] = float(values[name])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightning_sensitivity.model.isolation import same_streams
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Array, Seen, are_finite, take
+from lightning_sensitivity.reference.kinds import Seen, are_finite, take
 from lightning_sensitivity.reference.observations import Observations, projection
 
 _SORTED = 5.0  # standard errors between the labels of two halves
@@ -39,6 +40,16 @@ class _Part:
     known: Observations | None
     unseen: dict[int, Observations | None]
     fingerprints: dict[int, Tensor]
+
+
+class Stage(Enum):
+    """Where a reference is on its way."""
+
+    WAITING = auto()  # no training sample is kept: none has come, or none of those that came had a label
+    KEEPING_REST = auto()  # of an epoch, in a resumed fit
+    KEEPING_EPOCH = auto()  # from its first batch on
+    KEPT = auto()  # that epoch is over, and no more samples are wanted
+    OVER = auto()  # it was made, or will not be tried again
 
 
 class RunReference:
@@ -63,6 +74,7 @@ class RunReference:
 
     Attributes:
         output_shape: The same.
+        stage: Where it is on its way.
         was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
         predicted: What is known of it, and what it predicts; None without one.
@@ -79,6 +91,7 @@ class RunReference:
         is_local: bool,
         saved: Predicted | None,
     ) -> None:
+        self.stage = Stage.WAITING
         self.was_tried = False
         self.fitted: Any = None
         self.predicted: Predicted | None = None
@@ -90,10 +103,7 @@ class RunReference:
         self.output_shape = output_shape
         self._is_local = is_local
         self._saved = saved  # until it is compared with the kept samples
-        self._kept: KeptObservations | None = None  # training samples of this process; None before there are some
-        self._is_from_start = False  # whether they are those of an epoch from its first batch on
-        self._can_be_made = False  # in this validation
-        self._is_over = False  # it was made, or will not be tried again
+        self._kept: KeptObservations | None = None  # training samples of this process
 
     @property
     def verdict(self) -> Verdict | None:
@@ -114,41 +124,29 @@ class RunReference:
 
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
-        if self._is_over:
+        if self.stage is Stage.KEEPING_EPOCH and batch_idx == 0 and self._kept is not None:  # the next epoch
+            self.stage = Stage.KEPT if self._kept.plan.num_seen > 0 else Stage.WAITING
+        if self.stage in (Stage.KEPT, Stage.OVER):
             return
-        kept = self._kept_at(trainer, batch_idx)
-        if not kept.is_complete:
-            self._reader.keep_observations(kept, module, batch, self.output_shape)
-
-    def _kept_at(self, trainer: Trainer, batch_idx: int) -> KeptObservations:
-        """Return what is kept at a batch; a resumed loader may begin anew within an epoch."""
-        if self._kept is not None and batch_idx > 0:
-            return self._kept
-        if self._kept is not None and self._is_from_start:
-            self._kept.complete()  # with the first whole epoch
-            return self._kept
-        self._is_from_start = batch_idx == 0
-        self._kept = self._make_kept(trainer)
-        return self._kept
-
-    def _make_kept(self, trainer: Trainer) -> KeptObservations:
-        """Prepare to keep samples; where no validation comes earlier, these are spread over a whole epoch."""
-        is_last = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
-        num_batches = trainer.num_training_batches if is_last and self._is_from_start else 0
-        num_columns = self._task.num_columns(self.output_shape)
-        return self._reader.make_kept(num_columns, trainer.world_size, num_batches)
+        if self._kept is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
+            self.stage = Stage.KEEPING_EPOCH if batch_idx == 0 else Stage.KEEPING_REST
+            # Where no validation comes earlier, samples are spread over a whole epoch.
+            is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches and batch_idx == 0
+            num_batches = trainer.num_training_batches if is_whole else 0
+            num_columns = self._task.num_columns(self.output_shape)
+            self._kept = self._reader.make_kept(num_columns, trainer.world_size, num_batches)
+        self._reader.keep_observations(self._kept, module, batch, self.output_shape)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether there is, or can be made, what a validation needs; every process must call it."""
-        self._can_be_made = not self._is_over and agree(trainer, self._has_enough(trainer))
-        return self._is_over or self._can_be_made or self.known is not None
+        return self._can_be_made(trainer) or self.stage is Stage.OVER or self.known is not None
 
-    def _has_enough(self, trainer: Trainer) -> bool:
-        """Return whether this process has kept what a reference needs."""
-        if self._kept is None:
+    def _can_be_made(self, trainer: Trainer) -> bool:
+        """Return whether every process has kept what a reference needs; every process must call it."""
+        if self.stage is Stage.OVER:
             return False
-        is_whole = self._is_from_start and bool(trainer.is_last_batch)
-        return is_whole or self._kept.is_complete or _are_enough(self._kept)
+        is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
+        return agree(trainer, is_whole or (self._kept is not None and _are_enough(self._kept)))
 
     # The reference
 
@@ -156,7 +154,7 @@ class RunReference:
         """Go on with what is saved, and make the reference once that is possible; every process must call it."""
         if self._saved is not None:
             self._go_on(trainer, kept, self._saved)
-        if self._can_be_made:
+        if self._can_be_made(trainer):
             self._make(trainer, kept)
 
     def _go_on(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> None:
@@ -181,31 +179,28 @@ class RunReference:
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         own: _Part | None = None
         with self._run.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
-            own = self._own_part(trainer.lightning_module, kept)
+            known = None if self._kept is None or self._kept.size == 0 else self._kept.joined()
+            unseen: dict[int, Observations | None] = {}
+            for samples in kept:
+                if samples.size > 0:
+                    unseen[samples.dataloader_idx] = None
+                    what = f"expects nothing of dataloader {samples.dataloader_idx}"
+                    with self._run.report_failure(what, "Set `features=`."):
+                        unseen[samples.dataloader_idx] = self._reader.join(trainer.lightning_module, samples)
+            own = _Part(known, unseen, self._fingerprints(kept))
         parts = gather_objects(trainer, own)
         is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with same_streams(), self._run.report_failure(*failure):
                 self._fit(parts)
-        self._is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
+        is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
+        self.stage = Stage.OVER if is_over else Stage.WAITING
         self._kept = None
 
     def free(self) -> None:
         """Free the samples at the end of a run."""
         self._kept = None
-
-    def _own_part(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
-        """Join what this process has kept."""
-        assert self._kept is not None
-        known = self._kept.joined() if self._kept.size > 0 else None
-        unseen: dict[int, Observations | None] = {samples.dataloader_idx: None for samples in kept if samples.size > 0}
-        for samples in kept:
-            if samples.size > 0:
-                what = f"expects nothing of dataloader {samples.dataloader_idx}"
-                with self._run.report_failure(what, "Set `features=`."):
-                    unseen[samples.dataloader_idx] = self._reader.join(module, samples)
-        return _Part(known, unseen, self._fingerprints(kept))
 
     def _fingerprints(self, kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
         """Return those of the kept samples of this process, by loader; none at all if some have none."""
@@ -217,38 +212,31 @@ class RunReference:
         """Fit the reference to the training samples of all processes, and predict the kept samples."""
         from lightning_sensitivity.reference import Reference
 
-        known = self._join_known(parts)
-        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
-        self._check_class_shares(fitted.shares_)
-        self.fitted = fitted
-        self._warn_of_unread()
-        if self.predicted is None:
-            verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
-            unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
-            self.predicted = Predicted(verdict, unseen, _joined_fingerprints(parts))
-
-    def _join_known(self, parts: Sequence[_Part]) -> Observations:
-        """Join the training samples of all processes, without those that have nan or inf."""
         found = [part.known for part in parts if part.known is not None]
         if not found:
             raise ValueError("No training sample has a label")
         known = Observations.join(found)
         finite = self._finite_samples(known.seen, "training samples")
-        return known if len(finite) == len(known) else known.take(finite)  # no copy
-
-    def _check_class_shares(self, of_training: Array) -> None:
-        """Raise ValueError if a class with a share was not seen in training."""
-        is_known = self._class_shares is not None and not isinstance(self._class_shares, str)
-        if is_known and not of_training.all():
-            missing = int(of_training.argmin())
+        known = known if len(finite) == len(known) else known.take(finite)  # no copy
+        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
+        has_shares = self._class_shares is not None and not isinstance(self._class_shares, str)
+        if has_shares and not fitted.shares_.all():
+            missing = int(fitted.shares_.argmin())
             raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
-
-    def _warn_of_unread(self) -> None:
-        """Name the inputs that the reference can't see."""
+        self.fitted = fitted
         if self._reader.unread:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._run.warn("features", message, kind="unread")
+        if self.predicted is not None:  # by an earlier part of this fit
+            return
+        verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
+        unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
+        fingerprints: dict[int, Tensor] = {}
+        if all(part.fingerprints for part in parts):
+            indices = parts[0].fingerprints
+            fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
+        self.predicted = Predicted(verdict, unseen, fingerprints)
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
@@ -300,13 +288,6 @@ class RunReference:
         if isinstance(self._class_shares, str):
             return reweigh(q, of_training, estimate_class_shares(q, of_training))
         return reweigh(q, of_training, torch.as_tensor(self._class_shares))
-
-
-def _joined_fingerprints(parts: Sequence[_Part]) -> dict[int, Tensor]:
-    """Join the fingerprints of all processes, by loader; none at all if a process has none."""
-    if not all(part.fingerprints for part in parts):
-        return {}
-    return {index: torch.cat([part.fingerprints[index] for part in parts]) for index in parts[0].fingerprints}
 
 
 def _are_enough(kept: KeptObservations) -> bool:

@@ -217,7 +217,6 @@ class KeptObservations:
         plan: Says which samples to read, and which ones stay.
         num_columns: How many columns labels have as a matrix.
         size: How many samples there are, which may be a quarter more than are wanted.
-        is_complete: Whether no more samples are wanted.
     """
 
     def __init__(
@@ -227,7 +226,6 @@ class KeptObservations:
         self.plan = ReadingPlan(most, max_read // num_processes, num_batches)
         self.num_columns = num_columns
         self.size = 0
-        self.is_complete = False
         self._num_processes = num_processes
         self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
 
@@ -261,10 +259,6 @@ class KeptObservations:
     def labels(self) -> Tensor:
         """The labels of the samples, in the order in which they came."""
         return torch.cat([read.labels for _, read in self._parts])
-
-    def complete(self) -> None:
-        """Want no more samples, unless none has come."""
-        self.is_complete = self.plan.num_seen > 0
 
     def joined(self) -> Observations:
         """Return the samples, in the order in which they came.
