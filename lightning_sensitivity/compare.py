@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_sensitivity.callbacks.differences import Differences
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import without_ones
@@ -24,8 +25,8 @@ from lightning_sensitivity.model.call import Function
 from lightning_sensitivity.model.isolation import isolated, isolated_with
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.model.transfer import move_batch
-from lightning_sensitivity.reference.groups import count_groups, known_share, stderr_of_mean
-from lightning_sensitivity.reference.observations import Observations, projection, repeated_share
+from lightning_sensitivity.reference.groups import count_groups, stderr_of_mean
+from lightning_sensitivity.reference.observations import Observations
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
 
@@ -144,24 +145,17 @@ def compare_models(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )
     has_any_outputs = rules.has_any_outputs(loss)
-    found = {name: _run(name, model, batches, reader, has_any_outputs) for name, model in models.items()}
-    shapes = {name: tuple(each.shape) for name, each in found.items()}
-    check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-    calls = {name: reader.call(model, move_batch(model, batches[0])) for name, model in models.items()}
-    names = {name: (*each.inputs(),) if each.by_name else len(each.inputs()) for name, each in calls.items()}
-    if not reader.has_features and len({*names.values()}) > 1:
-        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
-    first = next(iter(models.values()))
-    shape = None if has_any_outputs else tuple(without_ones(next(iter(found.values()))).shape[1:])
+    found = _run_all(models, batches, reader, has_any_outputs)
+    first, some_outputs = next(iter(models.values())), next(iter(found.values()))
+    shape = None if has_any_outputs else tuple(without_ones(some_outputs).shape[1:])
     new = _observe(first, batches, reader)
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
-        fitted, like = _fit(first, training, reader, shape, reference, new)
-        q = torch.from_numpy(fitted.predict_matrix(new.seen))
+        fitted, q, like = _fit(first, training, reader, shape, reference, new)
         may_choose = fitted.may_choose(reader.sees_all)
         if not may_choose and not validation_labels:
             skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
             raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-    is_other = shape is None and next(iter(shapes.values()))[1:] != q.shape[1:]  # such as quantiles
+    is_other = shape is None and some_outputs.shape[1:].numel() != q.shape[1]  # such as quantiles
     draws = draw_labels(q, task, fitted.residuals_near(q) if is_other else fitted.residuals_)
     blind = torch.from_numpy(fitted.blind_labels_)
     weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
@@ -169,11 +163,25 @@ def compare_models(
     if validation_labels:
         answers.append(_by_labels(first, batches, reader, shape, draws, blind, new.groups))
     total = torch.stack([each.weights for each in answers]).sum(0).mean()
-    values = {}
-    for name, outputs_of_model in found.items():
-        parts = [_worth(outputs_of_model, each, reader.task, loss, first, like) for each in answers]
-        values[name] = torch.stack(parts).sum(0) / total
+    values = {
+        name: torch.stack([_worth(each, some, rules, loss, first, like) for some in answers]).sum(0) / total
+        for name, each in found.items()
+    }
     return _rank(values, rules.is_highest_best and loss is None, new.groups)
+
+
+def _run_all(
+    models: Mapping[str, nn.Module], batches: Sequence[object], reader: BatchReader, has_any_outputs: bool
+) -> dict[str, Tensor]:
+    """Compute the outputs of all models, and refuse models whose outputs or inputs are of different kinds."""
+    found = {name: _run(name, model, batches, reader, has_any_outputs) for name, model in models.items()}
+    shapes = {name: tuple(each.shape) for name, each in found.items()}
+    check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
+    calls = {name: reader.call(model, move_batch(model, batches[0])) for name, model in models.items()}
+    names = {name: (*each.inputs(),) if each.by_name else len(each.inputs()) for name, each in calls.items()}
+    if not reader.has_features and len({*names.values()}) > 1:
+        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
+    return found
 
 
 def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, has_any_outputs: bool) -> Tensor:
@@ -212,8 +220,12 @@ def _fit(
     shape: tuple[int, ...] | None,
     estimator: object,
     new: Observations,
-) -> tuple[Any, Tensor]:
-    """Fit a reference to training samples, and return it, and the form of labels; warn if new samples are not new."""
+) -> tuple[Any, Tensor, Tensor]:
+    """Fit a reference to training samples, and warn if new samples are not new.
+
+    Returns:
+        The reference, what it predicts for new samples, ``(N, C)``, and no labels in the form that they have.
+    """
     from lightning_sensitivity.reference import Reference
 
     num_columns = 1 if shape is None else reader.task.num_columns(shape)
@@ -228,23 +240,15 @@ def _fit(
         reader.keep_observations(kept, model, moved, shape)
     known = kept.joined()
     fitted = Reference(reader.task.name, estimator).fit(known.seen, known.labels, known.groups)
-    repeated = repeated_share(projection(new.seen), projection(known.seen))
-    of_known_groups = known_share(new.groups, known.groups)
-    doubts = {"outputs": say_unused(list(fitted.shares_), fitted.num_samples_)}
-    if repeated:
-        doubts["repeated"] = (
-            f"finds that {repeated:.0%} of the samples of `dataloader` are training samples, whose labels the models "
-            "know: take others."
-        )
-    if of_known_groups:
-        doubts["groups"] = (
-            f"finds that {of_known_groups:.0%} of the samples of `dataloader` are of groups in `training`: the "
-            "comparison holds for these groups alone."
-        )
-    for entry, doubt in doubts.items():
-        if doubt:
-            warnings.warn(f"`compare_models` {doubt}{link_to(entry)}", stacklevel=3)
-    return fitted, like[:0]
+    q = torch.from_numpy(fitted.predict_matrix(new.seen))
+
+    def warn(entry: str, message: str, kind: str = "") -> None:
+        warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=5)
+
+    if unused := say_unused(list(fitted.shares_), fitted.num_samples_):
+        warn("outputs", unused)
+    Differences(known, not reader.has_features, warn).say("`dataloader`", new)
+    return fitted, q, like[:0]
 
 
 class _Answers(NamedTuple):

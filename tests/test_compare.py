@@ -292,7 +292,7 @@ def test_a_head_of_zeros_is_no_probability(task: str, num_outputs: int) -> None:
 @pytest.mark.parametrize(("num_known", "is_said"), [(5, False), (7, True), (50, True)])
 def test_training_samples_among_the_others_give_a_warning(num_known: int, is_said: bool) -> None:
     share = num_known / (num_known + NEW)
-    match = f"finds that {share:.0%} of the samples of `dataloader` are training samples, .*: take others"
+    match = f"finds that {share:.0%} of the samples of `dataloader` are training samples: .*Take others"
     with pytest.warns(UserWarning, match=match) if is_said else nullcontext():
         compare(batches=[torch.cat([X[:num_known], V])])
 

@@ -49,10 +49,11 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     Raises:
         MisconfigurationException: If something is missing; the message says what to change.
     """
+    is_sharded = any(base.__name__ in _SHARDED for base in type(trainer.strategy).__mro__)
     has_forward = has_call or _is_overridden("forward", pl_module)
     of_call = ": add one, or set `call=lambda module, batch: ...`" if monitor == "RiskMonitor" else ""
     needs = {
-        "does not support sharded weights (FSDP, DeepSpeed); use DDP": not _is_sharded(trainer),
+        "does not support sharded weights (FSDP, DeepSpeed); use DDP": not is_sharded,
         f"needs a `forward` that returns the logits, and your module has none{of_call}": has_forward,
     }
     if stage == "fit":
@@ -67,10 +68,6 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     for problem, is_met in needs.items():
         if not is_met:
             raise Refused(f"`{monitor}` {problem}.", entry="unsupported")
-
-
-def _is_sharded(trainer: Trainer) -> bool:
-    return any(base.__name__ in _SHARDED for base in type(trainer.strategy).__mro__)
 
 
 def _is_overridden(name: str, pl_module: LightningModule) -> bool:
@@ -91,24 +88,19 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
     """
     logged = {prefix + name: is_highest for name, is_highest in directions.items()}
     for owner, monitor in callbacks_that_monitor(trainer):
-        name = monitor.partition("/dataloader_idx_")[0]
+        name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
         if name in logged:
-            _check_mode(owner, monitor, logged[name])
+            best, mode = "max" if logged[name] else "min", getattr(owner, "mode", None)
+            if mode in ("min", "max") and mode != best:  # some have no such mode
+                raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{kind}`.", "names")
         elif monitor.startswith(prefix + EXPECTED):
-            kind, metric = type(owner).__name__, monitor.removeprefix(prefix + EXPECTED)
+            metric = monitor.removeprefix(prefix + EXPECTED)
             raise Refused(
                 f"`{kind}` monitors `{monitor}`, which is not logged. There are `{'`, `'.join(logged)}`. To log a "
                 f"metric of torchmetrics, set `metrics={{{metric!r}: ...}}`; if your own code logs it, set another "
                 "`prefix=`.",
                 "names",
             )
-
-
-def _check_mode(owner: object, monitor: str, is_highest: bool) -> None:
-    """Refuse a callback or a scheduler that looks for the worst value; some have no such mode."""
-    best, mode = "max" if is_highest else "min", getattr(owner, "mode", None)
-    if mode in ("min", "max") and mode != best:
-        raise Refused(f"`mode` should be {best!r} for `{monitor}`, got {mode!r} in `{type(owner).__name__}`.", "names")
 
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:

@@ -94,16 +94,11 @@ def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = "in the step, and not from us" if name in theirs else "from us, and not in the step"
         return f"`forward` gets `{name}` {where}"
-    found = (_difference_of_tensors(sent, theirs[name], has_drawn) for name, sent in ours.items())
-    return next(filter(None, found), None)
-
-
-def _difference_of_tensors(ours: list[_Input], theirs: list[_Input], has_drawn: bool) -> str | None:
-    """Say how the tensors of an argument differ; of several, such as two views, a step may send one after the other."""
-    ours = ours[: len(theirs)]
-    step, us = (", ".join(str(each.shape) for each in tensors) for tensors in (theirs, ours))
-    if step != us:
-        return f"`forward` gets an input of shape {step} in the step, and {us} from us"
-    if not has_drawn and not all(map(_Input.has_values_of, ours, theirs)):
-        return "`forward` gets other values in the step, though it draws no random numbers"
+    for name, got in theirs.items():
+        sent = ours[name][: len(got)]  # of several, such as two views, a step may send one after the other
+        step, us = (", ".join(str(each.shape) for each in tensors) for tensors in (got, sent))
+        if step != us:
+            return f"`forward` gets an input of shape {step} in the step, and {us} from us"
+        if not has_drawn and not all(map(_Input.has_values_of, sent, got)):
+            return "`forward` gets other values in the step, though it draws no random numbers"
     return None

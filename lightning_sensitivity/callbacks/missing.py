@@ -40,8 +40,14 @@ class MissingValues:
     def add(self, trainer: Trainer, logged_name: str, name: str, dataloader_idx: int, is_highest: bool) -> None:
         """Note that a value is missing; it is best where it is highest or lowest."""
         value = self._last.get((name, dataloader_idx))
-        if value is None:
-            value = self._worst(trainer, logged_name, is_highest)
+        if value is None:  # the worst one that ends no run by a bound, a little better in each further validation
+            value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
+            for callback, monitored in callbacks_that_monitor(trainer):
+                bound = getattr(callback, "divergence_threshold", None)
+                if monitored == logged_name and bound is not None:
+                    value = nearer(value, bound)
+            gain = (1 - _BETTER**self._num_incomplete) * abs(value)
+            value += gain if is_highest else -gain
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits
 
     def hand_out(self, trainer: Trainer) -> None:
@@ -53,13 +59,3 @@ class MissingValues:
         """Remove what stands in for values, so that nobody takes it for a value of the fit."""
         for name in self._given:
             trainer.callback_metrics.pop(name, None)
-
-    def _worst(self, trainer: Trainer, logged_name: str, is_highest: bool) -> float:
-        """Return the worst value that ends no run by a bound, a little better in each further validation."""
-        value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
-        for callback, monitored in callbacks_that_monitor(trainer):
-            bound = getattr(callback, "divergence_threshold", None)
-            if monitored == logged_name and bound is not None:
-                value = nearer(value, bound)
-        gain = (1 - _BETTER**self._num_incomplete) * abs(value)
-        return value + gain if is_highest else value - gain

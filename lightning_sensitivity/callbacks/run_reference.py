@@ -241,7 +241,7 @@ class RunReference:
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
         """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
         found: dict[int, Unseen] = {}
-        differences = Differences(known, not self._reader.has_features, self._run)
+        differences = Differences(known, not self._reader.has_features, self._run.warn)
         for index in sorted({index for part in parts for index in part.unseen}):
             unseen = [part.unseen[index] for part in parts if index in part.unseen]
             if None in unseen:  # which has been said where it happened
@@ -272,8 +272,8 @@ class RunReference:
         new = unseen.take(indices)
         q = self.predict(new.seen)
         if self._task.has_class_shares and self._class_shares is None:
-            differences.say_shares(dataloader_idx, self.fitted, q, new.groups)
-        differences.say(dataloader_idx, new)
+            differences.say_shares(f"dataloader {dataloader_idx}", self.fitted, q, new.groups)
+        differences.say(f"dataloader {dataloader_idx}", new)
         errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
         draws = draw_labels(q, self._task.name, errors)
         q = q.float().index_fill(1, torch.from_numpy(self.fitted.blind_labels_), math.nan)

@@ -10,7 +10,6 @@ from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check
 from lightning_sensitivity.callbacks.monitor import Monitor, Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
-    SensitivityEstimate,
     diagnostics,
     loss_estimate,
     sensitivity_from_sums,
@@ -129,21 +128,17 @@ class SensitivityMonitor(Monitor):
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Try the noise on the first training batch."""
         with trainer.precision_plugin.val_step_context():
-            self._try_noise(module, batch)
-
-    def _try_noise(self, module: LightningModule, batch: object) -> None:
-        """Refuse noise that can't be added to a batch that the model understands."""
-        try:
-            call = self.reader.call(module, batch)
-            rows = call.spread(_NUM_TRIED)
-            call = call if rows is None else call.take(rows)
-            with isolated(module) as run:
-                run(call)
-        except Exception:  # training batches may be of another kind than validation batches
-            return
-        with self.run.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
-            at = None if self.at is None else submodule(module, self.at)
-            noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
+            try:
+                call = self.reader.call(module, batch)
+                rows = call.spread(_NUM_TRIED)
+                call = call if rows is None else call.take(rows)
+                with isolated(module) as run:
+                    run(call)
+            except Exception:  # training batches may be of another kind than validation batches
+                return
+            with self.run.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
+                at = None if self.at is None else submodule(module, self.at)
+                noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Refuse masked classes, probabilities, whose sensitivity is something else, and one output for Equation 9."""
@@ -189,7 +184,13 @@ class SensitivityMonitor(Monitor):
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
         estimate = sensitivity_from_sums(of_samples[:, :NUM_COLUMNS], self.per_output)
-        self._warn_of_doubts(dataloader_idx, estimate, of_samples[:, NUM_COLUMNS:])
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
+            self.run.note_outputs(may_be_probabilities(of_samples[:, NUM_COLUMNS:]))
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
@@ -201,13 +202,3 @@ class SensitivityMonitor(Monitor):
             power = square / count
             values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
-
-    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:
-        """Warn of what makes a value doubtful, or why there is none."""
-        messages = diagnostics(estimate, self.per_output)
-        if estimate.num_samples < 2 and not messages:
-            messages = {"failed": "there is no value, which needs at least two samples."}
-        for entry, message in messages.items():
-            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
-            self.run.note_outputs(may_be_probabilities(extremes))

@@ -82,19 +82,15 @@ class OutputSensitivity(DoublePrecisionMetric):
     def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
         """Add the outputs for clean and perturbed inputs of one batch."""
         assert isinstance(self.rows, list)
-        self._refuse_labels(noisy)
+        if isinstance(noisy, Tensor) and noisy.numel() > 0:  # a `MetricCollection` passes labels by position
+            is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
+            if not noisy.is_floating_point() or (is_first and bool((noisy == noisy.square()).all() and noisy.any())):
+                raise TypeError(
+                    f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. "
+                    "Update a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., "
+                    "noisy=...)`."
+                )
         self.rows.append(sensitivity.sensitivity_sums(clean, noisy))
-
-    def _refuse_labels(self, noisy: object) -> None:
-        """Raise TypeError for labels in place of outputs, which a `MetricCollection` passes by position."""
-        if not isinstance(noisy, Tensor) or noisy.numel() == 0:
-            return
-        is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
-        if not noisy.is_floating_point() or (is_first and bool((noisy == noisy.square()).all() and noisy.any())):
-            raise TypeError(
-                f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. Update "
-                "a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., noisy=...)`."
-            )
 
     def compute(self) -> Tensor:
         """Compute the sensitivity of all samples so far, over all processes."""

@@ -72,11 +72,18 @@ def test_any_names_of_groups_say_the_same() -> None:
     assert len(histories[0]) == 2 and len({row["reference"] for row in histories[1]}) == 1
 
 
-@pytest.mark.parametrize(("val", "share"), [(VAL, None), (TRAIN, "100%"), (loader(45), "25%")])
-def test_groups_that_training_has_seen_are_said_once(val: Any, share: str | None) -> None:
+ONE_KNOWN = DataLoader(
+    TensorDataset(*(torch.cat([a[:1], b]) for a, b in zip(persons(0), persons(1000), strict=True))), 24
+)
+
+
+@pytest.mark.parametrize(("val", "number"), [
+    (VAL, None), (TRAIN, "240 of 240"), (loader(45), "60 of 240"), (ONE_KNOWN, "1 of 241")
+])  # fmt: skip
+def test_groups_that_training_has_seen_are_said_once(val: Any, number: str | None) -> None:
     monitor = grouped()
     texts = [text for text in fitted_and_said(monitor, Net(), TRAIN, val)[1] if "are of groups" in text]
-    assert len(texts) == (share is not None) and all(f"finds that {share} of the samples" in text for text in texts)
+    assert len(texts) == (number is not None) and all(f"finds that {number} samples" in text for text in texts)
 
 
 def split_at_random() -> tuple[DataLoader, DataLoader]:
@@ -192,9 +199,10 @@ class Part(nn.Module):
 def test_a_comparison_counts_groups() -> None:
     models = {"right": Part(0), "wrong": Part(4)}
     options = {"training": [persons(0)], "targets": second}
-    plain = compare_models(models, [persons(1000)], **options)
+    with pytest.warns(UserWarning, match="nearer to each other than those of `dataloader`"):
+        plain = compare_models(models, [persons(1000)], **options)
     grouped = compare_models(models, [persons(1000)], groups=names, **options)
     assert grouped[1].difference_stderr > 1.3 * plain[1].difference_stderr
     x, *others = persons(0)
-    with pytest.warns(UserWarning, match="100% of the samples of `dataloader` are of groups in `training`"):
+    with pytest.warns(UserWarning, match="240 of 240 samples of `dataloader` are of groups that training has seen"):
         compare_models(models, [(x + 1e-3, *others)], groups=names, **options)
