@@ -17,10 +17,12 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MultilabelF1Score,
 )
+from torchmetrics.functional.classification import binary_auroc
 
 from lightning_sensitivity.functional import draw_labels, expected_loss, expected_metric
 from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import TASKS
+from tests.helpers import Watch
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
 
@@ -121,6 +123,19 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     assert expected_metric(MeanSquaredError(), outputs, q, "regression", errors) == pytest.approx(float(loss), rel=1e-5)
     single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression")
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
+
+
+def test_the_area_of_several_labels_is_torchmetrics_also_of_equal_predictions_and_costs_one_sort() -> None:
+    sorts, generator = list[str](), torch.Generator().manual_seed(0)
+    logits = torch.randn(80, 5, generator=generator).round(decimals=1)
+    q = torch.rand(80, 5, generator=generator)
+    q[:, 4] = 0.0  # which is never yes
+    metric, draws = TASKS["multilabel"].default_metrics(5)["auroc"], draw_labels(q, "multilabel")
+    with Watch(lambda function, *_: sorts.extend(["sort"] * ("sort" in str(function)))):
+        found = expected_metric(metric, logits, q, "multilabel")
+    areas = [binary_auroc(logits[:, i].repeat(20), draws[:, :, i].flatten().long()) for i in range(4)]
+    assert found == pytest.approx(float(sum(areas) / 4), rel=1e-5) and len(sorts) == 1
+    assert draws.element_size() == 1  # of which there are 20 for each label
 
 
 def test_of_several_labels_those_that_are_unknown_are_left_out_and_those_of_one_class_have_no_area() -> None:

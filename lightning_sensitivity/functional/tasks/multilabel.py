@@ -76,7 +76,7 @@ class Multilabel(TaskBase):
             order = torch.randperm(NUM_DRAWS, generator=generator)
             places = order[(torch.arange(NUM_DRAWS)[:, None] + label * samples) % NUM_DRAWS]
             drawn.append(at.gather(0, places) < column)
-        return torch.stack(drawn, 2).long()
+        return torch.stack(drawn, 2).to(torch.int8)  # of which there may be many
 
     def answers(self, p: Tensor, classes: Any) -> Any:
         """Return what a user wants to know of predictions ``(N, L)``: 1 for yes and 0 for no, an array."""
@@ -91,7 +91,7 @@ class Multilabel(TaskBase):
 
     def default_metrics(self, num_columns: int) -> dict[str, Metric]:
         """Make the metrics that are expected by default, by name: of known labels."""
-        return {"accuracy": KnownAccuracy(ignore_index=IGNORED), "auroc": KnownAUROC()}
+        return {"accuracy": KnownAccuracy(ignore_index=IGNORED, validate_args=False), "auroc": KnownAUROC()}
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
