@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.kinds import Array
 
 _UNKNOWN = "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
@@ -25,15 +26,17 @@ def group_numbers(groups: Array) -> Tensor:
     """
     if isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O":
         _check_known(groups)
-    names = np.asarray(groups.detach().cpu() if isinstance(groups, Tensor) else groups)
+    names = np.asarray(in_32_bits(groups).detach().cpu() if isinstance(groups, Tensor) else groups)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
     names = names.ravel()
+    if names.dtype.kind == "O":  # numbers that are kept as objects are numbers
+        names = np.array(names.tolist())
     if names.dtype.kind in "biu":
         return torch.from_numpy(names.astype(np.int64))
     if names.dtype.kind in "mM" and np.isnat(names).any():
         raise ValueError(_UNKNOWN)
-    return _of_floats(names.astype(np.float64)) if names.dtype.kind == "f" else _of_strings(names)
+    return _of_floats(names) if names.dtype.kind == "f" else _of_strings(names)
 
 
 def _check_known(groups: Array) -> None:
@@ -53,10 +56,10 @@ def _is_missing(name: object) -> bool:
 
 
 def _of_floats(numbers: Array) -> Tensor:
-    """Return whole numbers as they are, and of others the bits."""
+    """Return whole numbers as they are, and of others the bits; 0.1 is the same number in any precision."""
     if not np.isfinite(numbers).all():
         raise ValueError(_UNKNOWN)
-    found = torch.from_numpy(numbers)
+    found = torch.from_numpy(numbers.astype(str).astype(np.float64))
     is_whole = (found == found.round()) & (found.abs() < _EXACT)
     return torch.where(is_whole, found.long(), found.view(torch.int64))
 

@@ -25,6 +25,10 @@ NAMES: dict[str, tuple[Any, Any]] = {  # of the same groups, in two forms
     "a column": (np.array([[3], [7], [3]]), [3, 7, 3]),
     "strings": (["ann", "bob", "ann"], np.array(["ann", "bob", "ann"], dtype=object)),
     "a series": (pd.Series(["ann", "bob", "ann"]).astype("category"), ("ann", "bob", "ann")),
+    "numbers as objects": (np.array([3, 7, 3], dtype=object), [3, 7, 3]),
+    "a nullable column": (pd.Series([3, 7, 3], dtype="Int64"), [3.0, 7.0, 3.0]),
+    "16 bits": (torch.tensor([3, 7, 3], dtype=torch.bfloat16), [3, 7, 3]),
+    "fractions": (torch.tensor([0.1, 0.7, 0.1]), np.array([0.1, 0.7, 0.1])),
     "flags": ([True, False, True], torch.tensor([1, 0, 1])),
 }
 
