@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
 
-_FEWEST_OUTPUTS, _LABELS_OF_EACH = 4, 5  # from which on it is odd that most classes never occur
+_FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 
@@ -116,8 +116,11 @@ def say_unused(shares: Sequence[float], num_labels: int) -> str:
         num_labels: How many of these there are.
     """
     num_unused = sum(share == 0 for share in shares)
-    are_many = len(shares) >= _FEWEST_OUTPUTS and num_labels >= _LABELS_OF_EACH * len(shares)
-    if not are_many or not len(shares) / 2 < num_unused < len(shares) - 1:  # one class alone is said elsewhere
+    num_used = len(shares) - num_unused
+    are_many = num_labels >= max(_LABELS_OF_EACH * num_used, min(_LABELS_OF_EACH * len(shares), _MANY))
+    if (
+        len(shares) < _FEWEST_OUTPUTS or not are_many or not len(shares) / 2 < num_unused < len(shares) - 1
+    ):  # one class alone is said elsewhere
         return ""
     return (
         f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training labels. "

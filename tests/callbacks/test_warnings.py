@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, o
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.messages import say_unused
 from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused
 
 X, Y = labelled(200).tensors
@@ -265,8 +266,11 @@ def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return cross_entropy(self.head(self(batch[0])), batch[1])
 
-    texts = said(quick_risk(), Body())
-    assert len(texts) == 1 and "gets 32 outputs, of which 28 are the class of none of 200 training" in texts[0]
+    for number in (200, 100, 90):
+        texts = said(quick_risk(), Body(), of(X[:number], Y[:number]))
+        match = f"gets 32 outputs, of which 28 are the class of none of {number} training"
+        assert [match in text for text in texts] == [True] * (number >= 100)
+    assert say_unused([1 / 60] * 60 + [0.0] * 140, 100) == ""  # of 200 classes, most are not yet seen
     assert said(quick_risk(outputs=lambda features: features[:, :4]), Body()) == []
 
 
