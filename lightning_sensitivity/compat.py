@@ -75,8 +75,8 @@ def eager() -> AbstractContextManager[object]:
 
 def num_loaders(trainer: Trainer) -> int:
     """Count the loaders of an evaluation; several that are combined, but not one after the other, are one."""
-    combined: Any = trainer._evaluation_loop._combined_loader
-    return len(combined.flattened) if combined._mode == "sequential" else 1
+    combined: Any = trainer._evaluation_loop._combined_loader  # None in a fit that has nothing left to train
+    return len(combined.flattened) if combined is not None and combined._mode == "sequential" else 1
 
 
 def is_last_batch(trainer: Trainer) -> bool:

@@ -36,6 +36,7 @@ class Expectation:
 
     Attributes:
         metrics: The metrics by name.
+        are_predictions: The same.
         no_outputs: Outputs of no sample.
     """
 
@@ -55,7 +56,7 @@ class Expectation:
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._run = run
-        self._are_predictions = are_predictions
+        self.are_predictions = are_predictions
         self._is_worse_than_constant = False  # has been said
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
@@ -112,7 +113,7 @@ class Expectation:
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
-        own = self._task.outputs_of(unseen.q, outputs.shape[1:]) if self._are_predictions else None
+        own = self._task.outputs_of(unseen.q, outputs.shape[1:]) if self.are_predictions else None
         if own is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
@@ -174,7 +175,7 @@ class Expectation:
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
             self._run.warn("nan", message, kind=str(dataloader_idx))
-        may_be_scaled = self._task.may_be_scaled and self._are_predictions
+        may_be_scaled = self._task.may_be_scaled and self.are_predictions
         if dataloader_idx == 0 and unseen is not None and may_be_scaled:
             rows = is_finite[unseen.indices]
             self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])

@@ -165,7 +165,7 @@ class RiskMonitor(Monitor):
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
             ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if
-            these are set.
+            these are set. There is no ``mean`` where the network gives quantiles, logarithms of rates or the like.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.
@@ -175,9 +175,9 @@ class RiskMonitor(Monitor):
             >>> risk = RiskMonitor()
             >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
         """
-        if self._reference is None or self.reference is None:
+        if self._reference is None or self._expectation is None or self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return predict_both(self.reader, model, self._reference, dataloader)
+        return predict_both(self.reader, model, self._reference, dataloader, self._expectation.are_predictions)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch.
@@ -208,6 +208,7 @@ class RiskMonitor(Monitor):
             self._restore([], None)
         self._model_id = id(pl_module)
         self._reference = None
+        self._expectation = None
         self._of_reference = {}
         self.summary = {}
         self.reader.reset()
@@ -251,6 +252,10 @@ class RiskMonitor(Monitor):
         self._summarize(trainer)
         super().on_train_end(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it, too, if a resumed fit has nothing left to train."""
+        self._summarize(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end of a fit, also after Ctrl-C, if there was a validation."""
         if trainer.state.fn == TrainerFn.FITTING and self.history:
@@ -259,15 +264,18 @@ class RiskMonitor(Monitor):
 
     def _summarize(self, trainer: Trainer) -> None:
         """Summarize the fit, once."""
-        if self.summary or self._reference is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        was_read = self._reference is not None or len(self.history) > 0  # the latter alone in a fit that has ended
+        if self.summary or not was_read or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not self._reference.was_tried and not any(self.names[0] in row for row in self.history):
+        was_tried = self._reference is not None and self._reference.was_tried
+        if not was_tried and not any(self.names[0] in row for row in self.history):
             message = "logged nothing: the run ended before a validation that follows a whole training epoch."
             self.run.warn("samples", message)
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
-            assert self._expectation is not None
-            verdict, doubts = self._reference.verdict, self._expectation.doubts
+            predicted = self._saved if self._reference is None else self._reference.predicted
+            verdict = None if predicted is None else predicted.verdict
+            doubts = [] if self._expectation is None else self._expectation.doubts
             self.summary, line = summarize(trainer, self._curves(trainer), self.history, verdict, doubts)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
@@ -279,6 +287,10 @@ class RiskMonitor(Monitor):
             for name, is_highest in self.directions.items()
             for index in range(self.num_loaders(trainer))
         }
+
+    def num_loaders(self, trainer: Trainer) -> int:
+        """Count the loaders, those of the history at least, since a fit that has ended has no others."""
+        return max([super().num_loaders(trainer), *(int(row["dataloader_idx"]) + 1 for row in self.history)])
 
     # Training samples
 

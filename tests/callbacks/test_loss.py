@@ -1,6 +1,7 @@
 """A loss of the user's own is expected on labels that are drawn, as a plain loop computes it."""
 
 import math
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.functional import (
     poisson_nll_loss,
     softplus,
 )
+from torch.utils.data import DataLoader
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
@@ -61,6 +63,7 @@ def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
     values = [loss(outputs.clone(), each.reshape(len(x), *y.shape[1:]).to(y)).mean() for each in draws]
     assert logged(run, "val/expected_loss")["val/expected_loss"] == pytest.approx(float(sum(values) / 20), rel=1e-5)
     assert ("reference_expected_loss" in monitor.history[0]) == (task == "multiclass" or num_outputs == 1)
+    assert monitor.predict(model, DataLoader(HOLDOUT, 20)).are_alike == (task == "multiclass" or num_outputs == 1)
 
 
 CALLS = count()
@@ -115,6 +118,10 @@ def test_of_logarithms_of_rates_a_reference_of_rates_has_no_loss_and_raises_no_d
     _, texts = fitted_and_said(monitor, model, batches_of(X, rates[:, None]), unlabelled_loader(seed=1), max_epochs=4)
     assert ["reference_expected_loss" in row for row in monitor.history] == [is_told] * 4
     assert is_told or texts == monitor.summary["doubts"] == []
+    predictions = monitor.predict(model, DataLoader(HOLDOUT, 20))
+    assert predictions.network.shape == predictions.reference.shape == (50, 1)
+    with nullcontext() if is_told else pytest.raises(ValueError, match="outputs that predict targets, but"):
+        assert torch.equal(predictions.mean, (predictions.network + predictions.reference) / 2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -102,6 +102,15 @@ def test_a_resumed_fit_that_ends_before_it_can_make_its_reference_again_has_valu
     assert monitor.summary["learner"] == "GaussianNB" and monitor.summary["num_gaps"] == 4  # of the first epoch
 
 
+@pytest.mark.parametrize("num_loaders", [1, 2])
+def test_a_resumed_fit_with_nothing_left_to_train_says_what_the_fit_said(num_loaders: int, tmp_path: Path) -> None:
+    first, again, val = quick_risk(), quick_risk(), [DataLoader(HOLDOUT, 16)] * num_loaders
+    fit(Still(), first, val=val).save_checkpoint(path := tmp_path / "last.ckpt")
+    run = fit(Still(), again, val=val, ckpt_path=path)
+    assert again.history == first.history and "expected_accuracy" in first.summary and not run.epochs
+    assert again.summary == first.summary
+
+
 # What others have chosen by
 
 
