@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.reference.groups import group_means, known_share
-from lightning_sensitivity.reference.neighbors import farther_share
-from lightning_sensitivity.reference.observations import Observations, largest_difference, projection, repeated_share
+from lightning_sensitivity.reference.observations import (
+    Observations,
+    farther_share,
+    largest_difference,
+    projection,
+    repeated_share,
+)
 
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
@@ -27,7 +32,7 @@ class Differences:
         self._known = known
         self._places = projection(known.seen)
         self._has_columns = are_inputs and "columns" in known.seen
-        self._warn = warn
+        self.warn = warn
 
     def say(self, where: str, new: Observations) -> None:
         """Warn of columns with another mean, of samples or groups that training has, and of groups without a name.
@@ -47,20 +52,20 @@ class Differences:
                     f"finds that column {column} of the inputs has another mean in {where} than in training, by "
                     f"{size:.0f} standard errors: scale both alike, and leave out what is known only afterwards."
                 )
-                self._warn("columns", message, where)
+                self.warn("columns", message, where)
         if share := repeated_share(projection(new.seen), self._places):
             message = (
                 f"finds that {share:.0%} of the samples of {where} are training samples: a network knows their labels, "
                 "and the values say nothing of others. Take others."
             )
-            self._warn("repeated", message, where)
+            self.warn("repeated", message, where)
         if share := known_share(new.groups, self._known.groups):
             number = f"{round(share * len(new))} of {len(new)}"
             message = (
                 f"finds that {number} samples of {where} are of groups that training has seen: the values hold for "
                 "these groups alone. Take other ones."
             )
-            self._warn("groups", message, where)
+            self.warn("groups", message, where)
         may_have_groups = self._has_columns and self._known.groups is None and not has_other_columns
         if may_have_groups and (share := farther_share(self._known, new)):
             message = (
@@ -68,7 +73,7 @@ class Differences:
                 "are farther from the nearest one; by chance half are). If several are of one patient, household or "
                 "machine, set `groups=`: without it, too much is expected."
             )
-            self._warn("groups", message, f"likely {where}")
+            self.warn("groups", message, f"likely {where}")
 
     def say_shares(self, where: str, fitted: Any, q: Tensor, groups: Tensor | None) -> None:
         """Warn if classes seem to have other shares among new samples than among training samples.
@@ -88,4 +93,4 @@ class Differences:
                 f"{q[:, gap].mean():.0%} of {where}. If a sampler or undersampling changes the shares of classes, set "
                 "`class_shares=`."
             )
-            self._warn("class-shares", message, where)
+            self.warn("class-shares", message, where)

@@ -1,8 +1,9 @@
-"""What a ``forward`` gets of a batch: its arguments by name or by position."""
+"""What a ``forward`` gets of a batch, by name or by position; and where the labels are: what it does not take."""
 
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.messages import Refused, Selector, describe
-from lightning_sensitivity.model.batches import clone_tensors
-from lightning_sensitivity.model.entries import beside_labels, has_one_number, inputs_hint
+from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
+from lightning_sensitivity.model.batches import clone_tensors, entry
+from lightning_sensitivity.model.entries import TARGET_NAMES, beside_labels, has_one_number, inputs_hint, targets_hint
 
 Arguments = dict[str, object]
 
@@ -124,3 +125,47 @@ def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
         f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select them: "
         f"{inputs_hint(batch)}."
     )
+
+
+# Labels
+
+
+def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
+    """Select the labels in a batch.
+
+    Args:
+        model: The module, whose ``forward`` says how many elements of a batch are inputs.
+        batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
+        targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
+            that is called ``label``, ``labels``, ``target``, ``targets``, ``y``, ``Y`` or ``class``; otherwise
+            the element of a tuple or list that follows the inputs of ``forward``, if no other one may be it.
+
+    Raises:
+        MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
+    """
+    if targets is None:
+        selected = _find_targets(model, batch)
+    else:
+        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+            selected = targets(clone_tensors(batch))
+    if not isinstance(selected, Tensor):
+        rest = split_elements(model, batch)[1] if is_sequence(batch) else ()
+        hint = "" if targets else targets_hint(batch, rest or batch)
+        raise Refused(f"`targets` should return the labels{hint} from {describe(batch)}.")
+    return selected
+
+
+def has_targets(model: nn.Module, batch: object) -> bool:
+    """Return whether it is clear where the labels in a batch are."""
+    return isinstance(_find_targets(model, batch), Tensor)
+
+
+def _find_targets(model: nn.Module, batch: object) -> object:
+    """Find the labels by name or position; None if it is not clear where they are."""
+    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
+    found = [value for value in map(partial(entry, batch), names) if isinstance(value, Tensor)]
+    if found or not is_sequence(batch):
+        return found[0] if len(found) == 1 else None
+    rest = split_elements(model, batch)[1]  # what follows the inputs
+    has_choice = len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model))
+    return rest[0] if rest and not has_choice else None

@@ -18,15 +18,14 @@ from lightning_sensitivity.messages import (
     describe_error,
     refuse_on_error,
 )
-from lightning_sensitivity.model.answers import find_answer
+from lightning_sensitivity.model.arguments import has_targets, select_targets
 from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall, select_outputs
 from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.entries import place_of
-from lightning_sensitivity.model.inputs import InputReader
+from lightning_sensitivity.model.inputs import InputReader, find_answer
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
-from lightning_sensitivity.model.targets import has_targets, select_targets
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations

@@ -1,4 +1,4 @@
-"""What is fitted to left-out predictions: a temperature, class shares, and how many labels they can't explain."""
+"""What is fitted to left-out predictions: temperature, class shares, errors, and how many labels can't be explained."""
 
 import math
 from collections.abc import Sequence
@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import Task, classification_of, find_task
+from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, classification_of, find_task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.groups import stderr_of_mean
+from lightning_sensitivity.reference.kinds import Array
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
@@ -26,6 +28,9 @@ _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
 
 _ROUNDS = 100  # of expectation maximization
+
+_MAX_ERRORS = 10_000  # errors, of which quantiles are taken
+_NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 
 @dataclass
@@ -271,3 +276,32 @@ def _unexplained(q: Tensor, y: Tensor) -> float:
     best = torch.stack(log_likelihoods).amax(0)
     weights = (best - best.max()).exp() * torch.gradient(_SHARES)[0]  # the grid is not even
     return float((weights * _SHARES).sum() / weights.sum()) * (1 - 1 / len(shares))
+
+
+# The errors of a regression
+
+
+def error_quantiles(errors: Array) -> Array:
+    """Return 20 quantiles of errors ``(N, C)``, which have their mean square; nan is left out."""
+    places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
+    quantile = np.nanquantile if np.isnan(errors).any() else np.quantile
+    found = quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
+    found = found - found.mean(0)
+    size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (found, errors))
+    return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
+
+
+def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> Array:
+    """Return 20 quantiles of the errors near each of some predictions, of one column, ``(20, M)``.
+
+    Args:
+        predictions: Predictions, ``(M,)``.
+        left_out: Left-out predictions, ``(N,)``.
+        labels: Their labels, ``(N,)``; nan is unknown.
+    """
+    known = ~np.isnan(labels)
+    left_out, labels = left_out[known], labels[known]
+    number = min(len(labels), max(_FEWEST_NEAR, min(len(labels) // _NEAR_SHARE, _MOST_NEAR)))
+    order = left_out.argsort(kind="stable")
+    first = (np.searchsorted(left_out[order], predictions) - number // 2).clip(0, len(order) - number)
+    return error_quantiles((labels - left_out)[order[np.arange(number)[:, None] + first]])

@@ -13,13 +13,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.reference.estimators import fit_estimator
+from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
-from lightning_sensitivity.reference.learners import Learner, fit_learners
+from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different
 from lightning_sensitivity.reference.quality import measure_quality
-from lightning_sensitivity.reference.residuals import quantiles, quantiles_near
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
@@ -175,7 +174,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def residuals_(self) -> Array:
         """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
-        return quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
+        return error_quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
 
     def residuals_near(self, predictions: Array) -> Array:
         """Return quantiles of left-out errors near each of some predictions of a regression, ``(20, M, C)``.
@@ -187,7 +186,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             predictions: Predictions ``(M, C)``.
         """
         columns = zip(np.asarray(predictions).T, self.left_out_.T, self.labels_.T, strict=True)
-        return np.stack([quantiles_near(*column) for column in columns], axis=2)
+        return np.stack([error_quantiles_near(*column) for column in columns], axis=2)
 
     @property
     def is_trusted_(self) -> bool:

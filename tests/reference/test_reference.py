@@ -24,12 +24,11 @@ from lightning_sensitivity import Reference
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners, reference, unexplained_share
-from lightning_sensitivity.reference.calibration import Calibration
+from lightning_sensitivity.reference.calibration import Calibration, error_quantiles
 from lightning_sensitivity.reference.features import Features
 from lightning_sensitivity.reference.kinds import KINDS
 from lightning_sensitivity.reference.learners import Learner
 from lightning_sensitivity.reference.observations import Observations
-from lightning_sensitivity.reference.residuals import quantiles
 from tests.reference.conftest import INPUTS, generator, steps
 from tests.reference.test_learners import sample
 
@@ -85,9 +84,9 @@ def test_errors_of_a_regression_have_quantiles_with_their_mean_square() -> None:
     np.testing.assert_allclose(found.residuals_.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(np.square(found.residuals_).mean(0), np.square(found.left_out_ - found.labels_).mean(0))
     assert (found.residuals_[-1] > -2 * found.residuals_[0]).all()  # skewed, as the noise is
-    many = quantiles(np.random.default_rng(0).normal(size=(20_001, 1)) * np.ones(300))
+    many = error_quantiles(np.random.default_rng(0).normal(size=(20_001, 1)) * np.ones(300))
     assert many.shape == (20, 300) and many[-1, 0] == pytest.approx(2, abs=0.1)
-    assert not quantiles(np.zeros((9, 2))).any()
+    assert not error_quantiles(np.zeros((9, 2))).any()
 
 
 def test_errors_near_a_prediction_are_as_large_as_there() -> None:

@@ -20,8 +20,7 @@ import torch
 from groups import data, tables
 from torch import Tensor
 
-from lightning_sensitivity.reference.neighbors import farther_share
-from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.observations import Observations, farther_share
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stopping"))
 from data import table, table_lines
