@@ -234,9 +234,7 @@ def _fit(
         moved = move_batch(model, batch)
         like = reader.labels(model, moved, shape)
         if index == 0:
-            if doubt := reader.task.doubt(like):
-                raise Refused(doubt, entry="task")
-            reader.check_seen(model, moved, reader.call(model, moved), like)
+            reader.check_labels(model, moved, reader.call(model, moved), like)
         reader.keep_observations(kept, model, moved, shape)
     known = kept.joined()
     fitted = Reference(reader.task.name, estimator).fit(known.seen, known.labels, known.groups)

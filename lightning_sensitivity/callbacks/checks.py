@@ -154,16 +154,6 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
         raise Refused("outputs are probabilities, and logits are needed: `outputs=lambda p: p.log()`.", entry="outputs")
 
 
-def check_targets(labels: Tensor, task: Task) -> None:
-    """Refuse labels that are hardly those of the task, such as integers in a regression.
-
-    Raises:
-        MisconfigurationException: If they are.
-    """
-    if doubt := task.doubt(labels):
-        raise Refused(doubt, entry="task")
-
-
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
     """Return metrics by name, or raise MisconfigurationException."""
     expected = "a dict of names and torchmetrics metrics, or a `MetricCollection`"

@@ -19,7 +19,6 @@ from lightning_sensitivity.callbacks.checks import (
     check_metrics,
     check_monitored,
     check_outputs,
-    check_targets,
     try_values,
 )
 from lightning_sensitivity.callbacks.expectation import Expectation
@@ -313,8 +312,7 @@ class RiskMonitor(Monitor):
         is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
         shape = tuple(labels.shape[1:]) if any_outputs else shape
         check_count(labels, len(outputs))
-        check_targets(labels, self.task)
-        self.reader.check_seen(module, batch, call, labels)
+        self.reader.check_labels(module, batch, call, labels)
         self.reader.groups(module, batch, len(outputs))
         num_columns = self.task.num_columns(shape)
         check_class_shares(self._class_shares, self.task, num_columns)

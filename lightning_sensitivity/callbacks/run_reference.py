@@ -125,7 +125,7 @@ class RunReference:
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
         if self.stage is Stage.KEEPING_EPOCH and batch_idx == 0 and self._kept is not None:  # the next epoch
-            self.stage = Stage.KEPT if self._kept.plan.num_seen > 0 else Stage.WAITING
+            self.stage = Stage.KEPT if self._kept.num_seen > 0 else Stage.WAITING
         if self.stage in (Stage.KEPT, Stage.OVER):
             return
         if self._kept is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
@@ -292,7 +292,7 @@ class RunReference:
 
 def _are_enough(kept: KeptObservations) -> bool:
     """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
-    if kept.size == 0 or not kept.plan.is_full:
+    if kept.size == 0 or not kept.is_full:
         return False
     y = kept.labels.double()
     first, second = y.tensor_split(2)

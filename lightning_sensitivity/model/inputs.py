@@ -26,57 +26,50 @@ _CHANCE = math.log(1e4)  # one in so many columns has the values of labels in th
 _ROUNDING = 1e-7  # of a correlation, in single precision
 
 
-class InputReader:
+def see_inputs(named: Mapping[str, object], size: int, indices: Tensor | None = None) -> tuple[Seen, list[str]]:
     """Sort the inputs of a model by what they are to a reference.
 
     A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds
     categories.
 
-    Attributes:
-        unread: Names of the arguments of which something can't be read, as keys.
+    Args:
+        named: The inputs by the names of the arguments.
+        size: N, the number of samples.
+        indices: Which of them to look at; None for all.
+
+    Returns:
+        What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
     """
+    chosen, unread = [], []
+    for name, value in sum_graphs(named, size).items():
+        tensors, has_more = _readable(value, size)
+        unread += [name] * has_more
+        chosen += [(name, take(x, indices)) for x in tensors]
+    masks = {x.shape: x for name, x in chosen if name == _MASK}
+    numbers = {x.shape for _, x in chosen if x.is_floating_point()}
+    # A mask is an input only if it may say which numbers are missing.
+    inputs = [(n, x) for n, x in chosen if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
+    has_numbers = not all(_are_integers(x) for _, x in inputs)
+    found: dict[str, list[Tensor]] = {}
+    for name, x in inputs:
+        kind, values = _read(x, masks.get(x.shape), has_numbers)
+        if kind == "columns" and not x.is_floating_point():  # large ones are names, of which nothing is seen
+            unread += [name] * bool((values >= _MANY).any())
+            values = values.clamp(max=_MANY)
+        found.setdefault(kind, []).append(values.cpu())
+    return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}, [*dict.fromkeys(unread)]
 
-    def __init__(self) -> None:
-        self.unread: dict[str, None] = {}
 
-    def see(self, named: Mapping[str, object], size: int, indices: Tensor | None = None) -> Seen:
-        """Return what a reference sees of the inputs of a model, on the CPU.
-
-        Args:
-            named: The inputs by the names of the arguments.
-            size: N, the number of samples.
-            indices: Which of them to look at; None for all.
-        """
-        chosen = []
-        for name, value in sum_graphs(named, size).items():
-            tensors, has_more = _readable(value, size)
-            if has_more:
-                self.unread[name] = None
-            chosen += [(name, take(x, indices)) for x in tensors]
-        masks = {x.shape: x for name, x in chosen if name == _MASK}
-        numbers = {x.shape for _, x in chosen if x.is_floating_point()}
-        # A mask is an input only if it may say which numbers are missing.
-        inputs = [(n, x) for n, x in chosen if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
-        has_numbers = not all(_are_integers(x) for _, x in inputs)
-        found: dict[str, list[Tensor]] = {}
-        for name, x in inputs:
-            kind, values = self._read(name, x, masks.get(x.shape), has_numbers)
-            found.setdefault(kind, []).append(values.cpu())
-        return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}
-
-    def _read(self, name: str, x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
-        """Return the kind of an input, and what is seen of it."""
-        if x.ndim > 2 or x.is_floating_point():
-            kind = kind_of(x)
-            return kind, in_floats(x.detach()) if kind == "columns" else KINDS[kind].shrunk(x).detach().float()
-        if _are_integers(x) and mask is not None:
-            return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
-        if _are_integers(x) and not has_numbers:
-            return "tokens", x.long()
-        categories = x[:, None].flatten(1).cpu().long()
-        if bool((categories >= _MANY).any()):  # names, of which nothing is seen
-            self.unread[name] = None
-        return "columns", categories.clamp(max=_MANY).float()
+def _read(x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
+    """Return the kind of an input, and what is seen of it."""
+    if x.ndim > 2 or x.is_floating_point():
+        kind = kind_of(x)
+        return kind, in_floats(x.detach()) if kind == "columns" else KINDS[kind].shrunk(x).detach().float()
+    if _are_integers(x) and mask is not None:
+        return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
+    if _are_integers(x) and not has_numbers:
+        return "tokens", x.long()
+    return "columns", x[:, None].flatten(1).cpu().long().float()
 
 
 def _readable(value: object, size: int) -> tuple[list[Tensor], bool]:

@@ -5,7 +5,7 @@ import sys
 from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -148,40 +148,40 @@ class KeptSamples:
         self._threshold = _priority(batch.index)
 
 
-class Chosen(NamedTuple):
-    """Samples that are to be read.
+class KeptObservations:
+    """Keep training samples, from which a reference learns, within the memory.
 
-    Attributes:
-        indices: Which ones of those that came, ``(R,)``.
-        priorities: Their priorities, ``(R,)``.
-    """
-
-    indices: Tensor
-    priorities: Tensor
-
-
-class ReadingPlan:
-    """Say which samples to read, batch by batch: evenly spaced ones, whose priorities are below a limit.
+    Only samples that are to be kept are read: evenly spaced ones, whose priorities are below a limit.
 
     Args:
-        num_wanted: How many are wanted in the end.
-        max_read: How many may be read, where that is expensive.
+        num_columns: How many columns labels have as a matrix.
+        num_processes: How many processes share what a reference may know, and the memory.
+        max_read: How many samples may be read in all processes, where that is expensive.
         num_batches: How many batches will come; by this number the samples to read are evenly spaced, and none
             is read in vain. 0 or inf if it is not known.
 
     Attributes:
-        num_wanted: How many are wanted in the end.
+        num_columns: How many columns labels have as a matrix.
+        num_wanted: How many samples are wanted in the end.
         num_to_read: How many more may be read.
-        num_seen: How many samples have come.
+        num_seen: How many have come.
+        size: How many there are, which may be a quarter more than are wanted.
     """
 
-    def __init__(self, num_wanted: int, max_read: int = sys.maxsize, num_batches: float = 0) -> None:
-        self.num_wanted = min(num_wanted, max_read)
-        self.num_to_read = max_read
+    def __init__(
+        self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
+    ) -> None:
+        most = max_samples({"columns": torch.zeros(1, 1)}, num_columns) // num_processes
+        self.num_columns = num_columns
+        self.num_to_read = max_read // num_processes
+        self.num_wanted = min(most, self.num_to_read)
         self.num_seen = 0
+        self.size = 0
+        self._num_processes = num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
         self._num_calls = 0
         self._num_expected = 0.0  # samples, by the mean size of batches so far
+        self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
 
     @property
     def is_full(self) -> bool:
@@ -189,45 +189,19 @@ class ReadingPlan:
         return self.num_to_read == 0 or self.num_seen >= max(self.num_wanted, self._num_expected)
 
     @property
-    def limit(self) -> float:
+    def _limit(self) -> float:
         """What the priorities of samples must be below."""
         return self.num_wanted / max(1, self.num_seen, self._num_expected)
 
-    def choose(self, num_samples: int) -> Chosen:
-        """Choose some of the next samples."""
+    def choose(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Choose some of the next samples to be read: which ones, ``(R,)``, and their priorities, ``(R,)``."""
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_calls += 1
         self.num_seen += num_samples
         self._num_expected = self.num_seen * self._num_batches / self._num_calls
-        indices = (priorities < self.limit).nonzero()[: self.num_to_read, 0]
+        indices = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
         self.num_to_read -= len(indices)
-        return Chosen(indices, priorities[indices])
-
-
-class KeptObservations:
-    """Keep training samples, from which a reference learns, within the memory.
-
-    Args:
-        num_columns: How many columns labels have as a matrix.
-        num_processes: How many processes share what a reference may know, and the memory.
-        max_read: How many samples may be read in all processes.
-        num_batches: As for :class:`ReadingPlan`.
-
-    Attributes:
-        plan: Says which samples to read, and which ones stay.
-        num_columns: How many columns labels have as a matrix.
-        size: How many samples there are, which may be a quarter more than are wanted.
-    """
-
-    def __init__(
-        self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
-    ) -> None:
-        most = max_samples({"columns": torch.zeros(1, 1)}, num_columns) // num_processes
-        self.plan = ReadingPlan(most, max_read // num_processes, num_batches)
-        self.num_columns = num_columns
-        self.size = 0
-        self._num_processes = num_processes
-        self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
+        return indices, priorities[indices]
 
     def add(self, priorities: Tensor, read: Observations) -> None:
         """Keep samples that were chosen and read.
@@ -238,17 +212,17 @@ class KeptObservations:
         """
         of_sample = num_bytes([x[0] for x in (read.labels, *read.seen.values())])
         known = min(max_samples(read.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
-        self.plan.num_wanted = max(1, min(self.plan.num_wanted, known // self._num_processes))
+        self.num_wanted = max(1, min(self.num_wanted, known // self._num_processes))
         self._parts.append((priorities, read))
         self.size += len(read)
-        if self.size > _SLACK * self.plan.num_wanted:
+        if self.size > _SLACK * self.num_wanted:
             self._thin_out()
 
     def _thin_out(self) -> None:
         """Keep no more samples than are wanted."""
         parts, self._parts = self._parts, []
         for priorities, read in parts:
-            is_wanted = priorities < self.plan.limit
+            is_wanted = priorities < self._limit
             if bool(is_wanted.all()):
                 self._parts.append((priorities, read))
             elif bool(is_wanted.any()):

@@ -23,7 +23,7 @@ from lightning_sensitivity.model.batches import clone_tensors, device_of, take
 from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall, select_outputs
 from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.model.entries import place_of
-from lightning_sensitivity.model.inputs import InputReader, find_answer
+from lightning_sensitivity.model.inputs import find_answer, see_inputs
 from lightning_sensitivity.model.isolation import isolated
 from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
 from lightning_sensitivity.reference.groups import group_numbers
@@ -49,6 +49,7 @@ class BatchReader:
 
     Attributes:
         task: The task.
+        unread: Names of the arguments of which something can't be read, in the batches so far.
         function: The function ``call``, if there is one.
         has_features: Whether the user says what a reference sees.
         has_groups: Whether samples have groups.
@@ -85,12 +86,7 @@ class BatchReader:
         self.has_features = features is not None
         self.has_groups = groups is not None
         self.task = task
-        self._input_reader = InputReader()
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Names of the arguments of which something can't be read, in the batches so far."""
-        return tuple(self._input_reader.unread)
+        self.unread: list[str] = []
 
     @property
     def sees_all(self) -> bool:
@@ -99,7 +95,7 @@ class BatchReader:
 
     def reset(self) -> None:
         """Forget what other batches have shown, before those of another run."""
-        self._input_reader = InputReader()
+        self.unread = []
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -145,13 +141,14 @@ class BatchReader:
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
-    def check_seen(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
-        """Refuse labels among what a reference sees of a batch, other than by an encoder.
+    def check_labels(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
+        """Refuse labels that are hardly those of the task, or are among what a reference sees, but for an encoder.
 
         Raises:
-            MisconfigurationException: If they are there; the message names the entry.
+            MisconfigurationException: If they are; the message names the entry that holds them.
         """
-        self._input_reader.unread.update(dict.fromkeys(sorted(call.left_out())))
+        if doubt := self.task.doubt(labels):
+            raise Refused(doubt, entry="task")
         if self._encoder is not None:
             return
         seen: Mapping[str, object] = call.inputs()
@@ -212,7 +209,10 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            return self._input_reader.see(call.inputs(), size, indices)
+            seen, unread = see_inputs(call.inputs(), size, indices)
+            names = [*sorted(call.left_out()), *unread]
+            self.unread += [name for name in names if name not in self.unread]
+            return seen
         values = _select_features(self._features, model, batch, size)
         return {"columns": in_floats(take(values, indices).detach()).flatten(1).cpu()}
 
@@ -301,18 +301,18 @@ class BatchReader:
         Raises:
             MisconfigurationException: If it can't be read, or there is not one label for each sample.
         """
-        if kept.plan.num_to_read == 0:
+        if kept.num_to_read == 0:
             return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
         check_count(labels, call.size or len(labels))
         labelled = self.task.has_label(labels).nonzero()[:, 0]
-        chosen = kept.plan.choose(len(labelled))
-        indices = labelled[chosen.indices]
+        chosen, priorities = kept.choose(len(labelled))
+        indices = labelled[chosen]
         if len(indices) > 0:
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen, groups = self.see(model, batch, call, len(labels), indices), self.groups(model, batch, len(labels))
-            kept.add(chosen.priorities, Observations(seen, y, None if groups is None else groups[indices]))
+            kept.add(priorities, Observations(seen, y, None if groups is None else groups[indices]))
 
 
 def _select_features(features: Selector, model: nn.Module, batch: object, size: int) -> Tensor:

@@ -174,7 +174,7 @@ def test_at_most_3000_training_samples_are_encoded_in_all_processes(
     for batch in zip(numbers.split(2), Y.split(2), strict=True):
         read.keep_observations(training, MODEL, batch, (4,))
     kept = training.joined().seen["columns"][:, 0].tolist()
-    assert most - 2 <= len(kept) <= len(encoded) <= most and {*kept} <= {*encoded} and training.plan.is_full
+    assert most - 2 <= len(kept) <= len(encoded) <= most and {*kept} <= {*encoded} and training.is_full
     assert furthest - 25 < max(encoded) <= furthest and max(b - a for a, b in pairwise(encoded)) < 25
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.model.inputs import InputReader
+from lightning_sensitivity.model.inputs import see_inputs
 from lightning_sensitivity.reference.kinds import join_seen
 
 G = torch.Generator().manual_seed(0)
@@ -56,10 +56,11 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
 @pytest.mark.parametrize("what", SEEN)
 def test_a_reference_sees(what: str) -> None:
     named, expected = SEEN[what]
-    reader, rows = InputReader(), torch.tensor([2, 0])
-    for seen, wanted in ((reader.see(named, 3), expected), (reader.see(named, 3, rows), take(expected, rows))):
+    rows = torch.tensor([2, 0])
+    for indices, wanted in ((None, expected), (rows, take(expected, rows))):
+        seen, unread = see_inputs(named, 3, indices)
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
-    assert not reader.unread
+        assert unread == []
 
 
 def take(seen: Seen, rows: Tensor) -> Seen:
@@ -80,26 +81,25 @@ UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns
 @pytest.mark.parametrize("what", UNSEEN)
 def test_what_can_not_be_read_is_named_once(what: str) -> None:
     more, unseen = UNSEEN[what]
-    reader = InputReader()
-    for _ in range(2):
-        assert torch.equal(reader.see({"x": X} | more, 3)["columns"][:, :12], X)
-    assert [*reader.unread] == unseen
+    seen, unread = see_inputs({"x": X} | more, 3)
+    assert torch.equal(seen["columns"][:, :12], X) and unread == unseen
 
 
 def test_nothing_is_seen_of_what_can_not_be_read() -> None:
-    assert InputReader().see({"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}, 3) == {}
+    named = {"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}
+    assert see_inputs(named, 3) == ({}, ["z", "wave"])  # a name is the same for all samples
 
 
 def test_integers_of_1000_and_more_beside_numbers_are_clamped_and_named() -> None:
-    reader, large = InputReader(), IDS.clone()
+    large = IDS.clone()
     large[1, 2] = 5000
-    for z in (large, IDS):
-        assert torch.equal(reader.see({"x": X, "z": z}, 3)["columns"][:, 12:], z.clamp(max=1000).float())
-    assert [*reader.unread] == ["z"]
+    for z, unseen in ((large, ["z"]), (IDS, [])):
+        seen, unread = see_inputs({"x": X, "z": z}, 3)
+        assert torch.equal(seen["columns"][:, 12:], z.clamp(max=1000).float()) and unread == unseen
 
 
 def test_large_images_and_long_signals_are_averaged() -> None:
-    seen = InputReader().see({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)}, 3)
+    seen, _ = see_inputs({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)}, 3)
     assert seen["images"].shape == (3, 2, 32, 32) and seen["signals"].shape == (3, 1, 512)
 
 

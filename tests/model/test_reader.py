@@ -109,9 +109,9 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
     reader = BatchReader()
-    assert reader.see(model, graph) == {} and reader.unread == ("data",)
+    assert reader.see(model, graph) == {} and reader.unread == ["data"]
     reader.reset()
-    assert reader.unread == ()
+    assert reader.unread == []
     kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0)
     assert kept.size == 60 and torch.equal(kept.seen["columns"], X)
 
@@ -157,7 +157,7 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
     joined = kept.joined()
     assert torch.equal(joined.seen["columns"], X[labels >= 0])
     assert torch.equal(joined.labels, one_hot(Y, 4).float()[labels >= 0])
-    assert kept.plan.num_seen == kept.size == 40
+    assert kept.num_seen == kept.size == 40
 
 
 def test_what_is_done_for_each_training_batch_is_little() -> None:
