@@ -245,6 +245,8 @@ def _fit(
 
     if unused := say_unused(list(fitted.shares_), fitted.num_samples_):
         warn("outputs", unused)
+    if fitted.inputs_tell_nothing_ and reader.sees_all:
+        warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
     Differences(known, not reader.has_features, warn).say("`dataloader`", new)
     return fitted, q, like[:0]
 

@@ -62,13 +62,17 @@ class Calibration:
     Attributes:
         task: The task.
         parts: What to do for each of its questions, by default the least.
+        mean_label: What takes the place of all predictions, since they know no more, ``(C,)``; None if they do.
     """
 
     task: Task
     parts: Sequence[Sharpening] = ()
+    mean_label: Tensor | None = None
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
+        if self.mean_label is not None:
+            return self.mean_label.expand_as(p)
         questions = self.task.questions(p)
         parts = self.parts or [Sharpening()] * len(questions)
         found = [part(q) for part, q in zip(parts, questions, strict=True)]
@@ -77,7 +81,7 @@ class Calibration:
     @property
     def unsmoothed(self) -> "Calibration":
         """The best one without smoothing."""
-        return Calibration(self.task, [Sharpening(part.unsmoothed) for part in self.parts])
+        return Calibration(self.task, [Sharpening(part.unsmoothed) for part in self.parts], self.mean_label)
 
     @property
     def power(self) -> float:

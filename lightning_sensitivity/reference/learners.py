@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,6 +90,11 @@ class Learner:
         self.calibration = calibrate(p, known.labels, task, known.groups)
         self.left_out = self.calibration(p)
         self.unsmoothed = self.calibration.unsmoothed(p)
+
+    def forget(self) -> None:
+        """Predict the mean label of every sample, since no more is known."""
+        self.calibration = replace(self.calibration, mean_label=self.labels.nanmean(0).nan_to_num(0.5))
+        self.left_out = self.unsmoothed = self.calibration(self.left_out)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""

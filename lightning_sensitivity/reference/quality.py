@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.calibration import unexplained_share
+from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.learners import Learner
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well
 _ROUNDING = 1e-12  # of scores that are 0
+_FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Quality:
         unexplained: The share of labels that can't be explained, or nan.
         auroc: The area under the ROC curve, mean over classes, or nan.
         blind_labels: Which of several labels they can't tell.
+        tells_none: Whether they are no better than the mean label, of several labels for none of them.
     """
 
     score: float
@@ -38,13 +41,22 @@ class Quality:
     unexplained: float
     auroc: float
     blind_labels: list[int]
+    tells_none: bool
 
 
-def measure_quality(learner: Learner, task: Task) -> Quality:
-    """Measure the left-out predictions of a learner; of all labels, if it can tell none of several."""
+def measure_quality(learner: Learner, task: Task, blind: list[int] | None = None) -> Quality:
+    """Measure the left-out predictions of a learner; of all labels, if it can tell none of several.
+
+    Args:
+        learner: The learner.
+        task: The task.
+        blind: Which of several labels it can't tell, if that is known.
+    """
     p, y = learner.left_out, learner.labels
-    blind = _blind_labels(p, y, task) if task.is_by_column else []
-    if len(blind) < y.shape[1]:
+    if blind is None:
+        blind = _blind_labels(p, y, task) if task.is_by_column else []
+    tells_none = len(blind) == y.shape[1]
+    if not tells_none:
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
@@ -53,7 +65,20 @@ def measure_quality(learner: Learner, task: Task) -> Quality:
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     accuracy, majority, unexplained = columns.nanmean(0).tolist()
     auroc = _auroc(p, y, task) if majority < 1 else math.nan
-    return Quality(score, _skill(score, chance), accuracy, majority, unexplained, auroc, blind)
+    skill = _skill(score, chance)
+    return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, tells_none or skill <= 0)
+
+
+def unclear_labels(learner: Learner, task: Task) -> list[int]:
+    """Return the columns of labels that are too few, or all alike, to say that inputs tell nothing of them.
+
+    A task of a single question has one such column, and so has a regression.
+    """
+    y, groups = learner.labels, learner.groups
+    questions = [(rows, answers) for rows, _, answers in task.classifications(y, y)] or [(torch.arange(len(y)), y)]
+    sizes = [count_groups(None if groups is None else groups[rows], len(rows)) for rows, _ in questions]
+    is_alike = [bool((answers == answers[:1]).all()) for _, answers in questions]
+    return [column for column, size in enumerate(sizes) if size < _FEWEST or is_alike[column]]
 
 
 def _describe_answers(q: Tensor, y: Tensor, unsmoothed: Tensor) -> tuple[float, float, float]:

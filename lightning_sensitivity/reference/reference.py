@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near
 from lightning_sensitivity.reference.groups import group_numbers
-from lightning_sensitivity.reference.kinds import Array, Samples, shrunk
+from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different
-from lightning_sensitivity.reference.quality import measure_quality
+from lightning_sensitivity.reference.quality import measure_quality, unclear_labels
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
@@ -59,6 +59,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
         auroc_: Its area under the ROC curve, mean over classes, or nan.
         majority_: That of the most frequent class, or nan.
+        inputs_tell_nothing_: Whether neither learner is better than the mean label, though a table has 60 or more
+            labels, or groups; then the mean label is predicted.
         unexplained_: The share of labels that can't be explained, or nan.
         temperature_: What logarithms of probabilities were divided by.
         smoothing_: The share of a prediction that is spread over classes, as labels are.
@@ -138,17 +140,27 @@ class Reference(BaseEstimator):  # type: ignore[misc]
 
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
         """Set what is known of the learner, and of the samples that it knows."""
+        quality, unclear = measure_quality(learner, task), unclear_labels(learner, task)
+        is_clear = len(unclear) < len(task.questions(learner.labels) or [learner.labels])
         self._learner = learner
-        self.learner_ = learner.name
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
+        self.inputs_tell_nothing_ = quality.tells_none and is_clear and self._both_learners_see_it
+        if self.inputs_tell_nothing_:
+            learner.forget()
+            quality = measure_quality(learner, task, unclear if task.is_by_column else [])
+        self.learner_ = learner.name
         self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), learner.labels.numpy(), indices.numpy()
         self.groups_ = None if learner.groups is None else learner.groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
-        quality = measure_quality(learner, task)
         self.score_, self.skill_ = quality.score, quality.skill
         self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
         self.unexplained_ = quality.unexplained
         self.blind_labels_ = np.array(quality.blind_labels, dtype=int)
+
+    @property
+    def _both_learners_see_it(self) -> bool:
+        """Whether samples are rows of a table, of which a forest and ridge regression were both tried."""
+        return self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
 
     @property
     def num_samples_(self) -> int:
@@ -185,6 +197,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Args:
             predictions: Predictions ``(M, C)``.
         """
+        if self.inputs_tell_nothing_:  # all are equally near
+            return np.repeat(self.residuals_[:, None], len(predictions), 1)
         columns = zip(np.asarray(predictions).T, self.left_out_.T, self.labels_.T, strict=True)
         return np.stack([error_quantiles_near(*column) for column in columns], axis=2)
 
@@ -196,12 +210,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def may_choose(self, sees_all: bool = True) -> bool:
         """Return whether it sees enough to choose an epoch or a model by; else a network may know more.
 
-        Of columns it sees all there is, so that any skill will do; else it needs more than 0.05.
+        Of columns it sees all there is, so that any skill will do, and if they tell nothing, its mean label; else it
+        needs more than 0.05.
 
         Args:
             sees_all: Whether the samples that it was fitted to are all that the network sees.
         """
-        return self.skill_ > (0.0 if sees_all and self.kind_ == "columns" else _LEAST_SKILL)
+        if sees_all and self.kind_ == "columns":
+            return self.skill_ > 0 or self.inputs_tell_nothing_
+        return self.skill_ > _LEAST_SKILL
 
     def __str__(self) -> str:
         """Say what it is, and how good."""

@@ -199,7 +199,7 @@ class Truth(History):
             seen = torch.cat([self.seen(batch) for batch in self.training])
             known, y = self.labelled(seen, self.training, num_outputs)
             self.reference = fit_reference(known, y, self.task, self.estimator)
-        if not self.reference.is_trusted_:
+        if not self.reference.may_choose(sees_all=self.seen is first_tensor):
             return self.of_labels(outputs, num_outputs) if self.has_labels else {}
         seen = torch.cat([self.seen(batch) for batch in self.holdout])
         found = expected_by(self.reference, outputs, seen, self.shares)

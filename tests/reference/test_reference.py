@@ -347,10 +347,10 @@ def made(kind: str, skill: float, num_samples: int = 4000) -> Reference:
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("skill", [-0.01, 0.0, 0.001, 0.049, 0.051])
 def test_it_is_trusted_where_it_sees_enough(kind: str, skill: float) -> None:
-    least = 0.0 if kind == "columns" else 0.05
-    found = made(kind, skill)
-    assert found.skill_ == pytest.approx(skill) and found.is_trusted_ == (found.skill_ > least)
-    assert found.may_choose(sees_all=False) == (found.skill_ > 0.05)
+    found, is_table = made(kind, skill), kind == "columns"
+    assert found.skill_ == pytest.approx(max(skill, 0.0) if is_table else skill)
+    assert found.inputs_tell_nothing_ == (is_table and skill <= 0)
+    assert found.is_trusted_ == (is_table or skill > 0.05) and found.may_choose(sees_all=False) == (skill > 0.05)
 
 
 @pytest.mark.parametrize(("num_samples", "least"), [(4000, 0.01), (100, 0.015), (20, 0.075)])
