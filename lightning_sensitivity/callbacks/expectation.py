@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from lightning_sensitivity.callbacks.monitor import Values
 from lightning_sensitivity.callbacks.record import Unseen
 from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
-from lightning_sensitivity.functional.expected import WORTH, Loss, losses, metric_value
+from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw
+from lightning_sensitivity.functional.expected import Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
 from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.groups import count_groups
@@ -81,25 +83,35 @@ class Expectation:
         num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
         num_labels = math.ceil(num_known - _ROUNDING)
         expected = self._by_reference(outputs, unseen, is_finite)
-        by_labels = self._by_labels(outputs, labels, unseen, counts)
-        worth = _worth_of_labels(num_labels, unseen, counts)
-        known = {name: _mean(name, (expected, WORTH), (by_labels, worth)) for name in expected | by_labels}
+        by_labels = self._by_labels(outputs, labels, unseen, counts, num_labels)
+        known: Values = {}
+        for name in expected | by_labels:
+            first, second = expected.get(name), by_labels.get(name)
+            both = combine(first, second, *(() if unseen is None else (unseen.num_training, unseen.worth)))
+            known |= {name: both.value, f"{name}_stderr": both.stderr}
+            if first and second and both.is_contradicted:
+                known |= {f"{name}_by_reference": first.value, f"{name}_by_labels": second.value}
         facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
         return known | facts if known else {}
 
-    def _by_reference(self, outputs: Tensor, unseen: Unseen | None, is_finite: Tensor) -> Values:
+    def _by_reference(self, outputs: Tensor, unseen: Unseen | None, is_finite: Tensor) -> dict[str, Estimate]:
         """Compute what to expect by what the reference predicts."""
         if unseen is None:
             return {}
         rows = is_finite[unseen.indices]
-        return self._measure(outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows])
+        groups = None if unseen.groups is None else unseen.groups[unseen.indices][rows]
+        predicted = outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows]
+        return self._estimate(*predicted, groups, int(rows.sum()))
 
-    def _by_labels(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, counts: Tensor) -> Values:
+    def _by_labels(
+        self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, counts: Tensor, num_labels: int
+    ) -> dict[str, Estimate]:
         """Compute what to expect by the labels that count, without those that the reference can't tell."""
-        y = labels[counts]
+        y, groups = labels[counts], None
         if unseen is not None:
             y = y.where(~unseen.q.isnan().all(0), math.nan)
-        return self._measure(outputs[counts], y, self._drawn(labels, unseen)[:, counts])
+            groups = None if unseen.groups is None else unseen.groups[counts]
+        return self._estimate(outputs[counts], y, self._drawn(labels, unseen)[:, counts], groups, num_labels)
 
     def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
         """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
@@ -126,26 +138,42 @@ class Expectation:
         """The names of all values."""
         return [EXPECTED + name for name in (*self.metrics, "loss")]
 
-    def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
-        """Compute the loss and metrics by labels, or by what a reference predicts; what is nan is left out.
+    def _estimate(
+        self, outputs: Tensor, y: Tensor, draws: Tensor, groups: Tensor | None, size: int
+    ) -> dict[str, Estimate]:
+        """Compute the loss and metrics by labels, or by what a reference predicts, and what they vary by chance.
 
         Args:
             outputs: Outputs ``(N, ...)``, finite.
             y: Labels as a matrix, or predictions, ``(N, C)``; nan is unknown, and left out by default.
             draws: The same as one or more labels for each sample, ``(R, N)``, or ``(R, N, C)``. No metric is
                 computed if all are of one class.
+            groups: The number of the group of each sample, ``(N,)``; None without groups.
+            size: How many samples, or labels, there are; those of one group count as one.
         """
         if draws.numel() == 0:
             return {}
+        values, one = self._measure(outputs, y, draws), one_draw(draws, groups)
+        if self._loss is not None and not math.isfinite(value := values[f"{EXPECTED}loss"]):
+            self._run.warn("loss", f"gets {value} from `loss`, and logs no `{EXPECTED}loss` then.")
+        drawn = self._task.label_matrix(one[0], y.shape[1]).where(~y.isnan(), math.nan)
+        of_some = partial(self._measure_rows, outputs, drawn, one)
+        variances, size = jackknife(of_some, len(outputs), groups), count_groups(groups, size)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        return {name: Estimate(value, variances.get(name, math.nan), size) for name, value in finite.items()}
+
+    def _measure_rows(self, outputs: Tensor, y: Tensor, draws: Tensor, rows: Tensor) -> Values:
+        return self._measure(outputs[rows], y[rows], draws[:, rows])
+
+    def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
+        """Compute the loss, and metrics where these say something."""
         found: Values = {"loss": float(self._losses(outputs, y, draws).nanmean())}
         if self._task.can_measure(draws):
             p = self._task.predictions(outputs)
             for name, metric in self.metrics.items():
                 labels = draws.where(~y.isnan(), math.nan) if isinstance(metric, OfKnownLabels) else draws
                 found[name] = float(metric_value(metric, p, labels, self._task))
-        if self._loss is not None and not math.isfinite(found["loss"]):
-            self._run.warn("loss", f"gets {found['loss']} from `loss`, and logs no `{EXPECTED}loss` then.")
-        return {EXPECTED + name: value for name, value in found.items() if math.isfinite(value)}
+        return {EXPECTED + name: value for name, value in found.items()}
 
     def _losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the loss of the task, or that of the user, which needs samples of which all labels are known."""
@@ -195,16 +223,3 @@ class Expectation:
                 "scales targets or takes logarithms, do the same in `targets=`."
             )
             self._run.warn("targets", message)
-
-
-def _worth_of_labels(num_labels: int, unseen: Unseen | None, counts: Tensor) -> int:
-    """Return what labels are worth: those of one group count as one."""
-    if unseen is None or unseen.groups is None:
-        return num_labels
-    return count_groups(unseen.groups[counts], num_labels)
-
-
-def _mean(name: str, *parts: tuple[Values, int]) -> float:
-    """Take the weighted mean of a value, over the parts that have it."""
-    known = [(weight, values[name]) for values, weight in parts if name in values]
-    return float(sum(weight * value for weight, value in known) / sum(weight for weight, _ in known))

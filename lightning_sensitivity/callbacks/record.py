@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_sensitivity.compat import PlotType
 
+QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 _TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
 
 State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
@@ -27,6 +28,7 @@ class Verdict:
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
+        inputs_tell_nothing: Whether the mean label is what to expect, since a table tells no more.
         blind_labels: Which of several labels it can't tell.
     """
 
@@ -37,6 +39,7 @@ class Verdict:
     majority: float
     unexplained: float
     is_trusted: bool
+    inputs_tell_nothing: bool = False
     blind_labels: list[int] = field(default_factory=list)
 
     @classmethod
@@ -57,6 +60,7 @@ class Verdict:
             unexplained=reference.unexplained_,
             blind_labels=reference.blind_labels_.tolist(),
             is_trusted=is_trusted,
+            inputs_tell_nothing=is_trusted and reference.inputs_tell_nothing_,
         )
 
     @property
@@ -76,6 +80,8 @@ class Unseen:
         q: Its predictions for them, ``(N, C)``; nan of labels that it can't tell.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
+        num_training: By how many left-out labels it was calibrated; those of one group count as one.
+        worth: As how many labels its predictions count.
         groups: The number of the group of each kept sample, also of those that it can't read; None without groups.
     """
 
@@ -83,6 +89,8 @@ class Unseen:
     q: Tensor
     draws: Tensor
     score: float
+    num_training: int
+    worth: float
     groups: Tensor | None = None
 
     def moved(self, places: Tensor) -> "Unseen":
@@ -90,7 +98,7 @@ class Unseen:
         groups = self.groups
         if groups is not None:
             groups = torch.empty_like(groups).index_copy_(0, places, groups)
-        return Unseen(places[self.indices], self.q, self.draws, self.score, groups)
+        return replace(self, indices=places[self.indices], groups=groups)
 
 
 @dataclass
@@ -126,7 +134,8 @@ class Predicted:
         for index, each in state["unseen"].items():
             draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
             groups = None if each["groups"] is None else each["groups"].long()
-            unseen[int(index)] = Unseen(each["indices"].long(), each["q"].float(), draws, float(each["score"]), groups)
+            tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws, "groups": groups}
+            unseen[int(index)] = Unseen(**{**each, **tensors})
         fingerprints = {int(index): each.double() for index, each in state["fingerprints"].items()}
         return cls(Verdict(**state["verdict"]), unseen, fingerprints)
 
@@ -215,7 +224,10 @@ def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> P
 
 
 def _plot_curves(ax: Any, history: Sequence[Row], name: str) -> None:
-    """Draw a value of each loader; a validation may have none."""
+    """Draw a value of each loader, and its 90 % interval; a validation may have none."""
     for index in sorted({row["dataloader_idx"] for row in history}):
         rows = [row for row in history if row["dataloader_idx"] == index]
-        ax.plot([row["epoch"] for row in rows], [row.get(name, math.nan) for row in rows], label=f"dataloader {index}")
+        epochs = [row["epoch"] for row in rows]
+        values, stderrs = (torch.tensor([row.get(key, math.nan) for row in rows]) for key in (name, f"{name}_stderr"))
+        ax.plot(epochs, values, label=f"dataloader {index}")
+        ax.fill_between(epochs, values - QUANTILE * stderrs, values + QUANTILE * stderrs, alpha=0.2)

@@ -15,12 +15,13 @@ from lightning_sensitivity.callbacks.differences import Differences
 from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
 from lightning_sensitivity.callbacks.record import Predicted, Unseen, Verdict
 from lightning_sensitivity.callbacks.run import Run
-from lightning_sensitivity.functional.expected import draw_labels
+from lightning_sensitivity.functional.expected import WORTH, draw_labels
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.model.isolation import same_streams
 from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.model.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import Seen, are_finite, take
 from lightning_sensitivity.reference.observations import Observations, projection
 
@@ -277,7 +278,9 @@ class RunReference:
         errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
         draws = draw_labels(q, self._task.name, errors)
         q = q.float().index_fill(1, torch.from_numpy(self.fitted.blind_labels_), math.nan)
-        return Unseen(indices, q, draws, self.fitted.score_, unseen.groups)
+        groups = self.fitted.groups_
+        num_training = count_groups(None if groups is None else torch.from_numpy(groups), self.fitted.num_samples_)
+        return Unseen(indices, q, draws, self.fitted.score_, num_training, WORTH, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from lightning.pytorch import Trainer
 
 from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, LOGITS, callbacks_that_monitor
-from lightning_sensitivity.callbacks.record import Row, Verdict, is_same
+from lightning_sensitivity.callbacks.record import QUANTILE, Row, Verdict, is_same
 
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
 
@@ -137,7 +137,10 @@ def _line(s: Summary, value: str) -> str:
         sentences.append(f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.")
         sentences.append(_what_chose(s))
         sentences += [_DOUBTS[each] for each in s["doubts"]]
+        if s.get("inputs_tell_nothing"):
+            sentences.append("The inputs tell nothing of the labels: the mean label is what to expect of any network.")
         sentences.append(_rival(s, value))
+        sentences.append(_contradiction(s, value))
         if s.get("blind_labels"):
             names = ", ".join(map(str, s["blind_labels"]))
             sentences.append(f"The reference can't tell these labels, which means by default leave out: {names}.")
@@ -187,7 +190,19 @@ def _rival(s: Summary, value: str) -> str:
         return ""
     gain = s["reference"] - s["network"]
     is_better = (gain if s["direction"] == "highest" else -gain) >= 0
-    advice = ": consider it, or the mean of both" if is_better and not s["doubts"] else ""
+    has_advice = is_better and not s["doubts"] and not s.get("inputs_tell_nothing")
+    advice = ": consider it, or the mean of both" if has_advice else ""
     what = _WORDS.get(value, f"`{value}` =")
-    reached = f"{what} {s['network']:.3g}, the reference by itself {s['reference']:.3g}"
+    stderr = s.get(f"{EXPECTED}{value}_stderr")
+    sure = "" if stderr is None else f" ± {QUANTILE * stderr:.1g}"
+    reached = f"{what} {s['network']:.3g}{sure}, the reference by itself {s['reference']:.3g}"
     return f"There the network is expected to reach {reached}{advice}."
+
+
+def _contradiction(s: Summary, value: str) -> str:
+    """Say that labels contradict the reference, and which of both to believe."""
+    labels, reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
+    if labels is None or reference is None:
+        return ""
+    both = f"by labels alone it is {labels:.3g}, by the reference alone {reference:.3g}"
+    return f"The labels contradict the reference beyond chance ({both}): believe the labels."

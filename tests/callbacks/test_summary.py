@@ -87,6 +87,14 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. 70 validation labels chose."),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
         f"{BEST}. 70 validation labels chose."),
+    "its interval": (verdict(), validations(expected_loss_stderr=0.0123),
+        f"{BEST}. {CHOSE} {RIVAL.replace('0.4,', '0.4 ± 0.02,')}"),
+    "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs tell "
+        f"nothing of the labels: the mean label is what to expect of any network. {REACH}."),
+    "labels that contradict": (verdict(), validations(num_labels=70, expected_loss_by_labels=0.16,
+        expected_loss_by_reference=0.41), f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL} The labels "
+        "contradict the reference beyond chance (by labels alone it is 0.16, by the reference alone 0.41): believe the "
+        "labels."),
     "before a resume": (None, validations(), f"{BEST}. The reference of an earlier part of this fit chose. {RIVAL}"),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {RIVAL}"),

@@ -1,0 +1,122 @@
+"""How sure a value is, and what a reference and labels say together."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.functional.expected import WORTH
+
+_BLOCKS = 20  # of samples, each of which is left out once
+_CONTRADICTION = 2.5  # standard errors by which labels and a reference differ, from which on it counts for less
+
+
+class Estimate(NamedTuple):
+    """A value that was measured on samples.
+
+    Attributes:
+        value: The value.
+        variance: Its variance if these samples have one label each; nan if that is unknown.
+        size: How many samples there are; those of one group count as one.
+    """
+
+    value: float
+    variance: float
+    size: int
+
+
+class Combined(NamedTuple):
+    """What an expectation and labels say together.
+
+    Attributes:
+        value: The value.
+        stderr: Its standard error; nan if that is unknown.
+        is_contradicted: Whether labels contradict the reference.
+    """
+
+    value: float
+    stderr: float
+    is_contradicted: bool
+
+
+def combine(expected: Estimate | None, known: Estimate | None, num_training: int = 0, worth: float = WORTH) -> Combined:
+    """Combine what a reference expects, what labels say, or both; one of them may be None.
+
+    The reference errs as a value does on as many labels as there are unseen samples, as it was calibrated by, and as
+    it is worth, one on top of the other.
+
+    Args:
+        expected: The value to expect by the reference.
+        known: The value on labels.
+        num_training: By how many left-out labels the reference was calibrated; those of one group count as one.
+        worth: As how many labels the reference counts.
+    """
+    parts, full_worth = [], worth  # weights, values and variances
+    if expected is not None:
+        worth = worth if known is None else worth_beside(expected, known, worth)
+        factor = 1 + expected.size / num_training + expected.size / worth
+        parts.append((worth, expected.value, factor * expected.variance))
+    if known is not None:
+        parts.append((known.size, known.value, known.variance))
+    total = sum(weight for weight, _, _ in parts)
+    value = sum(weight * value for weight, value, _ in parts) / total
+    stderr = math.sqrt(sum(weight**2 * variance for weight, _, variance in parts)) / total
+    return Combined(value, stderr, worth < full_worth)
+
+
+def worth_beside(expected: Estimate, known: Estimate, worth: float, least: float = _CONTRADICTION) -> float:
+    """Return as how many labels a reference counts beside labels, which may contradict it.
+
+    Where both differ by more than chance, its variance is what the difference allows.
+
+    Args:
+        expected: The value to expect by the reference.
+        known: The value on labels.
+        worth: As how many labels the reference counts where they agree.
+        least: By how many standard errors both differ, from which on it counts for less.
+    """
+    spread = np.fmax(expected.variance * expected.size, known.variance * known.size)  # of a label; of few it may be 0
+    difference, chance = (expected.value - known.value) ** 2, spread / known.size
+    return min(worth, float(spread / (difference - chance))) if difference > least**2 * chance else worth
+
+
+def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:
+    """Return one of several labels of each sample, taken at random, ``(1, N, ...)``: a sample as if it were labelled.
+
+    Args:
+        draws: Labels, ``(R, N, ...)``, in an order that goes from low to high.
+        groups: The number of the group of each, ``(N,)``, whose labels are alike; None without groups.
+    """
+    samples = torch.arange(draws.shape[1])
+    which = torch.randint(len(draws), samples.shape, generator=torch.Generator().manual_seed(0))
+    return draws[which[_units(len(samples), groups)], samples][None]
+
+
+def _units(num_samples: int, groups: Tensor | None) -> Tensor:
+    """Number what is independent: groups, or samples."""
+    return torch.arange(num_samples) if groups is None else torch.unique(groups, return_inverse=True)[1]
+
+
+def jackknife(
+    measure: Callable[[Tensor], Mapping[str, float]], num_samples: int, groups: Tensor | None
+) -> dict[str, float]:
+    """Estimate the variance of values of labelled samples, by leaving out one of 20 blocks of them after the other.
+
+    Samples of one group are in one block. The variance is that of any metric (Efron and Tibshirani, 1993).
+
+    Args:
+        measure: Computes values by name, of samples by their indices.
+        num_samples: N.
+        groups: The number of the group of each, ``(N,)``; None without groups.
+
+    Returns:
+        The variances by name, of values that are there whatever is left out.
+    """
+    blocks = _units(num_samples, groups) % _BLOCKS
+    found = [measure((blocks != block).nonzero()[:, 0]) for block in torch.unique(blocks)]
+    names = set.intersection(*map(set, found)) if len(found) > 1 else set()
+    values = {name: torch.tensor([each[name] for each in found]).double() for name in names}
+    return {name: (len(found) - 1) * float(each.var(correction=0)) for name, each in values.items()}

@@ -1,0 +1,90 @@
+"""How sure the values of a fit are, labels that contradict the reference, and where there is nothing to know."""
+
+import math
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sensitivity import RiskMonitor, compare_models
+from tests.callbacks.plain_loop import HOLDOUT, NOISY, Plain, X, batches_of, fit
+from tests.helpers import fitted, fitted_and_said, inputs, quick_risk, unlabelled_loader
+
+VALUES = [f"expected_{name}" for name in ("loss", "accuracy", "auroc")]
+
+
+def bernoulli(p: float, *sizes: int) -> float:
+    return math.sqrt(p * (1 - p) * sum(1 / size for size in sizes))
+
+
+def test_each_value_has_a_standard_error_and_the_plot_a_band() -> None:
+    matplotlib.use("agg")
+    fit(Plain(), monitor := quick_risk(), val=unlabelled_loader(400, seed=1), max_epochs=2)
+    assert all(row[f"{name}_stderr"] > 0 for row in monitor.history for name in VALUES)
+    row = monitor.history[0]
+    assert row["expected_accuracy_stderr"] == pytest.approx(bernoulli(row["expected_accuracy"], 400, 90, 1000), rel=0.3)
+    assert monitor.summary["expected_loss_stderr"] in [row["expected_loss_stderr"] for row in monitor.history]
+    band = monitor.plot()[1][0].collections[0].get_paths()[0].vertices[:, 1]
+    top = max(row["expected_accuracy"] + 1.645 * row["expected_accuracy_stderr"] for row in monitor.history)
+    assert band.max() == pytest.approx(top)
+
+
+def of_number(batch: Any) -> Tensor:
+    x: Tensor = batch[0] if isinstance(batch, list) else batch
+    return (x[:, 0] * 1e6).long()
+
+
+def test_samples_of_a_group_count_as_one() -> None:
+    stderrs = []
+    for groups in (None, of_number):
+        monitor = quick_risk(groups=groups)
+        fitted_and_said(monitor, Plain(), batches_of(X, NOISY), batches_of(inputs(40, seed=1).repeat(5, 1)))
+        stderrs.append(monitor.history[0]["expected_accuracy_stderr"])
+    expected = bernoulli(0.5, 40, 90, 1000) / bernoulli(0.5, 200, 90, 1000)
+    assert stderrs[1] / stderrs[0] == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("is_contradicted", [False, True])
+def test_labels_that_contradict_the_reference_outweigh_it(is_contradicted: bool) -> None:
+    """The network predicts the same class of all samples, of which training labels know nothing."""
+    model, y = Plain(), torch.arange(200) % 4
+    model.lr = 0.0
+    model.net[-1].bias.data = torch.tensor([50.0, 0, 0, 0]).double()
+    val = (torch.arange(200) == 0).long() if is_contradicted else y
+    monitor = quick_risk(validation_labels=True)
+    fitted(monitor, model, batches_of(inputs(200), y), batches_of(inputs(200, seed=1), val), max_epochs=1)
+    row, by_labels = monitor.history[0], "expected_accuracy_by_labels"
+    assert (by_labels in row) == (by_labels in monitor.summary) == is_contradicted
+    if is_contradicted:
+        assert (
+            row[by_labels] == pytest.approx(0.995)
+            and row["expected_accuracy"] > 0.9 > 0.5 > row["expected_accuracy_by_reference"]
+        )
+
+
+NOTHING = torch.ones(200, 12)
+
+
+def test_where_a_table_tells_nothing_the_network_that_claims_least_is_the_best() -> None:
+    y = (torch.arange(200) % 5 > 3).long()
+    train, val = batches_of(NOTHING, y), batches_of(NOTHING[:50])
+    monitor = RiskMonitor()
+    _, texts = fitted_and_said(monitor, model := Plain(2), train, val, max_epochs=2)
+    shares = torch.tensor([0.8, 0.2]).double()
+    expected = -(model.eval()(NOTHING[:50]).detach().log_softmax(1) * shares).sum(1).mean()
+    assert monitor.history[-1]["expected_loss"] == pytest.approx(float(expected))
+    assert monitor.summary["inputs_tell_nothing"] and monitor.summary["skill"] == 0 and texts == []
+    assert monitor.summary["reference_expected_accuracy"] == pytest.approx(0.8)
+
+
+def test_models_are_compared_by_the_mean_label_where_a_table_tells_nothing() -> None:
+    y = (torch.arange(200) % 5 > 3).long()
+    models = {name: torch.nn.Linear(12, 2) for name in ("0", "1")}
+    for name, model in models.items():
+        torch.nn.init.zeros_(model.weight)
+        model.bias.data = 3 * torch.eye(2)[int(name)]
+    with pytest.warns(UserWarning, match="the inputs tell nothing of the labels"):
+        found = compare_models(models, [HOLDOUT], training=batches_of(NOTHING, y))
+    assert [(row.name, row.expected) for row in found] == [("0", pytest.approx(0.8)), ("1", pytest.approx(0.2))]
