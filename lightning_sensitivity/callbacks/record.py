@@ -28,6 +28,7 @@ class Verdict:
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
+        sees_all: Whether it sees all that the network sees, as columns.
         inputs_tell_nothing: Whether the mean label is what to expect, since a table tells no more.
         blind_labels: Which of several labels it can't tell.
     """
@@ -39,18 +40,20 @@ class Verdict:
     majority: float
     unexplained: float
     is_trusted: bool
+    sees_all: bool = True
     inputs_tell_nothing: bool = False
     blind_labels: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, reference: Any, is_trusted: bool, has_features: bool) -> "Verdict":
+    def of(cls, reference: Any, sees_all: bool, has_features: bool) -> "Verdict":
         """Take from a fitted reference what all processes have to know.
 
         Args:
             reference: The reference.
-            is_trusted: Whether it may choose.
+            sees_all: Whether its samples are all that the network sees.
             has_features: Whether the user says what it sees.
         """
+        is_trusted = reference.may_choose(sees_all)
         return cls(
             learner=reference.learner_,
             features="features" if has_features else reference.features_,
@@ -60,6 +63,7 @@ class Verdict:
             unexplained=reference.unexplained_,
             blind_labels=reference.blind_labels_.tolist(),
             is_trusted=is_trusted,
+            sees_all=sees_all and reference.kind_ == "columns",
             inputs_tell_nothing=is_trusted and reference.inputs_tell_nothing_,
         )
 

@@ -231,7 +231,7 @@ class RunReference:
             self._run.warn("features", message, kind="unread")
         if self.predicted is not None:  # by an earlier part of this fit
             return
-        verdict = Verdict.of(fitted, fitted.may_choose(self._reader.sees_all), self._reader.has_features)
+        verdict = Verdict.of(fitted, self._reader.sees_all, self._reader.has_features)
         unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
         fingerprints: dict[int, Tensor] = {}
         if all(part.fingerprints for part in parts):

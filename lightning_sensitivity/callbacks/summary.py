@@ -14,6 +14,7 @@ Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` tak
 
 _SAID = 0.05  # share of labels that is worth a sentence
 _ENDED = 0.01  # of the first learning rate
+_MEAN_IS_BETTER = 0.5  # standard errors by which a reference leads, from which on the mean of both is better; it from 1
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
 CONSTANT, PROBABILITIES, ANSWER = "worse than a constant", "probabilities", "knows the answer"
@@ -140,7 +141,6 @@ def _line(s: Summary, value: str) -> str:
         if s.get("inputs_tell_nothing"):
             sentences.append("The inputs tell nothing of the labels: the mean label is what to expect of any network.")
         sentences.append(_rival(s, value))
-        sentences.append(_contradiction(s, value))
         if s.get("blind_labels"):
             names = ", ".join(map(str, s["blind_labels"]))
             sentences.append(f"The reference can't tell these labels, which means by default leave out: {names}.")
@@ -188,21 +188,23 @@ def _rival(s: Summary, value: str) -> str:
     """Compare what is expected of the network and of the reference, on the same samples."""
     if s["network"] is None or s["reference"] is None:
         return ""
-    gain = s["reference"] - s["network"]
-    is_better = (gain if s["direction"] == "highest" else -gain) >= 0
-    has_advice = is_better and not s["doubts"] and not s.get("inputs_tell_nothing")
-    advice = ": consider it, or the mean of both" if has_advice else ""
-    what = _WORDS.get(value, f"`{value}` =")
-    stderr = s.get(f"{EXPECTED}{value}_stderr")
+    what, stderr = _WORDS.get(value, f"`{value}` ="), s.get(f"{EXPECTED}{value}_stderr")
     sure = "" if stderr is None else f" ± {QUANTILE * stderr:.1g}"
     reached = f"{what} {s['network']:.3g}{sure}, the reference by itself {s['reference']:.3g}"
+    by_labels, by_reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
+    if by_labels is not None and by_reference is not None:
+        both = f"by labels alone it is {by_labels:.3g}, by the reference alone {by_reference:.3g}"
+        advice = f". The labels contradict the reference beyond chance ({both}): believe the labels"
+    else:
+        advice = "" if stderr is None or s["doubts"] or s.get("inputs_tell_nothing") else _advice(s, stderr)
     return f"There the network is expected to reach {reached}{advice}."
 
 
-def _contradiction(s: Summary, value: str) -> str:
-    """Say that labels contradict the reference, and which of both to believe."""
-    labels, reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
-    if labels is None or reference is None:
+def _advice(s: Summary, stderr: float) -> str:
+    """Say what to make of a reference that is expected to be better than the network."""
+    gain = s["reference"] - s["network"] if s["direction"] == "highest" else s["network"] - s["reference"]
+    if gain < _MEAN_IS_BETTER * stderr:
         return ""
-    both = f"by labels alone it is {labels:.3g}, by the reference alone {reference:.3g}"
-    return f"The labels contradict the reference beyond chance ({both}): believe the labels."
+    if not s.get("sees_all"):
+        return ". Which of both is better it can't tell, since the network may know more than it sees"
+    return ": consider it, or the mean of both" if gain >= stderr else ": consider the mean of both"

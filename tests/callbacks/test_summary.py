@@ -46,7 +46,7 @@ def validations(best: int = 3, **changes: Any) -> Rows:
     """Five of them, the first one by another reference; accuracy is highest one epoch after the lowest score."""
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
-         "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0,
+         "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0, "expected_loss_stderr": 0.03,
          "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84,
          "reference": 0.3 if epoch else 0.2, **changes}
         for epoch in range(5)
@@ -63,8 +63,9 @@ CURVES = {LOSS: Curve("expected_loss", 0, False), ACCURACY: Curve("expected_accu
 SKILL = "on labels that it has not seen, it is 50% better than chance"
 BEST = f"`{LOSS}` was lowest at epoch 3"
 CHOSE = "The reference (random forest, 2,000 training labels) chose."
-REACH = "There the network is expected to reach a loss of 0.4, the reference by itself 0.35"
+REACH = "There the network is expected to reach a loss of 0.4 ± 0.05, the reference by itself 0.35"
 RIVAL = f"{REACH}: consider it, or the mean of both."
+CANT_TELL = f"{REACH}. Which of both is better it can't tell, since the network may know more than it sees."
 LONGER = "It was still improving: train for longer."
 NONE = f"`{LOSS}` has no value to choose by: "
 LAST = (
@@ -87,15 +88,22 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. 70 validation labels chose."),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
         f"{BEST}. 70 validation labels chose."),
-    "its interval": (verdict(), validations(expected_loss_stderr=0.0123),
-        f"{BEST}. {CHOSE} {RIVAL.replace('0.4,', '0.4 ± 0.02,')}"),
+    "a reference that is hardly better": (verdict(), validations(expected_loss_stderr=0.11),
+        f"{BEST}. {CHOSE} {REACH.replace('0.05,', '0.2,')}."),
+    "a reference that may be better": (verdict(), validations(expected_loss_stderr=0.09),
+        f"{BEST}. {CHOSE} {REACH.replace('0.05,', '0.1,')}: consider the mean of both."),
+    "without a standard error": (verdict(), validations(expected_loss_stderr=None),
+        f"{BEST}. {CHOSE} {REACH.replace(' ± 0.05', '')}."),
+    "a reference that may see less": (verdict(features="features", sees_all=False), validations(), f"{BEST}. {CHOSE} "
+        f"{CANT_TELL}"),
     "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs tell "
         f"nothing of the labels: the mean label is what to expect of any network. {REACH}."),
     "labels that contradict": (verdict(), validations(num_labels=70, expected_loss_by_labels=0.16,
-        expected_loss_by_reference=0.41), f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL} The labels "
+        expected_loss_by_reference=0.41), f"{BEST}. 70 validation labels and the{CHOSE[3:]} {REACH}. The labels "
         "contradict the reference beyond chance (by labels alone it is 0.16, by the reference alone 0.41): believe the "
         "labels."),
-    "before a resume": (None, validations(), f"{BEST}. The reference of an earlier part of this fit chose. {RIVAL}"),
+    "before a resume": (None, validations(),
+        f"{BEST}. The reference of an earlier part of this fit chose. {CANT_TELL}"),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {RIVAL}"),
     "another estimator, many classes": (verdict(learner="GaussianNB"), validations(),
