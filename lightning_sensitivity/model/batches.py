@@ -15,12 +15,13 @@ _MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 
 
 class _Cloneable(ABC):  # noqa: B024
-    """A tensor, or an object whose class can clone it like one, such as a graph of PyTorch Geometric."""
+    """A tensor, or an object whose class can copy it like one: a graph of PyTorch Geometric, an array, a table."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         """Look at the class alone, since attributes of an object may be items, as in an `AttrDict`."""
-        return callable(getattr(other, "clone", None))
+        is_array = hasattr(other, "__array__") and callable(getattr(other, "copy", None))
+        return is_array or callable(getattr(other, "clone", None))
 
 
 class _Holder(ABC):  # noqa: B024
@@ -36,7 +37,7 @@ class _Holder(ABC):  # noqa: B024
 def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:
     """Clone what can be cloned in a value and its collections, and of objects that can't what they hold.
 
-    Objects without tensors are shared, not copied.
+    Objects without tensors and arrays are shared, not copied.
 
     Args:
         value: A batch, or a part of one.
@@ -49,7 +50,7 @@ def _copied(item: Any, depth: int) -> Any:
     if isinstance(item, Tensor):
         return item.detach().clone()
     if not isinstance(item, _Holder):
-        return item.clone()
+        return item.clone() if hasattr(type(item), "clone") else item.copy()
     held = {name: each for name, each in vars(item).items() if _holds_tensors(each, depth - 1)}
     if depth == 0 or not held:
         return item

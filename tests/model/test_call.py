@@ -4,6 +4,8 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -61,6 +63,27 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
         assert torch.equal(forward(), forward())
     assert select_targets(ONE, batch, lambda batch: write(**batch)).any()
     assert len(tensors_in(batch)) == 4 and not any(values.any() for values in tensors_in(batch))
+
+
+HELD: dict[str, tuple[Any, Any]] = {  # how a batch holds something, and how a model takes it
+    "in a dict": (lambda values: {"x": values}, lambda batch: batch["x"]),
+    "in a list of an object": (lambda values: SimpleNamespace(x=[values]), lambda batch: batch.x[0]),
+    "by itself": (lambda values: values, lambda batch: batch),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("values", [np.zeros(3), pd.Series(np.zeros(3)), pd.DataFrame(np.zeros((3, 2)))])
+def test_nothing_writes_into_arrays_and_tables_of_a_batch(values: Any, name: str) -> None:
+    hold, take = HELD[name]
+
+    def write(self: Any, batch: Any) -> Tensor:
+        found = take(batch)
+        found[:] = found + 1
+        return torch.tensor(np.asarray(found))
+
+    forward = ModelCall(module(write), hold(values), lambda batch: (batch,))
+    assert torch.equal(forward(), forward()) and forward().all() and not np.asarray(values).any()
 
 
 def test_objects_that_cannot_be_copied_are_shared_and_what_others_hold_is_cloned() -> None:
