@@ -106,6 +106,7 @@ class LiveBytes(Watch):
         self.peak = max(self.peak, self.alive)
 
 
+@pytest.mark.filterwarnings("ignore:.*1020 are the class of none of 512")
 @pytest.mark.parametrize(("monitor", "limit"), [(SensitivityMonitor, 2.2), (RiskMonitor, 17)])
 def test_at_the_peak_there_are_two_batches_of_outputs_and_sixteen_for_the_risk(monitor: Any, limit: float) -> None:
     # Predictions of network and reference, and their differences, are in 64 bits.

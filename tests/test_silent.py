@@ -239,7 +239,7 @@ CASES = {
     "sigmoid": Case(UNIT, "!set `task='multilabel'`", forward=lambda m, x: m.net(x).sigmoid(),
         y=lambda f: (f[:, :4] > 0.5).long()),
     "squeezed": Case(forward=lambda m, x: m.net(x).squeeze(1), y=is_upper, **BINARY),
-    "sigmoid of one": Case(UNIT, UNIT, y=is_upper, forward=lambda m, x: (m.net(x) + 9 * x[:, :1] - 4).sigmoid(),
+    "sigmoid of one": Case(UNIT, "!p.logit", y=is_upper, forward=lambda m, x: (m.net(x) + 9 * x[:, :1] - 4).sigmoid(),
         **BINARY),
     "two opposite logits": Case("?per_output=", forward=lambda m, x: m.net(x)[:, :1] * torch.tensor([1.0, -1.0]),
         y=lambda f: is_upper(f).long()),

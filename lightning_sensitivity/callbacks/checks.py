@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.functional.expected import Loss, metric_value
@@ -33,6 +35,7 @@ _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
 _REPEATED = 1e-5  # difference of a loss that is called again
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
+_SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -138,8 +141,33 @@ def check_logits(outputs: Tensor) -> None:
         )
 
 
-def check_outputs(outputs: Tensor, task: Task) -> None:
+class LastSigmoid(TorchFunctionMode):
+    """Notes what the last sigmoid gave that was called inside: if outputs are that, they can't be logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _SIGMOIDS:
+            self._values = result
+        return result
+
+    def gave(self, outputs: Tensor) -> bool:
+        """Return whether outputs are what it gave, in any shape and precision."""
+        values = self._values
+        return values is not None and torch.equal(values.flatten().to(outputs), outputs.flatten())
+
+
+def check_outputs(outputs: Tensor, task: Task, are_of_sigmoid: bool = False) -> None:
     """Refuse outputs for which there is nothing to expect.
+
+    Args:
+        outputs: Outputs of a training batch.
+        task: The task.
+        are_of_sigmoid: Whether they are what a sigmoid gave.
 
     Raises:
         MisconfigurationException: If they are dense, or probabilities.
@@ -150,8 +178,10 @@ def check_outputs(outputs: Tensor, task: Task) -> None:
             f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {task.advice_on_dense(outputs.shape)}.",
             entry="outputs",
         )
-    if task.are_probabilities(outputs):
-        raise Refused("outputs are probabilities, and logits are needed: `outputs=lambda p: p.log()`.", entry="outputs")
+    is_by_sigmoid = are_of_sigmoid and task.name in ("binary", "multilabel")  # a softmax may follow in the loss
+    if is_by_sigmoid or task.are_probabilities(outputs):
+        select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
+        raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:

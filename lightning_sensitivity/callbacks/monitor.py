@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.checks import check_repeatable, check_run
+from lightning_sensitivity.callbacks.checks import LastSigmoid, check_repeatable, check_run
 from lightning_sensitivity.callbacks.processes import agree, gather_tensors, raise_in_all
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, is_fitting
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
@@ -51,7 +51,7 @@ class Monitor(Callback, ABC):
         """Whether the highest value is the best, by name without the prefix; the first is on the progress bar."""
 
     @abstractmethod
-    def check_outputs(self, outputs: Tensor) -> None:
+    def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
         """Refuse outputs that can't be measured, before the first step."""
 
     @abstractmethod
@@ -260,7 +260,8 @@ class Monitor(Callback, ABC):
     def check_model(self, run: RunIsolated, call: Any) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
         outputs: Tensor = run(call)
-        check_repeatable(outputs, run(call))
+        with LastSigmoid() as sigmoid:
+            check_repeatable(outputs, run(call))
         if len(outputs) < call.size:
             raise Refused(
                 f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {len(outputs)} "
@@ -268,7 +269,7 @@ class Monitor(Callback, ABC):
                 "in `forward`.",
                 "arguments",
             )
-        self.check_outputs(outputs)
+        self.check_outputs(outputs, sigmoid.gave(outputs))
         return outputs
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:

@@ -341,10 +341,10 @@ class RiskMonitor(Monitor):
         of_metrics = {EXPECTED + name: bool(metric.higher_is_better) for name, metric in self.metrics.items()}
         return of_metrics | {f"{EXPECTED}loss": False}
 
-    def check_outputs(self, outputs: Tensor) -> None:
+    def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
         """Refuse outputs of which nothing can be expected."""
         if not self.task.has_any_outputs(self.loss):
-            check_outputs(outputs, self.task)
+            check_outputs(outputs, self.task, are_of_sigmoid)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether every process has its training samples; a sanity check needs none."""

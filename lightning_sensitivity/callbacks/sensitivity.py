@@ -140,7 +140,7 @@ class SensitivityMonitor(Monitor):
                 at = None if self.at is None else submodule(module, self.at)
                 noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
 
-    def check_outputs(self, outputs: Tensor) -> None:
+    def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
         """Refuse masked classes, probabilities, whose sensitivity is something else, and one output for Equation 9."""
         if self.loss_estimate:
             check_argument("loss_estimate", True, num_outputs(outputs) > 1, "False for a single output")

@@ -1,18 +1,29 @@
 """What many people do, and nothing else would say: it is said, once, or refused, and not where it must not be."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as cb
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy, cross_entropy, mse_loss, one_hot
+from torch.nn.functional import (
+    binary_cross_entropy,
+    cross_entropy,
+    logsigmoid,
+    mse_loss,
+    one_hot,
+    sigmoid,
+    softplus,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.messages import say_unused
+from lightning_sensitivity.model import isolated
 from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused
 
 X, Y = labelled(200).tensors
@@ -218,17 +229,97 @@ class Sigmoid(Quiet):
         return binary_cross_entropy(self(batch[0])[:, 0], batch[1].float())
 
 
+class ByHand(Sigmoid):
+    """Its sigmoid is none of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (1 + (-self.net(x)).exp())
+
+
 @pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
 @pytest.mark.parametrize("kind", [SensitivityMonitor, lambda: quick_risk("binary")])
 def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share: float) -> None:
     y = (X[:, 0] < share).float()
-    texts = said(kind(), Sigmoid(), of(X, y))
+    texts = said(kind(), ByHand(), of(X, y))
     assert (
         len(texts) == 1
         and "got outputs that all lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
         in texts[0]
     )
-    assert said(kind(), Sigmoid(), of(X, y), max_epochs=0) == []
+    assert said(kind(), ByHand(), of(X, y), max_epochs=0) == []
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_outputs_of_torchs_sigmoid_are_refused_before_the_first_step(task: str) -> None:
+    y = (X[:, :1] < 0.5).float()
+    match = r"outputs are probabilities, and logits are needed: `outputs=lambda p: p.logit\(1e-6\)`"
+    refused(quick_risk(task), Sigmoid(), of(X, y), VAL, match=match)
+    model = Sigmoid()
+    model.training_step = lambda batch, batch_idx: binary_cross_entropy(model(batch[0]), batch[1])
+    assert said(quick_risk(task, outputs=lambda p: p.logit(1e-6)), model, of(X, y)) == []
+
+
+GATES = {  # what networks that nobody has trained give: logits, of any sign, of some, of one, or in [0, 1]
+    "a linear layer": lambda z: z,
+    "zeros": lambda z: 0 * z,
+    "0.1 each": lambda z: 0 * z + 0.1,
+    "in [0, 1]": lambda z: 0.5 + 0.01 * z,
+    "rectified": lambda z: z.relu(),
+    "softplus": softplus,
+    "clamped": lambda z: z.clamp(0, 1),
+    "by hand": lambda z: z.tanh() / 2 + 0.5,
+    "gated": lambda z: z * z.sigmoid(),
+    "a gate within": lambda z: z + z.sigmoid().mean(1, keepdim=True),
+    "between bounds": lambda z: 10 * z.sigmoid() - 5,
+    "cosines": lambda z: z / z.norm(dim=1, keepdim=True),
+    "logarithms": logsigmoid,
+}
+PROBABILITIES = {
+    "a sigmoid": torch.sigmoid,
+    "a layer": nn.Sigmoid(),
+    "of functional": sigmoid,
+    "special": torch.special.expit,
+    "in place": lambda z: z.clone().sigmoid_(),
+    "in 16 bits": lambda z: z.bfloat16().sigmoid().float(),
+    "of one more dimension": lambda z: z[:, None].sigmoid()[:, 0],
+}
+
+
+def checked(task: str, forward: Any, num_samples: int, seed: int) -> None:
+    """Check a linear layer and a function before the first step."""
+    torch.manual_seed(seed)
+    monitor, model = quick_risk(task), nn.Sequential(nn.Linear(12, 1 if task == "binary" else 10), Function(forward))
+    with isolated(model) as run:
+        monitor.check_model(run, monitor.reader.call(model, inputs(num_samples, seed)))
+
+
+class Function(nn.Module):
+    """A layer of a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 60, 500])
+@pytest.mark.parametrize("name", GATES)
+def test_logits_of_fresh_networks_are_never_refused(name: str, num_samples: int) -> None:
+    for task, seed in product(("multiclass", "binary", "multilabel"), range(10)):
+        checked(task, GATES[name], num_samples, seed)
+
+
+@pytest.mark.parametrize("num_samples", [1, 60])
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_probabilities_by_a_sigmoid_of_torch_are_refused_but_not_where_a_softmax_may_follow(
+    name: str, num_samples: int
+) -> None:
+    for task in ("binary", "multilabel"):
+        with pytest.raises(MisconfigurationException, match="outputs are probabilities"):
+            checked(task, PROBABILITIES[name], num_samples, seed=0)
+    checked("multiclass", PROBABILITIES[name], num_samples, seed=0)
 
 
 def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
@@ -275,7 +366,7 @@ def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
 
 
 def test_outputs_that_leave_0_to_1_in_one_validation_are_no_probabilities() -> None:
-    class Cosines(Sigmoid):
+    class Cosines(ByHand):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) - (0.0 if self.training or self.current_epoch != 1 else 0.5)
 
