@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import WORTH
 
 _BLOCKS = 20  # of samples, each of which is left out once
-_CONTRADICTION = 2.5  # standard errors by which labels and a reference differ, from which on it counts for less
+_CONTRADICTION = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 
 
 class Estimate(NamedTuple):

@@ -78,8 +78,8 @@ def test_labels_that_agree_count_as_many_as_they_are() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_labels_that_contradict_leave_the_reference_what_their_difference_allows(sign: int) -> None:
     known, far = estimate(0.7, 100), math.sqrt(0.21 / 100)
-    assert worth_beside(estimate(0.7 + sign * 2.49 * far, 600), known, 1000) == 1000
-    assert worth_beside(estimate(0.7 + sign * 2.51 * far, 600), known, 1000) == pytest.approx(100 / (2.51**2 - 1))
+    assert worth_beside(estimate(0.7 + sign * 1.99 * far, 600), known, 1000) == 1000
+    assert worth_beside(estimate(0.7 + sign * 2.01 * far, 600), known, 1000) == pytest.approx(100 / (2.01**2 - 1))
     found = combine(estimate(0.7 + sign * 5 * far, 600), known, num_training=300)
     assert found.is_contradicted and abs(found.value - 0.7) < 0.25 * far
     assert worth_beside(estimate(0.7 + sign * 3 * far, 600), known, 2) == 2
