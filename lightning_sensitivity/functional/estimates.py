@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.expected import WORTH
 
-_BLOCKS = 20  # of samples, each of which is left out once
+_BLOCKS = 10  # of samples, each of which is left out once
 _CONTRADICTION = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 
 
@@ -103,7 +103,7 @@ def _units(num_samples: int, groups: Tensor | None) -> Tensor:
 def jackknife(
     measure: Callable[[Tensor], Mapping[str, float]], num_samples: int, groups: Tensor | None
 ) -> dict[str, float]:
-    """Estimate the variance of values of labelled samples, by leaving out one of 20 blocks of them after the other.
+    """Estimate the variance of values of labelled samples, by leaving out one of ten blocks of them after the other.
 
     Samples of one group are in one block. The variance is that of any metric (Efron and Tibshirani, 1993).
 
