@@ -5,7 +5,6 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -115,10 +114,21 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in model.named_parameters()]
         self.devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
-        self.originals = [(items, dict(items)) for items in chain.from_iterable(map(_dicts_of, model.modules()))]
-        modes = _modes_of(model)
-        self.places = list(chain.from_iterable(_places_of(module, mode) for module, mode in modes.items()))
+        # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module.
+        self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.places: list[tuple[dict[str, Any], str, object]] = []  # what a run replaces: dict, name and value
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
+        for module in model.modules():
+            attributes = vars(module)
+            dicts = [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
+            self.originals += [(items, dict(items)) for items in dicts]
+            self.places += [(attributes, name, value) for name, value in attributes.items() if name not in _OWN]
+            self.places += [(module._buffers, name, value) for name, value in module._buffers.items()]
+        self.places = [place for place in self.places if _is_copied(place[2])]
+        for module, mode in _modes_of(model).items():  # modules may override `eval()`
+            self.places.append((vars(module), "training", mode))
+            if callable(getattr(type(module), "log_dict", None)):  # a LightningModule is silent
+                self.places += [(vars(module), name, lambda *args, **kwargs: None) for name in ("log", "log_dict")]
 
     def put_copies(self) -> None:
         """Put copies in the place of what a run may change."""
@@ -178,22 +188,6 @@ def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
 def _count_writes(tensor: Tensor) -> int | None:
     """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where nobody counts."""
     return None if tensor.is_inference() else tensor._version
-
-
-def _dicts_of(module: nn.Module) -> list[dict[str, object]]:
-    """List the dicts that a ``forward`` could change: attributes, buffers, parameters, modules, hooks."""
-    attributes = vars(module)
-    return [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
-
-
-def _places_of(module: nn.Module, mode: bool) -> list[tuple[dict[str, Any], str, object]]:
-    """List what a run replaces, such as attributes and buffers by copies: dict, name and value."""
-    attributes = vars(module)
-    own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN and _is_copied(value)]
-    buffers = [(module._buffers, name, value) for name, value in module._buffers.items() if _is_copied(value)]
-    names = ("log", "log_dict") if callable(getattr(type(module), "log_dict", None)) else ()  # of a LightningModule
-    silent = [(attributes, name, lambda *args, **kwargs: None) for name in names]
-    return [*own, *buffers, *silent, (attributes, "training", mode)]  # modules may override `eval()`
 
 
 def _is_copied(value: object) -> bool:
