@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.callbacks.differences import Differences
+from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import without_ones
@@ -21,12 +21,12 @@ from lightning_sensitivity.messages import (
     refuse_on_error,
     say_unused,
 )
-from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import isolated, isolated_with
-from lightning_sensitivity.model.reader import BatchReader
-from lightning_sensitivity.model.transfer import move_batch
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.groups import count_groups, stderr_of_mean
 from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.running.call import Function
+from lightning_sensitivity.running.isolation import isolated, isolated_with
+from lightning_sensitivity.running.transfer import move_batch
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
 
@@ -99,7 +99,7 @@ def compare_models(
             that returns a number for each sample (``reduction="none"``). In a regression outputs may then have
             any shape with samples first.
         targets: A function ``batch -> labels``; by default
-            :func:`~lightning_sensitivity.model.select_targets`.
+            :func:`~lightning_sensitivity.running.select_targets`.
         features: What the reference sees, by default the inputs: an encoder, a module that gets the inputs of
             the models and runs on up to 3,000 training samples, or a function ``batch -> (N, D)``.
         reference: An estimator of scikit-learn that takes the place of the reference's own learners: a
@@ -111,9 +111,9 @@ def compare_models(
             be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         inputs: A function ``batch -> arguments``; by default see
-            :class:`~lightning_sensitivity.model.ModelCall`.
+            :class:`~lightning_sensitivity.running.ModelCall`.
         outputs: A function ``result -> logits``; by default
-            :func:`~lightning_sensitivity.model.select_outputs`.
+            :func:`~lightning_sensitivity.running.select_outputs`.
         call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` or ``features``
             has to say what the reference sees.
 

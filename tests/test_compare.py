@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
 from lightning_sensitivity.compare import Comparison, ModelScores, _rank
-from lightning_sensitivity.model import kept
+from lightning_sensitivity.reading import kept
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
 
 NEW = 50  # unseen samples, in batches of 16, 16, 16 and 2

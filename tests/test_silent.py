@@ -26,7 +26,7 @@ from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
-from lightning_sensitivity.model import noise_generator
+from lightning_sensitivity.running import noise_generator
 from tests.callbacks.plain_loop import by_kind, expected_by, fit_reference, label_matrix
 from tests.helpers import Linear, inputs, quick_estimator, quick_risk, said, trainer
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
 
+from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import (
@@ -21,20 +22,14 @@ from lightning_sensitivity.functional.tensors import (
     without_ones,
 )
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
-from lightning_sensitivity.model.isolation import isolated, isolated_with
+from lightning_sensitivity.running.isolation import isolated, isolated_with
 
-EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
-BLIND = (  # ends what is said of a reference
-    ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
-    "(`validation_labels=True`), or set `features=`."
-)
-# What makes logits of probabilities.
-LOGITS = "`outputs=lambda p: p.logit(1e-6)` after a sigmoid, `outputs=lambda p: p.log()` after a softmax"
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
 _REPEATED = 1e-5  # difference of a loss that is called again
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
+_ENDED = 0.01  # of the first learning rate
 _SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -114,6 +109,13 @@ def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
     return [(owner, name) for owner, name in [*monitors, *schedulers] if isinstance(name, str)]
 
 
+def has_ended(trainer: Trainer) -> bool:
+    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
+    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
+
+
 def check_repeatable(first: Tensor, second: Tensor) -> None:
     """Refuse a model whose second pass gives other outputs, though we restored all that we can.
 
@@ -178,8 +180,8 @@ def check_outputs(outputs: Tensor, task: Task, are_of_sigmoid: bool = False) -> 
             f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {task.advice_on_dense(outputs.shape)}.",
             entry="outputs",
         )
-    is_by_sigmoid = are_of_sigmoid and task.name in ("binary", "multilabel")  # a softmax may follow in the loss
-    if is_by_sigmoid or task.are_probabilities(outputs):
+    is_by_sigmoid = are_of_sigmoid and task.link == "sigmoid"  # a softmax may follow in the loss
+    if is_by_sigmoid or (task.link != "identity" and are_probabilities(outputs)):
         select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
         raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
 

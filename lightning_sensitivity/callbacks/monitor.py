@@ -11,13 +11,12 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.callbacks.checks import LastSigmoid, check_repeatable, check_run
 from lightning_sensitivity.callbacks.processes import agree, gather_tensors, raise_in_all
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, is_fitting
+from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
-from lightning_sensitivity.model import isolated
-from lightning_sensitivity.model.isolation import RunIsolated
-from lightning_sensitivity.model.kept import MAX_BYTES, KeptSamples
-from lightning_sensitivity.model.reader import BatchReader
-
-Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
+from lightning_sensitivity.reading.kept import MAX_BYTES, KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
+from lightning_sensitivity.running import isolated
+from lightning_sensitivity.running.isolation import RunIsolated
 
 NO_VALUE = (
     "This epoch has no value: callbacks that monitor it get the last one again, and count it against their patience."

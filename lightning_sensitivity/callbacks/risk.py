@@ -13,27 +13,28 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity.callbacks.checks import (
-    BLIND,
-    EXPECTED,
+    callbacks_that_monitor,
     check_class_shares,
     check_metrics,
     check_monitored,
     check_outputs,
+    has_ended,
     try_values,
 )
-from lightning_sensitivity.callbacks.expectation import Expectation
-from lightning_sensitivity.callbacks.monitor import Monitor, Values
-from lightning_sensitivity.callbacks.predictions import Predictions, predict_both
+from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.processes import agree
-from lightning_sensitivity.callbacks.record import History, Predicted, of_state, plot_history, state_of
 from lightning_sensitivity.callbacks.run import is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference
-from lightning_sensitivity.callbacks.summary import Curve, summarize
 from lightning_sensitivity.compat import PlotType
+from lightning_sensitivity.expected.expectation import Expectation
+from lightning_sensitivity.expected.predictions import Predictions, predict_both
+from lightning_sensitivity.expected.record import EXPECTED, History, Predicted, Values, of_state, plot_history, state_of
+from lightning_sensitivity.expected.summary import CONSTANT, PROBABILITIES, Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import (
+    BLIND,
     Selector,
     check_argument,
     check_bool,
@@ -41,10 +42,10 @@ from lightning_sensitivity.messages import (
     describe_error,
     say_unused,
 )
-from lightning_sensitivity.model.call import Function
-from lightning_sensitivity.model.isolation import RunIsolated, isolated, isolated_with
-from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader, check_count
+from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader, check_count
+from lightning_sensitivity.running.call import Function
+from lightning_sensitivity.running.isolation import RunIsolated, isolated, isolated_with
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 
@@ -71,7 +72,7 @@ class RiskMonitor(Monitor):
         metrics: Torchmetrics by name, which get probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and
             classes; in a regression outputs and targets.
         targets: A function ``batch -> labels``, by default
-            :func:`~lightning_sensitivity.model.select_targets`; -100, or nan for several labels and in a
+            :func:`~lightning_sensitivity.running.select_targets`; -100, or nan for several labels and in a
             regression, is unknown.
         validation_labels: Use validation labels, too; the reference counts as 1,000 of them.
         features: What the reference sees, by default the inputs: a pretrained ``nn.Module`` that gets these, or a
@@ -84,7 +85,7 @@ class RiskMonitor(Monitor):
         num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000;
             None for all.
         prefix: Prefix of the logged names.
-        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.model.ModelCall`.
+        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
         call: A function ``(module, batch) -> result`` in place of ``forward``, beside ``inputs`` or ``features``.
         prog_bar: Show the first value on the progress bar.
@@ -274,8 +275,11 @@ class RiskMonitor(Monitor):
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
             predicted = self._saved if self._reference is None else self._reference.predicted
             verdict = None if predicted is None else predicted.verdict
-            doubts = [] if self._expectation is None else self._expectation.doubts
-            self.summary, line = summarize(trainer, self._curves(trainer), self.history, verdict, doubts)
+            is_worse = self._expectation is not None and self._expectation.is_worse_than_constant
+            doubts = [CONSTANT] * is_worse + [PROBABILITIES] * self.run.may_be_probabilities
+            watched = callbacks_that_monitor(trainer)
+            known = self._curves(trainer), self.history, verdict, doubts
+            self.summary, line = summarize(watched, has_ended(trainer), *known)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
 
@@ -318,7 +322,7 @@ class RiskMonitor(Monitor):
         check_class_shares(self._class_shares, self.task, num_columns)
         self.metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
         may_predict = try_values(module, self.metrics, self.loss, outputs, labels, self.task, num_columns)
-        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run, may_predict)
+        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run.warn, may_predict)
         self._reference = RunReference(
             self.task, self.reader, self._estimator, self._class_shares, self.run, shape, is_local, self._saved
         )
@@ -401,6 +405,9 @@ class RiskMonitor(Monitor):
             )
             self.run.warn("labels", message, kind="none")
         unseen = self._reference.unseen.get(dataloader_idx)
+        may_be_probabilities = self._expectation.may_be_probabilities(outputs)
+        if dataloader_idx == 0 and may_be_probabilities is not None:  # once in a validation
+            self.run.note_outputs(may_be_probabilities)
         self._expectation.warn_of(dataloader_idx, outputs, unseen)
         with isolated_with(
             trainer.lightning_module, self.loss

@@ -11,19 +11,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.differences import Differences
 from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
-from lightning_sensitivity.callbacks.record import Predicted, Unseen, Verdict
 from lightning_sensitivity.callbacks.run import Run
+from lightning_sensitivity.expected.differences import Differences
+from lightning_sensitivity.expected.record import Predicted, Unseen, Verdict
 from lightning_sensitivity.functional.expected import WORTH, draw_labels
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.model.isolation import same_streams
-from lightning_sensitivity.model.kept import KeptObservations, KeptSamples
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import Seen, are_finite, take
 from lightning_sensitivity.reference.observations import Observations, projection
+from lightning_sensitivity.running.isolation import same_streams
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 

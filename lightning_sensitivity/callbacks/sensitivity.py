@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
-from lightning_sensitivity.callbacks.monitor import Monitor, Values
+from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
     diagnostics,
@@ -17,10 +18,10 @@ from lightning_sensitivity.functional.sensitivity import (
 )
 from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, num_outputs, wide_dtype
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
-from lightning_sensitivity.model.isolation import RunIsolated, isolated
-from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
+from lightning_sensitivity.running.isolation import RunIsolated, isolated
+from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 
 _NUM_TRIED = 8  # samples on which noise is tried
 
@@ -53,9 +54,9 @@ class SensitivityMonitor(Monitor):
         seed: Seed of the noise. A sample gets the same noise in every epoch.
         prefix: Prefix of the logged names; TensorBoard groups those with ``"val/"`` with ``val/loss``.
         inputs: A function ``batch -> arguments``; by default see
-            :class:`~lightning_sensitivity.model.ModelCall`, which also says what is perturbed.
+            :class:`~lightning_sensitivity.running.ModelCall`, which also says what is perturbed.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
-            :func:`~lightning_sensitivity.model.select_outputs`.
+            :func:`~lightning_sensitivity.running.select_outputs`.
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:

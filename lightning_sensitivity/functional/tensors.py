@@ -83,11 +83,6 @@ def may_be_probabilities(outputs: Tensor) -> bool:
     return 0 <= lowest < highest <= 1 and (len(outputs) >= _MANY or lowest < 0.5 < highest)
 
 
-def look_like_probabilities(outputs: Tensor) -> bool:
-    """Check whether outputs are those of a softmax, or of one trained sigmoid; waits for the device."""
-    return are_probabilities(outputs) or (num_outputs(outputs) == 1 and may_be_probabilities(outputs))
-
-
 def are_close(first: Tensor, second: Tensor) -> bool:
     """Check whether two tensors of one shape are equal within 1 % of the first one's mean size."""
     first, second = first.to(wide_dtype(first.device)), second.to(wide_dtype(second.device))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.model import kept
+from lightning_sensitivity.reading import kept
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted_and_said, labelled, quick_risk
 

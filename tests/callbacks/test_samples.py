@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.model.kept import KeptObservations
+from lightning_sensitivity.reading.kept import KeptObservations
 from tests.helpers import (
     NUM_FEATURES,
     Linear,

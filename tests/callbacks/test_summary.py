@@ -12,8 +12,9 @@ from lightning.pytorch import callbacks as cb
 from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
-from lightning_sensitivity.callbacks.record import Verdict
-from lightning_sensitivity.callbacks.summary import ANSWER, CONSTANT, PROBABILITIES, Curve, summarize
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, has_ended
+from lightning_sensitivity.expected.record import Verdict
+from lightning_sensitivity.expected.summary import ANSWER, CONSTANT, PROBABILITIES, Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
@@ -129,10 +130,14 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
 }  # fmt: skip
 
 
+def watched_in(run: Any) -> tuple[Any, bool]:
+    return callbacks_that_monitor(run), has_ended(run)
+
+
 @pytest.mark.parametrize("what", SAYS)
 def test_it_says_if(what: str) -> None:
     known, history, expected = SAYS[what]
-    facts, line = summarize(trainer(), CURVES, history, known)
+    facts, line = summarize(*watched_in(trainer()), CURVES, history, known)
     assert line == expected
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["is_tied"] == (what == "ties") and facts["num_validations"] == len(history)
@@ -149,7 +154,7 @@ DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict
 @pytest.mark.parametrize("what", DOUBTED)
 def test_it_gives_no_advice_if_there_are_doubts(what: str) -> None:
     changes, said, doubts = DOUBTED[what]
-    facts, line = summarize(trainer(), CURVES, validations(4), verdict(**changes), said)
+    facts, line = summarize(*watched_in(trainer()), CURVES, validations(4), verdict(**changes), said)
     sentences = {CONSTANT: "worse than a constant", PROBABILITIES: "lie in [0, 1]", ANSWER: "all but a hundredth"}
     assert facts["doubts"] == doubts and REACH in line
     assert all((text in line) == (doubt in doubts) for doubt, text in sentences.items())
@@ -169,7 +174,7 @@ WATCHING: dict[str, tuple[list[Any], str, int]] = {  # callbacks, the value, and
 def test_it_is_about_the_value_that_is_watched_by(what: str) -> None:
     callbacks, name, epoch = WATCHING[what]
     run = trainer(callbacks, enable_checkpointing=len(callbacks) > 1)
-    facts, line = summarize(run, CURVES, validations(2, num_labels=9), verdict())
+    facts, line = summarize(*watched_in(run), CURVES, validations(2, num_labels=9), verdict())
     assert (facts["monitored"], facts["epoch"]) == (name, epoch)
     assert f"`{name}` was {'lowest' if name == LOSS else 'highest'} at epoch {epoch}" in line
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.messages import say_unused
-from lightning_sensitivity.model import isolated
+from lightning_sensitivity.running import isolated
 from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused
 
 X, Y = labelled(200).tensors

@@ -37,7 +37,7 @@ from zoo import Images, Network, Spec, checkpoints, train_all
 
 from lightning_sensitivity import OutputSensitivity
 from lightning_sensitivity.functional import loss_estimate, output_sensitivity
-from lightning_sensitivity.model import GaussianNoise, noise_generator
+from lightning_sensitivity.running import GaussianNoise, noise_generator
 
 NOISE_STD = 0.1
 KINDS = (

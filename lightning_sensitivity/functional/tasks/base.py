@@ -11,7 +11,6 @@ from torchmetrics import Metric
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
     in_32_bits,
-    look_like_probabilities,
     may_be_probabilities,
 )
 
@@ -30,6 +29,7 @@ class TaskBase:
     """What all tasks share: the layout of outputs, and that they are logits of classes.
 
     Attributes:
+        link: What makes predictions of outputs: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
         has_indices: Whether labels ``(N,)`` that a user gives a reference are classes, as integers or names.
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
         has_class_dimension: Whether a dimension of outputs is that of classes or labels.
@@ -41,6 +41,7 @@ class TaskBase:
         estimator_method: The method by which such an estimator predicts a matrix.
     """
 
+    link = "softmax"
     has_indices = False
     has_class_shares = True
     has_class_dimension = True
@@ -118,19 +119,10 @@ class TaskBase:
         """Return predictions and labels that were drawn as a metric takes them: probabilities and classes."""
         return p, drawn
 
-    # Whether outputs are probabilities, where they should be logits; each waits for the device
-
-    def are_probabilities(self, outputs: Tensor) -> bool:
-        """Check whether outputs can only be those of a softmax."""
-        return are_probabilities(outputs)
-
     def look_like_probabilities(self, outputs: Tensor) -> bool:
-        """Check whether outputs are those of a softmax, or of one trained sigmoid."""
-        return look_like_probabilities(outputs)
-
-    def may_be_probabilities(self, outputs: Tensor) -> bool:
-        """Check whether outputs of a trained network lie in [0, 1], and differ."""
-        return may_be_probabilities(outputs)
+        """Check whether outputs are those of a softmax, or of trained sigmoids, and no logits; waits for the device."""
+        is_in_range = self.link == "sigmoid" and may_be_probabilities(outputs)
+        return is_in_range or (self.link != "identity" and are_probabilities(outputs))
 
     def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
         """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``."""

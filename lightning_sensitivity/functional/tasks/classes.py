@@ -147,6 +147,7 @@ class Binary(Multiclass):
     """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
 
     name = "binary"
+    link = "sigmoid"
     has_indices = False
     scale = 0.5
 

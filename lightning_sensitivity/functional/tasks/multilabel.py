@@ -16,13 +16,13 @@ from lightning_sensitivity.functional.tasks.checks import (
     check_probabilities,
 )
 from lightning_sensitivity.functional.tasks.metrics import KnownAccuracy, KnownAUROC
-from lightning_sensitivity.functional.tensors import may_be_probabilities
 
 
 class Multilabel(TaskBase):
     """Each of L labels is yes or no, or unknown: a sigmoid, and the mean over known labels of (p - y)^2."""
 
     name = "multilabel"
+    link = "sigmoid"
     has_class_shares = False
     is_by_column = True
 
@@ -110,7 +110,3 @@ class Multilabel(TaskBase):
     def of_questions(self, found: Sequence[Tensor]) -> Tensor:
         """Return the matrix of such probabilities, ``(N, L)``."""
         return torch.stack([each[:, 1] for each in found], 1)
-
-    def look_like_probabilities(self, outputs: Tensor) -> bool:
-        """Check whether outputs are those of trained sigmoids."""
-        return may_be_probabilities(outputs)

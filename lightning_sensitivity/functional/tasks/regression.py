@@ -16,6 +16,7 @@ class Regression(TaskBase):
     """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
 
     name = "regression"
+    link = "identity"
     has_class_shares = False
     has_class_dimension = False
     draws_errors = True
@@ -114,12 +115,6 @@ class Regression(TaskBase):
     def questions(self, p: Tensor) -> list[Tensor]:
         """Return no question: there are no classes."""
         return []
-
-    def are_probabilities(self, outputs: Tensor) -> bool:
-        """Return False: measurements may lie anywhere."""
-        return False
-
-    look_like_probabilities = may_be_probabilities = are_probabilities
 
     def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
         """Return outputs for each temperature as they are, ``(T, N, C)``."""

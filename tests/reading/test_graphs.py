@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.inputs import see_inputs
+from lightning_sensitivity.reading.inputs import see_inputs
 
 NODES, EDGES = torch.arange(10.0).reshape(5, 2), torch.tensor([[1.0], [2.0], [4.0]])
 GRAPH, ENDS = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([[0, 1, 3], [1, 0, 4]])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_sensitivity.model.batches import is_floating, tensors_in
+from lightning_sensitivity.running.batches import is_floating, tensors_in
 
 # Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")

@@ -5,15 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning.pytorch import Trainer
-
-from lightning_sensitivity.callbacks.checks import BLIND, EXPECTED, LOGITS, callbacks_that_monitor
-from lightning_sensitivity.callbacks.record import QUANTILE, Row, Verdict, is_same
+from lightning_sensitivity.expected.record import EXPECTED, QUANTILE, Row, Verdict, is_same
+from lightning_sensitivity.messages import BLIND, LOGITS
 
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
 
 _SAID = 0.05  # share of labels that is worth a sentence
-_ENDED = 0.01  # of the first learning rate
 _MEAN_IS_BETTER = 0.5  # standard errors by which a reference leads, from which on the mean of both is better; it from 1
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
@@ -36,7 +33,8 @@ class Curve(NamedTuple):
 
 
 def summarize(
-    trainer: Trainer,
+    watched: Sequence[tuple[object, str]],
+    has_ended: bool,
     curves: Mapping[str, Curve],
     history: Sequence[Row],
     verdict: Verdict | None,
@@ -45,7 +43,8 @@ def summarize(
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
-        trainer: The Trainer, at the end of a fit.
+        watched: The callbacks and schedulers that monitor a value, and its name, checkpoints first.
+        has_ended: Whether more epochs are of no use.
         curves: What each name that can be monitored stands for; if none is monitored, the first that tells
             epochs apart chooses.
         history: A row for each validation and loader.
@@ -55,7 +54,9 @@ def summarize(
     Returns:
         The summary, and the same in sentences.
     """
-    name = _name_that_chooses(trainer, curves, history)
+    monitored = [name for _, name in watched if name in curves]
+    telling = [name for name, curve in curves.items() if _best_row(_rows_of(curve, history)[2], curve)]
+    name = [*monitored, *telling, *curves][0]
     curve = curves[name]
     rows, finite, found = _rows_of(curve, history)
     best = _best_row(found, curve)
@@ -66,13 +67,13 @@ def summarize(
         "monitored": name,
         "direction": "highest" if curve.is_highest else "lowest",
         "epoch": best.get("epoch"),
-        "checkpoint": _checkpoint_of(trainer, name, best.get(curve.value)),
+        "checkpoint": _checkpoint_of(watched, name, best.get(curve.value)),
         "network": best.get(curve.value),
         "reference": best.get(f"reference_{curve.value}"),
         "chosen_by": " and ".join(chosen_by) or "nothing",
         "num_labels": num_labels,
         "is_tied": bool(found) and not best,
-        "is_improving": len(found) > 1 and best is rows[-1] and not _has_ended(trainer),
+        "is_improving": len(found) > 1 and best is rows[-1] and not has_ended,
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
         "doubts": [*doubts, *[ANSWER] * knows_answer],
@@ -81,13 +82,6 @@ def summarize(
     }
     known = {each: None if isinstance(value, float) and math.isnan(value) else value for each, value in summary.items()}
     return known, _line(known, curve.value.removeprefix(EXPECTED))
-
-
-def _name_that_chooses(trainer: Trainer, curves: Mapping[str, Curve], history: Sequence[Row]) -> str:
-    """Return the name that is monitored, else the first whose values tell epochs apart, else the first."""
-    watched = [name for _, name in callbacks_that_monitor(trainer) if name in curves]
-    telling = [name for name, curve in curves.items() if _best_row(_rows_of(curve, history)[2], curve)]
-    return [*watched, *telling, *curves][0]
 
 
 def _rows_of(curve: Curve, history: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
@@ -105,22 +99,15 @@ def _best_row(rows: Sequence[Row], curve: Curve) -> Row:
     return best
 
 
-def _checkpoint_of(trainer: Trainer, name: str, value: float | None) -> str:
+def _checkpoint_of(watched: Sequence[tuple[object, str]], name: str, value: float | None) -> str:
     """Name the checkpoint that was saved for a value, if there is one."""
-    for callback, monitor in callbacks_that_monitor(trainer):
+    for callback, monitor in watched:
         score = getattr(callback, "best_model_score", None)
         if monitor != name or score is None or value is None:
             continue
         if math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9):
             return str(getattr(callback, "best_model_path", ""))
     return ""
-
-
-def _has_ended(trainer: Trainer) -> bool:
-    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
 # The last line

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import KINDS
 from tests.helpers import labelled
 
@@ -188,7 +188,7 @@ def test_samples_are_chosen_before_they_are_averaged(
     images = KINDS["images"]
     shrunk = images.shrunk
     monkeypatch.setattr(images, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
-    monkeypatch.setattr("lightning_sensitivity.model.kept.max_samples", lambda kinds, num_columns: 64)
+    monkeypatch.setattr("lightning_sensitivity.reading.kept.max_samples", lambda kinds, num_columns: 64)
     model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
     kept = reader.make_kept(3, num_batches=num_batches)

@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.batches import has_samples, tensors_in
-from lightning_sensitivity.model.call import ModelCall
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
+from lightning_sensitivity.running.batches import has_samples, tensors_in
+from lightning_sensitivity.running.call import ModelCall
 
 Place = TypeVar("Place", float, Tensor)
 

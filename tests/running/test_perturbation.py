@@ -7,8 +7,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sensitivity.model import GaussianNoise, ModelCall, isolated, noise_generator
-from lightning_sensitivity.model.perturbation import check_noise, noisy_outputs, perturbation, submodule
+from lightning_sensitivity.running import GaussianNoise, ModelCall, isolated, noise_generator
+from lightning_sensitivity.running.perturbation import check_noise, noisy_outputs, perturbation, submodule
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

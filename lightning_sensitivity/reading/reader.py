@@ -18,17 +18,17 @@ from lightning_sensitivity.messages import (
     describe_error,
     refuse_on_error,
 )
-from lightning_sensitivity.model.arguments import has_targets, select_targets
-from lightning_sensitivity.model.batches import clone_tensors, device_of, take
-from lightning_sensitivity.model.call import Function, FunctionCall, ModelCall, select_outputs
-from lightning_sensitivity.model.encoder import MAX_ENCODED, check_encoder, encode
-from lightning_sensitivity.model.entries import place_of
-from lightning_sensitivity.model.inputs import find_answer, see_inputs
-from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
+from lightning_sensitivity.reading.inputs import find_answer, see_inputs
+from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.running.arguments import has_targets, select_targets
+from lightning_sensitivity.running.batches import clone_tensors, device_of, take
+from lightning_sensitivity.running.call import Function, FunctionCall, ModelCall, select_outputs
+from lightning_sensitivity.running.encoder import MAX_ENCODED, check_encoder, encode
+from lightning_sensitivity.running.entries import place_of
+from lightning_sensitivity.running.isolation import isolated
 
 
 class BatchReader:
@@ -37,9 +37,9 @@ class BatchReader:
     The functions get copies of a batch, and may draw random numbers without a trace.
 
     Args:
-        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.model.ModelCall`.
-        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.model.select_outputs`.
-        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.model.select_targets`.
+        inputs: A function ``batch -> arguments``; by default see :class:`~lightning_sensitivity.running.ModelCall`.
+        outputs: A function ``result -> logits``; by default :func:`~lightning_sensitivity.running.select_outputs`.
+        targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.running.select_targets`.
         features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
             that gets the inputs of the model.
         groups: A function ``batch -> groups``, numbers or strings, one a sample; None without groups.

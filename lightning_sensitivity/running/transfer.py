@@ -10,9 +10,9 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.compat import original_module
-from lightning_sensitivity.model.batches import clone_tensors, device_of
-from lightning_sensitivity.model.encoder import cast
-from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.running.batches import clone_tensors, device_of
+from lightning_sensitivity.running.encoder import cast
+from lightning_sensitivity.running.isolation import isolated
 
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 

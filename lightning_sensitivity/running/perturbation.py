@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, check_argument, describe
-from lightning_sensitivity.model.batches import first_of, is_floating
-from lightning_sensitivity.model.call import ModelCall, Perturb
-from lightning_sensitivity.model.isolation import RunIsolated
+from lightning_sensitivity.running.batches import first_of, is_floating
+from lightning_sensitivity.running.call import ModelCall, Perturb
+from lightning_sensitivity.running.isolation import RunIsolated
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
 Noise = float | NoiseFunction
@@ -32,7 +32,7 @@ class GaussianNoise:
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.model.perturbation import GaussianNoise, noise_generator
+        >>> from lightning_sensitivity.running.perturbation import GaussianNoise, noise_generator
         >>> GaussianNoise(0.1)(torch.zeros(2, 3), noise_generator(seed=0))
         tensor([[-0.0420,  0.1564, -0.0608],
                 [-0.0201, -0.0759,  0.0250]])
@@ -110,7 +110,7 @@ def noisy_outputs(
     """Run a model on a batch with each noise draw, and list the outputs.
 
     Args:
-        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.model.isolated`.
+        run: Calls a function that runs the model; from :func:`~lightning_sensitivity.running.isolated`.
         call: Calls the model on a batch.
         noise: The noise.
         key: Seed, rank, loader and batch; see :func:`noise_generator`.

@@ -8,9 +8,9 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.model.arguments import parameters_of
-from lightning_sensitivity.model.call import ModelCall
-from lightning_sensitivity.model.isolation import isolated
+from lightning_sensitivity.running.arguments import parameters_of
+from lightning_sensitivity.running.call import ModelCall
+from lightning_sensitivity.running.isolation import isolated
 
 # Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
 # features that know much need few: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.model.inputs import see_inputs
+from lightning_sensitivity.reading.inputs import see_inputs
 from lightning_sensitivity.reference.kinds import join_seen
 
 G = torch.Generator().manual_seed(0)

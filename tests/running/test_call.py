@@ -12,10 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_sensitivity.model import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.model.arguments import has_targets
-from lightning_sensitivity.model.batches import tensors_in
-from lightning_sensitivity.model.call import FunctionCall
+from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
+from lightning_sensitivity.running.arguments import has_targets
+from lightning_sensitivity.running.batches import tensors_in
+from lightning_sensitivity.running.call import FunctionCall
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])

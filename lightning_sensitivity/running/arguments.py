@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.model.batches import clone_tensors, entry
-from lightning_sensitivity.model.entries import TARGET_NAMES, beside_labels, has_one_number, inputs_hint, targets_hint
+from lightning_sensitivity.running.batches import clone_tensors, entry
+from lightning_sensitivity.running.entries import TARGET_NAMES, beside_labels, has_one_number, inputs_hint, targets_hint
 
 Arguments = dict[str, object]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_sensitivity import compare_models
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.model import reader as reader_module
-from lightning_sensitivity.model.kept import KeptSamples
-from lightning_sensitivity.model.reader import BatchReader
+from lightning_sensitivity.reading import reader as reader_module
+from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
 from tests.helpers import labelled
 
 X, Y = labelled(300).tensors

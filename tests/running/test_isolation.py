@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 
-from lightning_sensitivity.model import isolated
+from lightning_sensitivity.running import isolated
 
 X = torch.rand(4, 2, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from lightning_sensitivity.compat import PlotType
 
+EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 _TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
 
 State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
+Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
 
 @dataclass

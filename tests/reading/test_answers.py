@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.model.inputs import find_answer
+from lightning_sensitivity.reading.inputs import find_answer
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Z = torch.randn(60, 5, generator=RANDOM), torch.randn(60, 2, generator=RANDOM)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tensors import in_floats
-from lightning_sensitivity.model.batches import entry, has_samples, take, tensors_in
-from lightning_sensitivity.model.entries import is_constant, is_empty, places
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
+from lightning_sensitivity.running.batches import entry, has_samples, take, tensors_in
+from lightning_sensitivity.running.entries import is_constant, is_empty, places
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding

@@ -13,9 +13,17 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.model.arguments import as_tuple, find_arguments, is_sequence, parameters_of, split_elements
-from lightning_sensitivity.model.batches import clone_tensors, entry, first_of, is_dense, is_floating, take, tensors_in
-from lightning_sensitivity.model.entries import (
+from lightning_sensitivity.running.arguments import as_tuple, find_arguments, is_sequence, parameters_of, split_elements
+from lightning_sensitivity.running.batches import (
+    clone_tensors,
+    entry,
+    first_of,
+    is_dense,
+    is_floating,
+    take,
+    tensors_in,
+)
+from lightning_sensitivity.running.entries import (
     TARGET_NAMES,
     beside_labels,
     is_constant,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_sensitivity.model import ModelCall
-from lightning_sensitivity.model import kept as kept_module
-from lightning_sensitivity.model.kept import KeptBatch, KeptObservations, KeptSamples
+from lightning_sensitivity.reading import kept as kept_module
+from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, KeptSamples
 from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.running import ModelCall
 from tests.helpers import Watch
 
 CALL = ModelCall(nn.Identity(), torch.zeros(0))  # of no bytes

@@ -1,22 +1,18 @@
 """What to expect of a network: by labels that were drawn from a reference, by labels of its samples, or by both."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sensitivity.callbacks.checks import EXPECTED
-from lightning_sensitivity.callbacks.monitor import Values
-from lightning_sensitivity.callbacks.record import Unseen
-from lightning_sensitivity.callbacks.run import Run
-from lightning_sensitivity.callbacks.summary import CONSTANT, PROBABILITIES
+from lightning_sensitivity.expected.record import EXPECTED, Unseen, Values
 from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw
 from lightning_sensitivity.functional.expected import Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
-from lightning_sensitivity.functional.tensors import in_32_bits
+from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
 from lightning_sensitivity.reference.groups import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
@@ -33,12 +29,13 @@ class Expectation:
         metrics: The metrics by name.
         outputs: Outputs of any samples, whose shape and type those of all processes have.
         labels: Labels of any samples, in the form that the loss takes.
-        run: Says what is doubtful.
+        warn: Warns, by an entry of the page on troubleshooting, and a message.
         are_predictions: Whether outputs are what a reference predicts, and not, say, logarithms of rates.
 
     Attributes:
         metrics: The metrics by name.
         are_predictions: The same.
+        is_worse_than_constant: Whether a regression was worse than a constant prediction in several validations.
         no_outputs: Outputs of no sample.
     """
 
@@ -49,7 +46,7 @@ class Expectation:
         metrics: Mapping[str, Metric],
         outputs: Tensor,
         labels: Tensor,
-        run: Run,
+        warn: Callable[..., None],
         are_predictions: bool = True,
     ) -> None:
         self._task = task
@@ -57,9 +54,9 @@ class Expectation:
         self.metrics = dict(metrics)
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
-        self._run = run
+        self.warn = warn
         self.are_predictions = are_predictions
-        self._is_worse_than_constant = False  # has been said
+        self.is_worse_than_constant = False
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
 
@@ -155,7 +152,7 @@ class Expectation:
             return {}
         values, one = self._measure(outputs, y, draws), one_draw(draws, groups)
         if self._loss is not None and not math.isfinite(value := values[f"{EXPECTED}loss"]):
-            self._run.warn("loss", f"gets {value} from `loss`, and logs no `{EXPECTED}loss` then.")
+            self.warn("loss", f"gets {value} from `loss`, and logs no `{EXPECTED}loss` then.")
         drawn = self._task.label_matrix(one[0], y.shape[1]).where(~y.isnan(), math.nan)
         of_some = partial(self._measure_rows, outputs, drawn, one)
         variances, size = jackknife(of_some, len(outputs), groups), count_groups(groups, size)
@@ -188,21 +185,20 @@ class Expectation:
 
     # Doubts
 
-    @property
-    def doubts(self) -> list[str]:
-        """What makes the values of all validations doubtful, as a summary says it."""
-        found = {CONSTANT: self._is_worse_than_constant, PROBABILITIES: self._run.may_be_probabilities}
-        return [name for name, is_so in found.items() if is_so]
+    def may_be_probabilities(self, outputs: Tensor) -> bool | None:
+        """Return whether outputs may be probabilities; None if that can't be said, since none is finite."""
+        is_finite = self._are_finite(outputs)
+        if not bool(is_finite.any()):
+            return None
+        return self._task.link != "identity" and may_be_probabilities(outputs[is_finite])
 
     def warn_of(self, dataloader_idx: int, outputs: Tensor, unseen: Unseen | None) -> None:
         """Warn of what makes the values of a loader doubtful."""
         is_finite = self._are_finite(outputs)
-        if dataloader_idx == 0 and bool(is_finite.any()):  # once in a validation
-            self._run.note_outputs(self._task.may_be_probabilities(outputs[is_finite]))
         num_non_finite = int((~is_finite).sum())
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
-            self._run.warn("nan", message, kind=str(dataloader_idx))
+            self.warn("nan", message, kind=str(dataloader_idx))
         may_be_scaled = self._task.may_be_scaled and self.are_predictions
         if dataloader_idx == 0 and unseen is not None and may_be_scaled:
             rows = is_finite[unseen.indices]
@@ -217,9 +213,9 @@ class Expectation:
         self._last_score = score
         self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
-            self._is_worse_than_constant = True
+            self.is_worse_than_constant = True
             message = (
                 f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
                 "scales targets or takes logarithms, do the same in `targets=`."
             )
-            self._run.warn("targets", message)
+            self.warn("targets", message)

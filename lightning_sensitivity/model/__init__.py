@@ -1,8 +1,0 @@
-"""Run any model on any batch: its arguments and outputs, noise, and passes that leave no trace."""
-
-from lightning_sensitivity.model.arguments import select_targets
-from lightning_sensitivity.model.call import ModelCall, select_outputs
-from lightning_sensitivity.model.isolation import isolated
-from lightning_sensitivity.model.perturbation import GaussianNoise, Noise, noise_generator
-
-__all__ = ["GaussianNoise", "ModelCall", "Noise", "isolated", "noise_generator", "select_outputs", "select_targets"]
