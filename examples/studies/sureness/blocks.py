@@ -1,0 +1,179 @@
+"""What pages tell of how sure expected values are, of labels beside them, and of advice."""
+
+from collections.abc import Iterable
+from itertools import chain, product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lightning_sensitivity.functional.estimates import WORTH
+
+QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
+FOUND = pd.read_csv(Path(__file__).with_name("results.csv"), keep_default_na=True)
+FOUND = FOUND[~FOUND["way"].isin(["sampler", "undersampled"])]  # they need class_shares=
+SIGN = np.where(FOUND["value_of"] == "loss", -1, 1)
+VARIANCE = FOUND["variance"] * (1 + FOUND["num_unseen"] / FOUND["num_training"] + FOUND["num_unseen"] / WORTH)
+FOUND = FOUND.assign(
+    half=QUANTILE * VARIANCE**0.5,
+    error=(FOUND["value"] - FOUND["truth"]).abs(),
+    of_both=QUANTILE * (VARIANCE + FOUND["truth_variance"]) ** 0.5,
+    lead=SIGN * (FOUND["reference_unseen"] - FOUND["network_unseen"]) / VARIANCE**0.5,
+    reference_gain=SIGN * (FOUND["reference_test"] - FOUND["network_test"]),
+    mean_gain=SIGN * (FOUND["mean_test"] - FOUND["network_test"]),
+)
+PHOTOS, TEXTS = "pool in ['photos', 'photos_more', 'resnet18']", "pool in ['texts', 'texts_more', 'few_texts']"
+TUNED = "pool in ['tuned', 'pretrained', 'minilm', 'minilm_more']"
+KINDS = {
+    "tables": "pool in ['tables', 'large', 'transformer']",
+    "few positives": "pool in ['few', 'few_large']",
+    "regressions": "pool in ['numbers', 'numbers_large']",
+    "photos, by an encoder": f"{PHOTOS} and judge in ['lite0', 'lite2']",
+    "photos, by patches": f"{PHOTOS} and judge == 'inputs'",
+    "signals, by patches": "pool in ['signals', 'signals_more']",
+    "texts, by an encoder": f"{TEXTS} and judge == 'minilm'",
+    "texts, by words": f"{TEXTS} and judge == 'inputs'",
+    "fine-tuned, by an encoder": f"{TUNED} and judge in ['lite0', 'lite2']",
+    "fine-tuned, by its own body": f"{TUNED} and judge == 'body'",
+    "fine-tuned, by patches or words": f"{TUNED} and judge == 'inputs'",
+}
+GROUPS = {label: FOUND.query(condition) for label, condition in KINDS.items()}
+GROUPS = {label: rows for label, rows in GROUPS.items() if len(rows)}
+SEE_ALL = ("tables", "few positives", "regressions")
+ASKED = (*SEE_ALL, "photos, by an encoder")
+VALUES = {"accuracy": "accuracy", "AUROC": "auroc", "loss": "loss"}
+COUNTS = (50, 200, 600)
+RULES = {"labels": "labels", "the reference as 1,000": "today", "2 errors": "at_2.0", "2.5": "at_2.5", "3": "at_3.0"}
+
+
+def head(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+
+
+def table(columns: list[str], lines: Iterable[str]) -> str:
+    return "\n".join([head(*columns), *lines])
+
+
+def line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def runs(rows: pd.DataFrame) -> int:
+    return int(rows[["run", "judge"]].drop_duplicates().shape[0])
+
+
+# %% How sure.
+def held(rows: pd.DataFrame, by: str) -> str:
+    """Say in how many percent an interval holds the truth."""
+    return "–" if rows.empty else f"{100 * (rows['error'] <= rows[by]).mean():.0f}"
+
+
+def sure(label: str) -> str:
+    rows, cells = GROUPS[label], []
+    check = rows[~rows["is_design"]]
+    for value in VALUES.values():
+        some = check[check["value_of"] == value]
+        cells.append("–" if some.empty else f"{held(some, 'half')}, {held(some, 'of_both')}")
+    share = 100 * (check["error"] <= check["of_both"]).mean()
+    met = ("yes" if share >= 85 else "**no**") if label in ASKED else ""
+    design = rows[rows["is_design"]]
+    of_both = held(check, "of_both"), f"{held(design, 'of_both')} ({runs(design)})"
+    return line(f"{label} ({runs(check)})", *cells, *of_both, met)
+
+
+# %% Labels.
+def off(rows: pd.DataFrame, rule: str, count: int) -> float:
+    return float(rows[f"off_{rule}_{count}"].mean())
+
+
+def beside(label: str, value: str) -> list[str]:
+    rows = GROUPS[label]
+    rows = rows[(rows["value_of"] == value) & ~rows["is_design"]]
+    if rows.empty:
+        return []
+    form, factor = (".1f", 100) if value == "accuracy" else (".3f", 1)
+    cells = []
+    for count in COUNTS:
+        cells += [f"{factor * off(rows, rule, count):{form}}" for rule in ("labels", "today", "at_2.0")]
+    worst = max(off(rows, "at_2.0", count) / off(rows, "labels", count) for count in COUNTS)
+    more = 100 * max(off(rows, "at_2.0", count) - off(rows, "today", count) for count in COUNTS)
+    met = worst <= 1.3 and (value != "accuracy" or more <= 1)
+    return [line(f"{label} ({runs(rows)}), {value}", *cells, f"{worst:.2f}", "yes" if met else "**no**")]
+
+
+def thresholds(is_design: bool) -> list[str]:
+    """Say what each threshold would cost: at worst of all kinds, values and numbers of labels."""
+    found = []
+    for name, rule in list(RULES.items())[1:]:
+        worst, more = 0.0, 0.0
+        for rows in GROUPS.values():
+            half = rows[rows["is_design"] == is_design]
+            for value in ("accuracy", "loss"):
+                some = half[half["value_of"] == value]
+                for count in COUNTS if len(some) else ():
+                    worst = max(worst, off(some, rule, count) / off(some, "labels", count))
+                    if value == "accuracy":
+                        more = max(more, off(some, rule, count) - off(some, "today", count))
+        found.append(line(name, "design" if is_design else "check", f"{worst:.2f}", f"{100 * more:.1f}"))
+    return found
+
+
+# %% Advice.
+def advised(label: str, value: str) -> list[str]:
+    rows = GROUPS[label]
+    rows = rows[(rows["value_of"] == value) & ~rows["is_design"]]
+    if rows.empty:
+        return []
+    cells = []
+    for least, gain in ((0.0, "reference_gain"), (0.0, "mean_gain"), (0.5, "mean_gain"), (1.0, "reference_gain")):
+        some = rows.loc[rows["lead"] >= least, gain]
+        cells.append(f"{(some > 0).sum()} of {len(some)}" if len(some) else "–")
+    said = rows[rows["lead"] >= 0.5]
+    form, factor = ("+.1f", 100) if value != "loss" else ("+.3f", 1)
+    by = f"{factor * said['mean_gain'].mean():{form}}".replace("-", "−") if len(said) else "–"
+    return [line(f"{label}, {value}", *cells, by)]
+
+
+def share(rows: pd.DataFrame, gain: str, least: float) -> str:
+    some = rows.loc[rows["lead"] >= least, gain]
+    return f"{(some > 0).sum()} of {len(some)}" if len(some) else "–"
+
+
+def last_line(label: str) -> str:
+    """Say of a kind of data how often what the last line says was so."""
+    rows = GROUPS[label]
+    rows = rows[~rows["is_design"]]
+    holds = f"{held(rows, 'of_both')} %"
+    if label in SEE_ALL:
+        return line(
+            f"{label} ({runs(rows)})", holds, share(rows, "mean_gain", 0.5), share(rows, "reference_gain", 1.0), "–"
+        )
+    return line(f"{label} ({runs(rows)})", holds, "–", "–", share(rows, "reference_gain", 0.5))
+
+
+NAMES: dict[str, object] = {}
+TOLD = [label for label, rows in GROUPS.items() if not rows["is_design"].all()]
+BLOCKS = {
+    "sureness: coverage": table(
+        ["90 % intervals that hold the truth, %", *VALUES, "all", "design half", "85 or more"], map(sure, TOLD)
+    ),
+    "sureness: labels": table(
+        ["off, by", *(f"{count}: {rule}" for count in COUNTS for rule in ("labels", "+ 1,000", "**both**")),
+         "at worst, of labels", "met"],
+        chain(*(beside(*each) for each in product(TOLD, ("accuracy", "loss")))),
+    ),
+    "sureness: thresholds": table(
+        ["counts for less from", "half", "at worst, of labels alone", "points of accuracy more than as 1,000"],
+        [*thresholds(True), *thresholds(False)],
+    ),
+    "sureness: advice": table(
+        ["reference ahead", "it is better", "the mean is", "by half an error: the mean is", "by a whole: it is",
+         "by half: the mean gains"],
+        chain(*(advised(*each) for each in product(TOLD, VALUES.values()))),
+    ),
+    "sureness: last line": table(
+        ["runs that no threshold was chosen on", "the interval holds the truth", "*the mean of both*: it was better",
+         "*consider it*: the reference was better", "*it can't tell*: the reference was better"],
+        map(last_line, TOLD),
+    ),
+}  # fmt: skip

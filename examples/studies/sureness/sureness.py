@@ -1,0 +1,181 @@
+"""How sure expected values are, what labels beside them are worth, and whether the last line's advice is right.
+
+    python examples/studies/sureness/sureness.py RUNS     # results.csv: a row a recorded run, judge, and value
+    python examples/studies/tables.py                     # results.csv -> the pages
+
+RUNS has what `record.py` and `said.py` of the study of stopping leave there. Values are those of the epoch that they
+choose; the truth is that of the test, whose labels are as noisy as those of training. Labels are drawn of the unseen
+samples, and levels are those of some epochs.
+
+Thresholds were chosen on the design half: where tables are, that of the study of stopping; elsewhere every other run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAUROC
+
+sys.path.append(str(Path(__file__).parents[1] / "stopping"))
+from rules import Recorded, lowest
+from said import Said
+
+from lightning_sensitivity.functional import draw_labels
+from lightning_sensitivity.functional.estimates import Estimate, jackknife, one_draw, worth_beside
+from lightning_sensitivity.functional.expected import WORTH, metric_value
+from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.reference import Reference
+
+COUNTS, NUM_DRAWS, NUM_EPOCHS = (50, 200, 600), 5, 8
+THRESHOLDS = (2.0, 2.5, 3.0)  # standard errors
+TABLES = ("tables", "few", "numbers")  # pools that have a design half
+Row = dict[str, Any]
+
+
+class Judged:
+    """A recorded run, and what a reference says of it.
+
+    Attributes:
+        outputs: Outputs of all epochs for unseen samples and the test, ``(E, N, C)``.
+        q: What the reference predicts of both, ``(N, C)``.
+        labels: Their labels, as noisy as those of training, ``(N,)``.
+    """
+
+    def __init__(self, recorded: Recorded, said: Said) -> None:
+        self.reference: Reference = said.reference()
+        self.task = TASKS["regression" if recorded.task == "regression" else "multiclass"]
+        self.num_training = len(said.labels)
+        self.outputs = {name: recorded.outputs(name).double() for name in ("unseen", "test")}
+        self.q = dict(zip(("unseen", "test"), said.predictions(self.reference), strict=True))
+        self.labels = {"unseen": torch.tensor(recorded.found["y_unseen"]), "test": torch.tensor(said.noisy_test)}
+        self.draws = draw_labels(self.q["unseen"], self.task.name, self.reference.residuals_)
+
+    @property
+    def names(self) -> list[str]:
+        return ["loss"] if self.task.draws_errors else ["accuracy", "auroc", "loss"]
+
+    def values(self, name: str, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the value of each sample ``(R, N)``, for labels ``(R, N)``, or targets ``(R, N, 1)``."""
+        if self.task.draws_errors:
+            return (outputs - labels).square()[..., 0]
+        if name == "accuracy":
+            return (outputs.argmax(1) == labels).double()
+        return -outputs.log_softmax(1)[torch.arange(len(outputs)), labels]
+
+    def measure(self, name: str, outputs: Tensor, labels: Tensor) -> float:
+        """Return a value of samples, for labels as above."""
+        if name == "auroc":
+            metric = MulticlassAUROC(outputs.shape[1])
+            return float(metric_value(metric, outputs.softmax(1), labels, self.task))
+        return float(self.values(name, outputs, labels).mean())
+
+    def estimate(self, name: str, outputs: Tensor, draws: Tensor) -> Estimate:
+        """Return what is measured on labels, or to be expected, with its spread by the jackknife."""
+        one, size = one_draw(draws), draws.shape[1]
+        variance = jackknife(lambda rows: {name: self.measure(name, outputs[rows], one[:, rows])}, size, None)
+        return Estimate(self.measure(name, outputs, draws), variance[name], size)
+
+    def targets(self, part: str) -> Tensor:
+        """Return labels as draws, ``(1, N)`` or ``(1, N, 1)``."""
+        y = self.labels[part]
+        return y[None, :, None] if self.task.draws_errors else y[None]
+
+    def curve(self, name: str) -> np.ndarray:
+        return np.array([self.measure(name, each, self.draws) for each in self.outputs["unseen"]])
+
+
+def how_sure(run: Judged, name: str, epoch: int) -> Row:
+    """Return the value to expect, what its error consists of, and the value on the test with its error."""
+    expected = run.estimate(name, run.outputs["unseen"][epoch], run.draws)
+    truth = run.estimate(name, run.outputs["test"][epoch], run.targets("test"))
+    return {
+        "value": expected.value, "variance": expected.variance,
+        "num_unseen": expected.size, "num_training": run.num_training,
+        "truth": truth.value, "truth_variance": truth.variance,
+    }  # fmt: skip
+
+
+def advice(run: Judged, name: str, epoch: int) -> Row:
+    """Return the values of network, reference, and the mean of both: on the test, and as expected."""
+    found: Row = {}
+    for part, draws in (("test", run.targets("test")), ("unseen", run.draws)):
+        outputs, q = run.outputs[part][epoch], run.q[part]
+        if not run.task.draws_errors:
+            q = q.clamp(min=1e-6).log()
+        mean = (run.task.predictions(outputs) + run.q[part]) / 2
+        mean = mean if run.task.draws_errors else mean.log()
+        for who, each in (("network", outputs), ("reference", q), ("mean", mean)):
+            found[f"{who}_{part}"] = run.measure(name, each, draws)
+    return found
+
+
+def beside_labels(run: Judged, name: str) -> Row:
+    """Return how far values by labels, by the reference and by both are off, in the mean over some epochs."""
+    epochs = np.linspace(0, len(run.outputs["unseen"]) - 1, NUM_EPOCHS).round().astype(int)
+    y, size, found = run.targets("unseen"), run.q["unseen"].shape[0], []
+    generator = torch.Generator().manual_seed(0)
+    for epoch in epochs:
+        outputs, row = run.outputs["unseen"][epoch], {}
+        truth = run.measure(name, run.outputs["test"][epoch], run.targets("test"))
+        of_draws = run.values(name, outputs, run.draws)
+        expected = Estimate(float(of_draws.mean()), float(of_draws.var()) / size, size)
+        row["off_reference"] = abs(expected.value - truth)
+        for count in COUNTS:
+            number = min(count, size)
+            for _ in range(NUM_DRAWS if number < size else 1):
+                rows = torch.randperm(size, generator=generator)[:number]
+                values = run.values(name, outputs[rows], y[:, rows])
+                known = Estimate(float(values.mean()), float(values.var()) / number, number)
+                off = {"labels": 0.0, "today": WORTH}
+                off |= {f"at_{least}": worth_beside(expected, known, WORTH, least) for least in THRESHOLDS}
+                for rule, worth in off.items():
+                    value = (number * known.value + worth * expected.value) / (number + worth)
+                    row.setdefault(f"off_{rule}_{count}", []).append(abs(value - truth))
+        found.append({key: np.mean(value) for key, value in row.items()})
+    return pd.DataFrame(found).mean().to_dict()
+
+
+def rows_of(file: Path) -> Iterator[Row]:
+    """Measure a run by what a reference says of it."""
+    stem, judge = file.name.split(".")[:2]
+    said, recorded = Said.read(file), Recorded.read(file.with_name(f"{stem}.npz"))
+    run = Judged(recorded, said)
+    if len(said.test) == 0 or not run.reference.is_trusted_:
+        return
+    kind = str(recorded.found["kind"])
+    about = {"run": stem, "pool": stem.split("-")[0], "judge": judge, "features": run.reference.features_, "kind": kind}
+    is_design = said.about["is_design"] if about["pool"] in TABLES else int(stem.split("-")[1]) % 2 == 0
+    about |= {"is_design": is_design, "way": said.about.get("way", ""), "skill": run.reference.skill_}
+    by_accuracy = lowest(-run.curve("accuracy")) if "accuracy" in run.names else None
+    by_loss = lowest(run.curve("loss"))
+    for name in run.names:
+        epoch = by_loss if name == "loss" or by_accuracy is None else by_accuracy
+        row = about | {"value_of": name, "epoch": epoch} | how_sure(run, name, epoch) | advice(run, name, epoch)
+        yield row | (beside_labels(run, name) if name != "auroc" else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sureness.csv"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    rows: list[Row] = []
+    for file in sorted(arguments.runs.glob("*-???.*.npz")):
+        if ".part" not in file.name:
+            rows += rows_of(file)
+    pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.5g")
+
+
+if __name__ == "__main__":
+    main()
