@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -154,13 +153,13 @@ class Expectation:
         if self._loss is not None and not math.isfinite(value := values[f"{EXPECTED}loss"]):
             self.warn("loss", f"gets {value} from `loss`, and logs no `{EXPECTED}loss` then.")
         drawn = self._task.label_matrix(one[0], y.shape[1]).where(~y.isnan(), math.nan)
-        of_some = partial(self._measure_rows, outputs, drawn, one)
-        variances, size = jackknife(of_some, len(outputs), groups), count_groups(groups, size)
+
+        def measure(rows: Tensor) -> Values:
+            return self._measure(outputs[rows], drawn[rows], one[:, rows])
+
+        variances, size = jackknife(measure, len(outputs), groups), count_groups(groups, size)
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         return {name: Estimate(value, variances.get(name, math.nan), size) for name, value in finite.items()}
-
-    def _measure_rows(self, outputs: Tensor, y: Tensor, draws: Tensor, rows: Tensor) -> Values:
-        return self._measure(outputs[rows], y[rows], draws[:, rows])
 
     def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
         """Compute the loss, and metrics where these say something."""

@@ -126,7 +126,12 @@ class Predicted:
         """Return it as a checkpoint holds it, which ``torch.load`` reads without pickle; None if that is of no use."""
         if not self.unseen or not self.fingerprints:
             return None
-        unseen = {index: {**vars(each), "draws": _small(each.draws)} for index, each in self.unseen.items()}
+        unseen = {}
+        for index, each in self.unseen.items():
+            draws, most = each.draws, torch.iinfo(torch.int16).max
+            if not draws.is_floating_point() and draws.numel() > 0 and int(draws.max()) <= most:
+                draws = draws.short()
+            unseen[index] = {**vars(each), "draws": draws}
         return {"verdict": asdict(self.verdict), "unseen": unseen, "fingerprints": self.fingerprints}
 
     @classmethod
@@ -164,12 +169,6 @@ class Predicted:
             places[before] = after
             unseen[index] = known.moved(places)
         return Predicted(self.verdict, unseen, dict(fingerprints))
-
-
-def _small(draws: Tensor) -> Tensor:
-    """Return class indices in 16 bits, where they fit."""
-    fits = not draws.is_floating_point() and draws.numel() > 0 and int(draws.max()) <= torch.iinfo(torch.int16).max
-    return draws.short() if fits else draws
 
 
 def is_same(first: float | None, second: float | None) -> bool:
@@ -213,7 +212,7 @@ def _is_row(row: object) -> bool:
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:
-    """Plot values by epoch, each name in axes of its own and each loader as a line.
+    """Plot values by epoch, each name in axes of its own, each loader as a line, with its 90 % interval.
 
     Raises:
         ValueError: If there is no value.
@@ -224,16 +223,12 @@ def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> P
         raise ValueError("Expected a fit with values before `plot`, but there is none.")
     figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
-        _plot_curves(ax, history, name)
+        for index in sorted({row["dataloader_idx"] for row in history}):
+            rows = [row for row in history if row["dataloader_idx"] == index]
+            epochs = [row["epoch"] for row in rows]
+            keys = name, f"{name}_stderr"  # which a validation may lack
+            values, stderrs = (torch.tensor([row.get(key, math.nan) for row in rows]) for key in keys)
+            ax.plot(epochs, values, label=f"dataloader {index}")
+            ax.fill_between(epochs, values - QUANTILE * stderrs, values + QUANTILE * stderrs, alpha=0.2)
         ax.set(title=prefix + name, xlabel="epoch")
     return figure, axes[0]
-
-
-def _plot_curves(ax: Any, history: Sequence[Row], name: str) -> None:
-    """Draw a value of each loader, and its 90 % interval; a validation may have none."""
-    for index in sorted({row["dataloader_idx"] for row in history}):
-        rows = [row for row in history if row["dataloader_idx"] == index]
-        epochs = [row["epoch"] for row in rows]
-        values, stderrs = (torch.tensor([row.get(key, math.nan) for row in rows]) for key in (name, f"{name}_stderr"))
-        ax.plot(epochs, values, label=f"dataloader {index}")
-        ax.fill_between(epochs, values - QUANTILE * stderrs, values + QUANTILE * stderrs, alpha=0.2)

@@ -24,8 +24,9 @@ def group_numbers(groups: Array) -> Tensor:
     Raises:
         ValueError: If there is not one for each sample, or some are nan.
     """
-    if isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O":
-        _check_known(groups)
+    may_lack_some = isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O"
+    if may_lack_some and any(map(_is_missing, groups)):  # they would become a group of their own
+        raise ValueError(_UNKNOWN)
     names = np.asarray(in_32_bits(groups).detach().cpu() if isinstance(groups, Tensor) else groups)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
@@ -36,13 +37,14 @@ def group_numbers(groups: Array) -> Tensor:
         return torch.from_numpy(names.astype(np.int64))
     if names.dtype.kind in "mM" and np.isnat(names).any():
         raise ValueError(_UNKNOWN)
-    return _of_floats(names) if names.dtype.kind == "f" else _of_strings(names)
-
-
-def _check_known(groups: Array) -> None:
-    """Raise ValueError if some names are missing, which would become a group of their own."""
-    if any(map(_is_missing, groups)):
-        raise ValueError(_UNKNOWN)
+    if names.dtype.kind == "f":  # whole numbers as they are, and of others the bits
+        if not np.isfinite(names).all():
+            raise ValueError(_UNKNOWN)
+        found = torch.from_numpy(names.astype(str).astype(np.float64))  # 0.1 is the same number in any precision
+        is_whole = (found == found.round()) & (found.abs() < _EXACT)
+        return torch.where(is_whole, found.long(), found.view(torch.int64))
+    digests = [hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names]
+    return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in digests], dtype=torch.int64)
 
 
 def _is_missing(name: object) -> bool:
@@ -53,21 +55,6 @@ def _is_missing(name: object) -> bool:
         except TypeError:  # of `pandas.NA`
             return True
     return False
-
-
-def _of_floats(numbers: Array) -> Tensor:
-    """Return whole numbers as they are, and of others the bits; 0.1 is the same number in any precision."""
-    if not np.isfinite(numbers).all():
-        raise ValueError(_UNKNOWN)
-    found = torch.from_numpy(numbers.astype(str).astype(np.float64))
-    is_whole = (found == found.round()) & (found.abs() < _EXACT)
-    return torch.where(is_whole, found.long(), found.view(torch.int64))
-
-
-def _of_strings(names: Array) -> Tensor:
-    """Return hashes of strings, or of what other things are called."""
-    found = [hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names]
-    return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in found], dtype=torch.int64)
 
 
 def count_groups(groups: Tensor | None, number: int) -> int:

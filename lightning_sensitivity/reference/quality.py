@@ -54,17 +54,20 @@ def measure_quality(learner: Learner, task: Task, blind: list[int] | None = None
     """
     p, y = learner.left_out, learner.labels
     if blind is None:
-        blind = _blind_labels(p, y, task) if task.is_by_column else []
+        questions = task.classifications(p, y) if task.is_by_column else []
+        blind = [label for label, (_, q, answers) in enumerate(questions) if _is_blind(q, answers)]
     tells_none = len(blind) == y.shape[1]
     if not tells_none:
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
-    questions = zip(task.classifications(p, y), task.classifications(learner.unsmoothed, y), strict=True)
-    found = [_describe_answers(q, answers, unsmoothed) for (_, q, answers), (_, unsmoothed, _) in questions]
+    pairs = zip(task.classifications(p, y), task.classifications(learner.unsmoothed, y), strict=True)
+    found = [_describe_answers(q, answers, unsmoothed) for (_, q, answers), (_, unsmoothed, _) in pairs]
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     accuracy, majority, unexplained = columns.nanmean(0).tolist()
-    auroc = _auroc(p, y, task) if majority < 1 else math.nan
+    auroc = math.nan
+    if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
+        auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
     skill = _skill(score, chance)
     return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, tells_none or skill <= 0)
 
@@ -109,21 +112,9 @@ def _skill(score: float, chance: float) -> float:
     return 1 - score / chance if chance > _ROUNDING else 0.0
 
 
-def _blind_labels(p: Tensor, y: Tensor, task: Task) -> list[int]:
-    """Return the labels of which predictions say no more than chance, by their score or their order."""
-    questions = task.classifications(p, y)
-    return [label for label, (_, q, answers) in enumerate(questions) if _is_blind(q, answers)]
-
-
 def _is_blind(q: Tensor, y: Tensor) -> bool:
-    """Return whether predictions ``(N, 2)`` of no and yes say no more than chance."""
+    """Return whether predictions ``(N, 2)`` of no and yes say no more than chance, by their score or their order."""
     no, yes = (q[y.argmax(1) == each, 1].numpy() for each in (0, 1))
     if len(no) == 0 or len(yes) == 0 or not _skill_of(q, y) > 0:
         return True
     return not mannwhitneyu(yes, no, alternative="greater").pvalue < _CHANCE
-
-
-def _auroc(p: Tensor, y: Tensor, task: Task) -> float:
-    """Return the area under the ROC curve; nan where the task has none."""
-    metric = task.default_metrics(y.shape[1]).get("auroc")
-    return math.nan if metric is None else float(metric_value(metric, p, task.hard_labels(y)[None], task))

@@ -123,7 +123,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         seen = read_samples(x)
         labels, classes = read_labels(y, task)
         samples = Observations(seen, labels, None if groups is None else group_numbers(groups))
-        _check_sizes(samples)
+        given = [labels, *seen.values(), *([] if samples.groups is None else [samples.groups])]
+        if len(sizes := {len(each) for each in given}) > 1:
+            names = "`x` and `y`" if samples.groups is None else "`x`, `y` and `groups`"
+            raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
         indices, known = choose_different(samples, len(classes), task)
         if len(known) < _MIN_SAMPLES:
             raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
@@ -144,7 +147,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         is_clear = len(unclear) < len(task.questions(learner.labels) or [learner.labels])
         self._learner = learner
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
-        self.inputs_tell_nothing_ = quality.tells_none and is_clear and self._both_learners_see_it
+        # Of the rows of a table a forest and ridge regression were both tried.
+        is_table = self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
+        self.inputs_tell_nothing_ = quality.tells_none and is_clear and is_table
         if self.inputs_tell_nothing_:
             learner.forget()
             quality = measure_quality(learner, task, unclear if task.is_by_column else [])
@@ -156,11 +161,6 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
         self.unexplained_ = quality.unexplained
         self.blind_labels_ = np.array(quality.blind_labels, dtype=int)
-
-    @property
-    def _both_learners_see_it(self) -> bool:
-        """Whether samples are rows of a table, of which a forest and ridge regression were both tried."""
-        return self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
 
     @property
     def num_samples_(self) -> int:
@@ -282,16 +282,6 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             part = {kind: values[start : start + _CHUNK] for kind, values in seen.items()}
             found.append(self._learner.predict(shrunk(part)).numpy())
         return np.concatenate(found)
-
-
-def _check_sizes(samples: Observations) -> None:
-    """Raise ValueError unless there is a label, and a group if there are any, for each sample."""
-    names, given = "`x` and `y`", [samples.labels, *samples.seen.values()]
-    if samples.groups is not None:
-        names, given = "`x`, `y` and `groups`", [*given, samples.groups]
-    sizes = {len(each) for each in given}
-    if len(sizes) > 1:
-        raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
 
 
 def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:
