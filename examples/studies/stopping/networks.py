@@ -22,6 +22,14 @@ def draw_mlp(r: np.random.RandomState, num_inputs: int, num_outputs: int) -> tup
     dropout, has_norm = float(r.choice([0, 0, 0.1, 0.25, 0.5])), bool(r.rand() < 0.5)
     activation = ACTIVATIONS[r.randint(4)]
 
+    make = make_mlp(num_inputs, num_outputs, depth, width, dropout, has_norm, activation)
+    return make, f"mlp {depth} x {width}" + ", batch norm" * has_norm + f", dropout {dropout:g}" * (dropout > 0)
+
+
+def make_mlp(
+    num_inputs: int, num_outputs: int, depth: int, width: int, dropout: float, has_norm: bool,
+    activation: type[nn.Module],
+) -> Make:  # fmt: skip
     def make() -> nn.Module:
         layers: list[nn.Module] = [nn.Flatten()]
         size = num_inputs
@@ -30,7 +38,7 @@ def draw_mlp(r: np.random.RandomState, num_inputs: int, num_outputs: int) -> tup
             size = width
         return nn.Sequential(*layers, nn.Linear(size, num_outputs))
 
-    return make, f"mlp {depth} x {width}" + ", batch norm" * has_norm + f", dropout {dropout:g}" * (dropout > 0)
+    return make
 
 
 class Block(nn.Module):
