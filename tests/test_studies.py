@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_sensitivity import OutputSensitivity
+from lightning_sensitivity import OutputSensitivity, SensitivityMonitor
+from tests.helpers import Quiet, validated
 
 STUDIES = Path(__file__).parents[1] / "examples" / "studies"
 LONG = pd.DataFrame(
@@ -146,6 +149,32 @@ def test_quantiles_and_deviations_are_judged_by_the_same_rules(run: Any) -> None
     found = pd.DataFrame(variables["run"](variables["TABLES"].strip().splitlines()[0], 0, 2))
     assert found.groupby("rule").size().to_dict() == dict.fromkeys(("last", "local", "pooled", "targets"), 2)
     assert (found["loss"] >= found["best_loss"]).all() and found["off_chosen"].notna().sum() == 6
+
+
+@pytest.mark.long
+def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(STUDIES / "bounds")  # whose modules import each other as scripts do
+    _, bounds = run("studies/bounds/pairs.py", str(tmp_path), str(tmp_path), "--quick")
+    run("studies/bounds/judge.py", str(tmp_path), "--out", str(tmp_path))
+    pairs = pd.read_csv(tmp_path / "results.csv")
+    assert len(pairs) == pairs["change"].nunique() == 8 and (pairs.select_dtypes("number") >= 0).all(axis=None)
+    dataset, training = replace(bounds["draw"]("digits", 0, tmp_path), epochs=1), bounds["trainings"](0)[0]
+    ((network, _),) = bounds["train"](dataset, training)
+    model = Quiet()
+    model.net = network
+    values = validated(
+        SensitivityMonitor(noise=0.1), model, DataLoader(dataset.x[dataset.parts["earlier_unseen"]], 600)
+    )
+    measured = bounds["measured"](dataset, training)["sensitivity"]
+    assert measured == pytest.approx([values["val/output_sensitivity"]], rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_bound_takes_the_epoch_before_it_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDIES / "bounds")
+    before = importlib.import_module("judge").before
+    cases = [([1, 2, 3, 2], 2, 1), ([1, 2, 3, 2], 3, 3), ([4, 1, 1, 1], 2, 0), ([1, 2, np.nan, 1], 2, 1)]
+    assert [before(np.array(curve, float), bound) for curve, bound, _ in cases] == [epoch for *_, epoch in cases]
 
 
 @pytest.mark.long
