@@ -154,7 +154,7 @@ def test_quantiles_and_deviations_are_judged_by_the_same_rules(run: Any) -> None
 @pytest.mark.long
 def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(STUDIES / "bounds")  # whose modules import each other as scripts do
-    _, bounds = run("studies/bounds/pairs.py", str(tmp_path), str(tmp_path), "--quick")
+    _, bounds = run("studies/bounds/pairs.py", str(tmp_path), str(tmp_path), "--quick", "--all-references")
     run("studies/bounds/judge.py", str(tmp_path), "--out", str(tmp_path))
     pairs = pd.read_csv(tmp_path / "results.csv")
     assert len(pairs) == pairs["change"].nunique() == 8 and (pairs.select_dtypes("number") >= 0).all(axis=None)
