@@ -1,10 +1,12 @@
 """Run a model without leaving a trace: in eval mode, without gradients, with its state put back."""
 
 import copy
+import inspect
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -96,16 +98,20 @@ def same_streams() -> Iterator[None]:
 
 @contextmanager
 def isolated_with(model: nn.Module, function: object) -> Iterator[RunIsolated]:
-    """Yield what :func:`isolated` does, and put back a function of the user, too, if it is a module or of one.
+    """Yield what :func:`isolated` does, and put back the modules of a function of the user, too.
 
     Args:
         model: The module.
-        function: A function, such as a loss.
+        function: A function, such as a loss: a module, a method of one, or with some in its closure or globals.
     """
-    owner = getattr(function, "__self__", function)
-    module = owner if isinstance(owner, nn.Module) and not _has_scripts(owner) else nn.Identity()
-    with isolated(model) as run, isolated(module) as run_function:
-        yield lambda call, *args: run(run_function, call, *args)
+    known = [function, getattr(function, "__self__", None)]
+    if inspect.isfunction(function):
+        outside = inspect.getclosurevars(function)
+        known += [*outside.nonlocals.values(), *outside.globals.values()]
+    modules = {each for each in known if isinstance(each, nn.Module) and not _has_scripts(each)} - {model}
+    with ExitStack() as stack:
+        runs = [stack.enter_context(isolated(module)) for module in (model, *modules)]
+        yield lambda call, *args: reduce(lambda inner, run: partial(run, inner), runs, call)(*args)
 
 
 class _State:

@@ -100,7 +100,7 @@ class Balanced(nn.Module):
         return cross_entropy(outputs, y, 1 / self.shares)
 
 
-@pytest.mark.parametrize("take", [lambda loss: loss, lambda loss: loss.forward])
+@pytest.mark.parametrize("take", [lambda loss: loss, lambda loss: loss.forward, lambda loss: lambda *args: loss(*args)])
 def test_a_loss_that_keeps_something_beside_the_network_is_left_as_it_was(take: Any) -> None:
     found = []
     for has_monitor in (False, True):
