@@ -58,8 +58,9 @@ class RiskMonitor(Monitor):
     of a fit, these are logged after ``prefix``, for labels that are drawn once from its predictions:
 
     - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
-    - ``expected_accuracy`` and ``expected_auroc``, none in a regression; or ``expected_<name>`` for each of
-      ``metrics``. Of several labels, those that the reference can't tell are left out.
+    - ``expected_accuracy`` and ``expected_auroc``, none in a regression, and no AUROC of more than 100 classes or
+      200 labels; or ``expected_<name>`` for each of ``metrics``. Of several labels, those that the reference can't
+      tell are left out.
 
     The reference is made once, of the first whole epoch: 50,000 rows of a table, 10,000 images, signals or texts,
     3,000 samples that an encoder sees, 512 MiB over all processes. If it sees too little of the inputs, nothing is

@@ -169,6 +169,8 @@ def test_a_metric_stays_as_it_is() -> None:
     ("multiclass", 101, ["accuracy"]),
     ("binary", 2, ["accuracy", "auroc"]),
     ("multilabel", 1, ["accuracy", "auroc"]),
+    ("multilabel", 200, ["accuracy", "auroc"]),
+    ("multilabel", 201, ["accuracy"]),
     ("regression", 2, []),
 ])  # fmt: skip
 def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:

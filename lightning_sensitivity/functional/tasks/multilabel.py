@@ -17,6 +17,8 @@ from lightning_sensitivity.functional.tasks.checks import (
 )
 from lightning_sensitivity.functional.tasks.metrics import KnownAccuracy, KnownAUROC
 
+_MAX_AUROC_LABELS = 200  # of 1,000, and 2,000 validation labels, it would take seconds in each validation
+
 
 class Multilabel(TaskBase):
     """Each of L labels is yes or no, or unknown: a sigmoid, and the mean over known labels of (p - y)^2."""
@@ -90,8 +92,9 @@ class Multilabel(TaskBase):
     # Metrics
 
     def default_metrics(self, num_columns: int) -> dict[str, Metric]:
-        """Make the metrics that are expected by default, by name: of known labels."""
-        return {"accuracy": KnownAccuracy(ignore_index=IGNORED, validate_args=False), "auroc": KnownAUROC()}
+        """Make the metrics that are expected by default, by name: of known labels; no AUROC of more than 200."""
+        found: dict[str, Metric] = {"accuracy": KnownAccuracy(ignore_index=IGNORED, validate_args=False)}
+        return found | {"auroc": KnownAUROC()} if num_columns <= _MAX_AUROC_LABELS else found
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
