@@ -243,7 +243,7 @@ def _fit(
     def warn(entry: str, message: str, kind: str = "") -> None:
         warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=5)
 
-    if unused := say_unused(list(fitted.shares_), fitted.num_samples_):
+    if reader.task.link == "softmax" and (unused := say_unused(list(fitted.shares_), fitted.num_samples_)):
         warn("outputs", unused)
     if fitted.inputs_tell_nothing_ and reader.sees_all:
         warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")

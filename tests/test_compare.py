@@ -186,6 +186,13 @@ def test_one_output_decides_between_two_classes(select: Any) -> None:
     assert found(rows) == named(both)
 
 
+def test_targets_that_are_mostly_0_are_no_unused_classes() -> None:
+    y = torch.cat([X[:, :4].square() + X[:, 4:8], torch.zeros(150, 6)], 1)
+    models = {"good": nn.Linear(12, 10), "other": nn.Linear(12, 10)}
+    rows = compare(models, training=[(X, y)], task="regression", reference=LinearRegression())  # without a warning
+    assert len(rows) == 2
+
+
 @pytest.mark.parametrize("num_outputs", [1, 2])
 def test_in_a_regression_the_squared_error_to_expect_ranks(num_outputs: int) -> None:
     models, g = three(), torch.Generator().manual_seed(0)

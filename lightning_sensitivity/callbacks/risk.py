@@ -391,7 +391,7 @@ class RiskMonitor(Monitor):
         """Make the reference in the first validation that can have values; every process comes here."""
         assert self._reference is not None
         self._reference.prepare(trainer, self.run.samples)
-        made = self.reference
+        made = None if self.task.link != "softmax" else self.reference
         if made is not None and (message := say_unused(list(made.shares_), made.num_samples_)):
             self.run.warn("outputs", message)
 

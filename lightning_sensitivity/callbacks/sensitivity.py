@@ -11,6 +11,7 @@ from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
+    SensitivityEstimate,
     diagnostics,
     loss_estimate,
     sensitivity_from_sums,
@@ -111,7 +112,7 @@ class SensitivityMonitor(Monitor):
         """Check what can be checked by now, and warn of callbacks that would choose by sensitivity."""
         super().setup(trainer, pl_module, stage)
         for callback, name in callbacks_that_monitor(trainer):
-            has_bound = getattr(callback, "divergence_threshold", None) is not None  # which is sensible
+            has_bound = getattr(callback, "divergence_threshold", None) is not None
             if stage == "fit" and "sensitivity" in name and not has_bound:
                 kind = type(callback).__name__
                 message = (
@@ -185,13 +186,7 @@ class SensitivityMonitor(Monitor):
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
         estimate = sensitivity_from_sums(of_samples[:, :NUM_COLUMNS], self.per_output)
-        messages = diagnostics(estimate, self.per_output)
-        if estimate.num_samples < 2 and not messages:
-            messages = {"failed": "there is no value, which needs at least two samples."}
-        for entry, message in messages.items():
-            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
-            self.run.note_outputs(may_be_probabilities(of_samples[:, NUM_COLUMNS:]))
+        self._warn_of_doubts(dataloader_idx, estimate, of_samples[:, NUM_COLUMNS:])
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
@@ -203,3 +198,13 @@ class SensitivityMonitor(Monitor):
             power = square / count
             values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
+
+    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:
+        """Warn of what makes a value doubtful, or why there is none."""
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
+        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
+            self.run.note_outputs(may_be_probabilities(extremes))

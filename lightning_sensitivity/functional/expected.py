@@ -39,8 +39,9 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
         >>> int((draw_labels(torch.tensor([[0.75, 0.25]])) == 0).sum())
         15
     """
-    rules = find_task(task)
-    return rules.draw(rules.label_matrix(as_tensor(q)), None if residuals is None else as_tensor(residuals))
+    rules, q = find_task(task), as_tensor(q)
+    _check_predictions(rules, q)
+    return rules.draw(rules.label_matrix(q), None if residuals is None else as_tensor(residuals))
 
 
 def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
@@ -115,12 +116,25 @@ def expected_metric(
 
 
 def _of_same_samples(task: str, outputs: Numbers, q: Numbers) -> tuple[Task, Tensor, Tensor]:
-    """Return the task and both tensors, or raise ValueError if they are of different numbers of samples."""
+    """Return the task and both tensors, or raise ValueError if they are of different numbers of samples or columns."""
     rules, outputs, q = find_task(task), as_tensor(outputs), as_tensor(q)
     if len(outputs) != len(q):
         sizes = f"{len(outputs)} and {len(q)}"
         raise ValueError(f"Expected outputs of the network and `q` of the same samples, but got {sizes}.")
+    _check_predictions(rules, q)
+    columns = rules.output_matrix(outputs).shape[1], rules.label_matrix(q).shape[1]
+    if columns[0] != columns[1]:
+        raise ValueError(
+            f"Expected outputs of the network and `q` to have as many columns, but got {columns[0]} and {columns[1]}. "
+            "One logit for two classes is the task 'binary'."
+        )
     return rules, outputs, q
+
+
+def _check_predictions(task: Task, q: Tensor) -> None:
+    """Raise ValueError if predictions have no column for each class."""
+    if task.has_indices and q.ndim != 2:
+        raise ValueError(f"Expected `q` to be probabilities (N, C), but got the shape {tuple(q.shape)}.")
 
 
 def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:

@@ -25,7 +25,7 @@ def group_numbers(groups: Array) -> Tensor:
         ValueError: If there is not one for each sample, or some are nan.
     """
     may_lack_some = isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O"
-    if may_lack_some and any(map(_is_missing, groups)):  # they would become a group of their own
+    if may_lack_some and any(map(is_missing, groups)):  # they would become a group of their own
         raise ValueError(_UNKNOWN)
     names = np.asarray(in_32_bits(groups).detach().cpu() if isinstance(groups, Tensor) else groups)
     if names.ndim == 0 or names.size != len(names):
@@ -47,7 +47,7 @@ def group_numbers(groups: Array) -> Tensor:
     return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in digests], dtype=torch.int64)
 
 
-def _is_missing(name: object) -> bool:
+def is_missing(name: object) -> bool:
     """Return whether a name is None, nan, or what pandas and NumPy have in its place, which equals nothing."""
     with suppress(ValueError, RuntimeError):  # of an array
         try:

@@ -114,7 +114,7 @@ class Learner:
 def quiet() -> Iterator[None]:
     """Keep scikit-learn from warning of what we know, and from more threads than torch has.
 
-    Decompositions get one: their threads wait for each other, 30 times as long if others use the same cores.
+    Decompositions get one: their threads wait for each other, and take 30 times as long if cores are shared.
     """
     with warnings.catch_warnings(), threadpool_limits({"openmp": torch.get_num_threads(), "blas": 1}):
         warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
+from lightning_sensitivity.reference.groups import is_missing
 from lightning_sensitivity.reference.kinds import KINDS, Array, Samples, Seen, kind_of
 
 _PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
@@ -88,11 +89,12 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
     if task.has_indices and array.ndim == 1:
         if array.dtype.kind not in "biuOUS":
             raise ValueError(
-                f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), but got "
-                f"{array.dtype}. "
+                f"Expected `y` to be integers or names of classes (N,), or probabilities (N, K), got {array.dtype}. "
                 "Set task='binary' if they are from 0 to 1, task='regression' if they are measurements. Leave samples "
                 "without a label out."
             )
+        if array.dtype.kind == "O" and any(map(is_missing, array)):
+            raise ValueError("Expected names of classes in `y`, but some are None or nan: leave these samples out.")
         counts = np.asarray(array != IGNORED)
         classes, indices = np.unique(array[counts], return_inverse=True)
         labels = torch.full((len(array),), IGNORED)

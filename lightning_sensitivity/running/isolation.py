@@ -192,7 +192,7 @@ def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
 
 
 def _count_writes(tensor: Tensor) -> int | None:
-    """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where nobody counts."""
+    """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where torch counts none."""
     return None if tensor.is_inference() else tensor._version
 
 

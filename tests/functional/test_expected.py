@@ -185,6 +185,14 @@ def test_other_samples_or_classes_are_refused() -> None:
         expected_metric(MulticlassAccuracy(4), logits, q[:59])
     with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
         expected_loss(logits, q[:59])
+    with pytest.raises(ValueError, match="as many columns, but got 3 and 4"):
+        expected_metric(MulticlassAccuracy(4), logits[:, :3], q)
+    for outputs, others in ((logits[:, 0], q), (logits[:, :1], q), (logits, q[:, :1])):  # a task was forgotten
+        with pytest.raises(ValueError, match="as many columns"):
+            expected_loss(outputs, others)
+    for function in (draw_labels, lambda p: expected_loss(logits[:, 0], p)):
+        with pytest.raises(ValueError, match=r"probabilities \(N, C\), but got the shape \(60,\)"):
+            function(q[:, 0])
 
 
 # The loss

@@ -12,6 +12,7 @@ from lightning_sensitivity.functional.tensors import (
     are_probabilities,
     in_32_bits,
     may_be_probabilities,
+    num_outputs,
 )
 
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
@@ -121,8 +122,10 @@ class TaskBase:
 
     def look_like_probabilities(self, outputs: Tensor) -> bool:
         """Check whether outputs are those of a softmax, or of trained sigmoids, and no logits; waits for the device."""
-        is_in_range = self.link == "sigmoid" and may_be_probabilities(outputs)
-        return is_in_range or (self.link != "identity" and are_probabilities(outputs))
+        if self.link == "identity":
+            return False
+        is_by_sigmoid = self.link == "sigmoid" or num_outputs(outputs) == 1
+        return (is_by_sigmoid and may_be_probabilities(outputs)) or are_probabilities(outputs)
 
     def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
         """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``."""
