@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lightning_sensitivity
 from tests.helpers import Classifier, labelled, loader, unlabelled_loader
@@ -88,6 +89,29 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
     if page.stem == "stopping":  # which tells all keys of the summary
         keys = {key for key in names["risk"].summary if "expected_" not in key}
         assert keys - {*re.findall(r"`(\w+)`", page.read_text())} == set()
+
+
+class Rising(Callback):
+    """A stand-in for a monitor, whose values are 1, 2, 3, ..."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log("val/output_sensitivity", 1.0 + trainer.current_epoch)
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(0.5, 0), (1.5, 0), (3.5, 2), (4.0, 3), (9.0, 4)])
+@pytest.mark.parametrize("page", [DOCS / "guide" / "sensitivity.md"], ids=name_of)
+def test_a_bound_keeps_the_epoch_before_it_is_passed(
+    page: Path, bound: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks(page, "python") if "divergence_threshold" in block)
+    code = re.sub(r"max_epochs=\d+", "max_epochs=5", re.sub(r"^bound = .*$", f"bound = {bound}", block, flags=re.M))
+    names = what_pages_have() | {"SensitivityMonitor": Rising, "Trainer": Trainer}
+    exec("from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint\n" + code, names)
+    assert torch.load(names["path"], weights_only=False)["epoch"] == kept
 
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))

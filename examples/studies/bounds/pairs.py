@@ -1,6 +1,6 @@
 """Pairs of trainings, an earlier and a later one, which differ in one thing more than samples and seed.
 
-    python examples/studies/bounds/pairs.py RUNS DATA  # one .npz a training; what is there is not made again
+    python examples/studies/bounds/pairs.py RUNS DATA --share 0.67  # a file for each training, made once
 
 DATA holds what `stopping/data.py` reads. Of each data set, two earlier trainings differ in the noise of their labels;
 seven later ones have other samples and another seed. Every epoch measures sensitivity as `SensitivityMonitor` does:

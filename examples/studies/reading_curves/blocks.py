@@ -23,6 +23,10 @@ BLOCKS = {
             "loss above the lowest, %: mean": "{runs.ROW_loss_regret:.0f}",
         },
     ),
+    "lowest sensitivity": """
+In {runs.count} other runs, the epoch of lowest sensitivity lost {runs.sensitivity_lowest_accuracy_lost:.0f} points of
+accuracy, and so did that of the paper's Equation 9 (`loss_estimate=True`); never stopping lost
+{runs.never_stop_accuracy_lost:.1f}.""",
     "sensitivity in README": """
 No. In {runs.count} runs, stopping at its minimum cost {runs.sensitivity_lowest_accuracy_lost:.0f} points of accuracy
 against the best epoch; never stopping cost {runs.never_stop_accuracy_lost:.1f}.""",
