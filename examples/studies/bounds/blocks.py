@@ -140,8 +140,9 @@ labels {lost(LABELS)}. The bound is better than that number of epochs where trai
 learning rate ({of_change("rate div 3", "epoch")}) or four times the batch size ({of_change("batch x 4", "epoch")}), but
 not better than never stopping there; after the other changes it loses more."""
 README = f"""
-Over {CHECK.count} pairs of runs, a bound from an earlier run lost {lost(BOUND)} points of accuracy against the best
-epoch, never stopping {lost("never")}, `RiskMonitor` {lost("recipe")}."""
+No. Over {CHECK.count} pairs of runs, the bound, {lowest(FORM)} times the value at the best epoch of an earlier run,
+lost {lost(BOUND)} points of accuracy, never stopping {lost("never")}, the earlier run's number of epochs
+{lost("epoch")}, and `RiskMonitor` {cell(CHECK, "recipe").replace("(", "(of ")}."""
 DIFFERENCES = {f"the bound − {label}": rule for label, rule in RULES.items() if rule != BOUND}
 LOST = "points of accuracy lost"
 NAMES: dict[str, Any] = {"check": CHECK, "rises": RISES}

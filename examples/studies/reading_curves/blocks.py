@@ -28,8 +28,8 @@ In {runs.count} other runs, the epoch of lowest sensitivity lost {runs.sensitivi
 accuracy, and so did that of the paper's Equation 9 (`loss_estimate=True`); never stopping lost
 {runs.never_stop_accuracy_lost:.1f}.""",
     "sensitivity in README": """
-No. In {runs.count} runs, stopping at its minimum cost {runs.sensitivity_lowest_accuracy_lost:.0f} points of accuracy
-against the best epoch; never stopping cost {runs.never_stop_accuracy_lost:.1f}.""",
+In {runs.count} other runs, its minimum, the untrained network, lost {runs.sensitivity_lowest_accuracy_lost:.0f},
+never stopping {runs.never_stop_accuracy_lost:.1f}.""",
     "augmented runs": """
 On {augmented.count} such runs with human labels (at most 10,000 images), the last epoch lost
 {augmented.never_stop_accuracy_lost:.1f} points against the best one.""",
