@@ -75,7 +75,8 @@ class RiskMonitor(Monitor):
         targets: A function ``batch -> labels``, by default
             :func:`~lightning_sensitivity.running.select_targets`; -100, or nan for several labels and in a
             regression, is unknown.
-        validation_labels: Use validation labels, too; the reference counts as 1,000 of them.
+        validation_labels: Use validation labels, too; the reference counts as 1,000 of them, or fewer if they
+            contradict it.
         features: What the reference sees, by default the inputs: a pretrained ``nn.Module`` that gets these, or a
             function ``batch -> (N, D)``. It must know as much as the network.
         reference: An estimator of scikit-learn to be the reference, with ``predict_proba`` unless in a regression.
@@ -92,7 +93,7 @@ class RiskMonitor(Monitor):
         prog_bar: Show the first value on the progress bar.
 
     Attributes:
-        history: A dict for each validation and loader, which ``pandas.DataFrame`` takes.
+        history: A dict for each validation and loader, with standard errors, which ``pandas.DataFrame`` takes.
         summary: What the line at the end of a fit says, as a dict that ``json`` takes; empty before.
 
     Raises:
@@ -181,7 +182,7 @@ class RiskMonitor(Monitor):
         return predict_both(self.reader, model, self._reference, dataloader, self._expectation.are_predictions)
 
     def plot(self) -> PlotType:
-        """Plot the logged values by epoch.
+        """Plot the logged values by epoch, with 90 % intervals.
 
         Returns:
             Figure and axes.
@@ -410,10 +411,11 @@ class RiskMonitor(Monitor):
         if dataloader_idx == 0 and may_be_probabilities is not None:  # once in a validation
             self.run.note_outputs(may_be_probabilities)
         self._expectation.warn_of(dataloader_idx, outputs, unseen)
+        earlier = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
         with isolated_with(
             trainer.lightning_module, self.loss
         ) as run:  # losses and metrics may be parts of it, or draw numbers
-            values: Values = run(self._expectation.values, outputs, labels, unseen)
+            values: Values = run(self._expectation.values, outputs, labels, unseen, earlier)
             if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
                 self._of_reference[dataloader_idx] = {}
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):

@@ -15,7 +15,8 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects, gat
 from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.expected.record import Predicted, Unseen, Verdict
-from lightning_sensitivity.functional.expected import WORTH, draw_labels
+from lightning_sensitivity.functional.estimates import SURE_AS, SURE_OF_PART
+from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
@@ -280,7 +281,9 @@ class RunReference:
         q = q.float().index_fill(1, torch.from_numpy(self.fitted.blind_labels_), math.nan)
         groups = self.fitted.groups_
         num_training = count_groups(None if groups is None else torch.from_numpy(groups), self.fitted.num_samples_)
-        return Unseen(indices, q, draws, self.fitted.score_, num_training, WORTH, unseen.groups)
+        sees_part = not self._reader.has_features and "columns" not in (self.fitted.kind_, self.fitted.features_)
+        sure_as = SURE_OF_PART if sees_part else SURE_AS
+        return Unseen(indices, q, draws, self.fitted.score_, num_training, sure_as, unseen.groups)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""

@@ -1,13 +1,13 @@
 """What to expect of a network: by labels that were drawn from a reference, by labels of its samples, or by both."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sensitivity.expected.record import EXPECTED, Unseen, Values
+from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw
 from lightning_sensitivity.functional.expected import Loss, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
@@ -59,7 +59,7 @@ class Expectation:
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
 
-    def values(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None) -> Values:
+    def values(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, earlier: Sequence[Row] = ()) -> Values:
         """Compute what to expect on a loader: by the reference, which counts as 1,000 labels, and by labels.
 
         Labels of one group count as one.
@@ -68,6 +68,7 @@ class Expectation:
             outputs: Outputs ``(N, ...)``.
             labels: Labels ``(N, C)``, nan where a sample has none.
             unseen: What the reference predicts for them; None if that is nothing.
+            earlier: The values of earlier validations.
 
         Returns:
             The values by name, nan if all outputs are; none if neither the reference nor a label says anything.
@@ -83,8 +84,12 @@ class Expectation:
         known: Values = {}
         for name in expected | by_labels:
             first, second = expected.get(name), by_labels.get(name)
-            both = combine(first, second, *(() if unseen is None else (unseen.num_training, unseen.worth)))
+            sureness = (0, 0) if unseen is None else (unseen.num_training, unseen.sure_as)
+            worths = [row[f"{name}_worth"] for row in earlier if f"{name}_worth" in row]
+            both = combine(first, second, *sureness, worths)
             known |= {name: both.value, f"{name}_stderr": both.stderr}
+            if first and second:
+                known[f"{name}_worth"] = both.worth
             if first and second and both.is_contradicted:
                 known |= {f"{name}_by_reference": first.value, f"{name}_by_labels": second.value}
         facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}

@@ -65,7 +65,7 @@ class Verdict:
             unexplained=reference.unexplained_,
             blind_labels=reference.blind_labels_.tolist(),
             is_trusted=is_trusted,
-            sees_all=sees_all and reference.kind_ == "columns",
+            sees_all=sees_all and "columns" in (reference.kind_, reference.features_),
             inputs_tell_nothing=is_trusted and reference.inputs_tell_nothing_,
         )
 
@@ -87,7 +87,7 @@ class Unseen:
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
         num_training: By how many left-out labels it was calibrated; those of one group count as one.
-        worth: As how many labels its predictions count.
+        sure_as: As how many labels it is sure of a network, that may err elsewhere.
         groups: The number of the group of each kept sample, also of those that it can't read; None without groups.
     """
 
@@ -96,7 +96,7 @@ class Unseen:
     draws: Tensor
     score: float
     num_training: int
-    worth: float
+    sure_as: int
     groups: Tensor | None = None
 
     def moved(self, places: Tensor) -> "Unseen":

@@ -1,7 +1,8 @@
 """How sure a value is, and what a reference and labels say together."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median_high
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.expected import WORTH
 
+SURE_AS = 1000  # labels that err as a reference does of a network that errs elsewhere
+SURE_OF_PART = 30  # the same of patches or words, if a network may see more; chosen on the design half
 _BLOCKS = 10  # of samples, each of which is left out once
+VALIDATIONS = 9  # of which the median says as how many labels a reference counts
 _CONTRADICTION = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 
 
@@ -34,53 +38,63 @@ class Combined(NamedTuple):
     Attributes:
         value: The value.
         stderr: Its standard error; nan if that is unknown.
+        worth: As how many labels the reference counts by this value alone.
         is_contradicted: Whether labels contradict the reference.
     """
 
     value: float
     stderr: float
+    worth: float
     is_contradicted: bool
 
 
-def combine(expected: Estimate | None, known: Estimate | None, num_training: int = 0, worth: float = WORTH) -> Combined:
+def combine(
+    expected: Estimate | None,
+    known: Estimate | None,
+    num_training: int = 0,
+    sure_as: float = SURE_AS,
+    earlier: Sequence[float] = (),
+) -> Combined:
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
     The reference errs as a value does on as many labels as there are unseen samples, as it was calibrated by, and as
-    it is worth, one on top of the other.
+    it is sure of a network that may err elsewhere, one on top of the other. Beside labels it counts as 1,000, unless
+    they contradict it: as the median of some validations says, or its weight would choose the epoch.
 
     Args:
         expected: The value to expect by the reference.
         known: The value on labels.
         num_training: By how many left-out labels the reference was calibrated; those of one group count as one.
-        worth: As how many labels the reference counts.
+        sure_as: As how many labels it is sure of a network.
+        earlier: Its worth in earlier validations.
     """
-    parts, full_worth = [], worth  # weights, values and variances
+    parts = []  # weights, values and variances
+    own = float(WORTH) if expected is None or known is None else worth_beside(expected, known)
+    worth = median_high([*earlier, own][-VALIDATIONS:])
     if expected is not None:
-        worth = worth if known is None else worth_beside(expected, known, worth)
-        factor = 1 + expected.size / num_training + expected.size / worth
+        factor = 1 + expected.size / num_training + expected.size / min(worth, sure_as)
         parts.append((worth, expected.value, factor * expected.variance))
     if known is not None:
         parts.append((known.size, known.value, known.variance))
     total = sum(weight for weight, _, _ in parts)
     value = sum(weight * value for weight, value, _ in parts) / total
     stderr = math.sqrt(sum(weight**2 * variance for weight, _, variance in parts)) / total
-    return Combined(value, stderr, worth < full_worth)
+    return Combined(value, stderr, own, worth < WORTH)
 
 
-def worth_beside(expected: Estimate, known: Estimate, worth: float, least: float = _CONTRADICTION) -> float:
-    """Return as how many labels a reference counts beside labels, which may contradict it.
+def worth_beside(expected: Estimate, known: Estimate, least: float = _CONTRADICTION) -> float:
+    """Return as how many labels a reference counts beside labels: 1,000, unless they contradict it.
 
     Where both differ by more than chance, its variance is what the difference allows.
 
     Args:
         expected: The value to expect by the reference.
         known: The value on labels.
-        worth: As how many labels the reference counts where they agree.
         least: By how many standard errors both differ, from which on it counts for less.
     """
     spread = np.fmax(expected.variance * expected.size, known.variance * known.size)  # of a label; of few it may be 0
     difference, chance = (expected.value - known.value) ** 2, spread / known.size
-    return min(worth, float(spread / (difference - chance))) if difference > least**2 * chance else worth
+    return min(WORTH, float(spread / (difference - chance))) if difference > least**2 * chance else WORTH
 
 
 def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor, compare_models
-from tests.callbacks.plain_loop import NOISY, Plain, X, batches_of, fit
-from tests.helpers import fitted, fitted_and_said, inputs, quick_risk, unlabelled_loader
+from tests.callbacks.plain_loop import CORRECT, NOISY, Plain, X, batches_of, fit
+from tests.helpers import first_tensor, fitted, fitted_and_said, inputs, quick_risk, unlabelled_loader
 
 VALUES = [f"expected_{name}" for name in ("loss", "accuracy", "auroc")]
 
@@ -31,9 +31,18 @@ def test_each_value_has_a_standard_error_and_the_plot_a_band() -> None:
     assert band.max() == pytest.approx(top)
 
 
+@pytest.mark.parametrize("sees_part", [False, True])
+def test_of_patches_it_is_less_sure_than_of_what_the_user_shows_it(sees_part: bool) -> None:
+    known, new = (x.reshape(-1, 1, 3, 4).repeat(1, 1, 3, 2) for x in (X, inputs(200, seed=1)))
+    monitor = quick_risk(features=None if sees_part else lambda batch: first_tensor(batch).flatten(1))
+    fitted_and_said(monitor, Plain(width=72), batches_of(known, CORRECT), batches_of(new))
+    row = monitor.history[0]
+    expected = bernoulli(row["expected_accuracy"], 200, 90, 30 if sees_part else 1000)
+    assert row["expected_accuracy_stderr"] == pytest.approx(expected, rel=0.35)
+
+
 def of_number(batch: Any) -> Tensor:
-    x: Tensor = batch[0] if isinstance(batch, list) else batch
-    return (x[:, 0] * 1e6).long()
+    return (first_tensor(batch)[:, 0] * 1e6).long()
 
 
 def test_samples_of_a_group_count_as_one() -> None:
