@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lightning_sensitivity.functional.estimates import WORTH
+from lightning_sensitivity.functional.estimates import SURE_AS, SURE_OF_PART
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 FOUND = pd.read_csv(Path(__file__).with_name("results.csv"), keep_default_na=True)
 FOUND = FOUND[~FOUND["way"].isin(["sampler", "undersampled"])]  # they need class_shares=
 SIGN = np.where(FOUND["value_of"] == "loss", -1, 1)
-VARIANCE = FOUND["variance"] * (1 + FOUND["num_unseen"] / FOUND["num_training"] + FOUND["num_unseen"] / WORTH)
+OF_TABLES = FOUND["pool"].isin(["tables", "large", "transformer", "few", "few_large", "numbers", "numbers_large"])
+SEES_PART = (FOUND["judge"] == "inputs") & ~OF_TABLES
+SURE = SEES_PART.map({True: SURE_OF_PART, False: SURE_AS})
+VARIANCE = FOUND["variance"] * (1 + FOUND["num_unseen"] / FOUND["num_training"] + FOUND["num_unseen"] / SURE)
 FOUND = FOUND.assign(
     half=QUANTILE * VARIANCE**0.5,
     error=(FOUND["value"] - FOUND["truth"]).abs(),
@@ -79,6 +82,39 @@ def sure(label: str) -> str:
     design = rows[rows["is_design"]]
     of_both = held(check, "of_both"), f"{held(design, 'of_both')} ({runs(design)})"
     return line(f"{label} ({runs(check)})", *cells, *of_both, met)
+
+
+# %% How sure of a network that may see more: runs that were recorded, and judged, by earlier rounds of the study.
+LEVELS = pd.read_csv(Path(__file__).with_name("levels.csv"))
+LEVELS["is_design"] = LEVELS["run"].str.extract(r"(\d+)$")[0].astype(int) % 2 == 0
+IS_TUNED = LEVELS["pool"].isin(["pretrained", "tuned", "minilm"])
+IS_ENCODER = LEVELS["judge"].isin(["lite0", "lite2"])
+PARTS = {
+    "patches and words, from scratch": LEVELS[(LEVELS["judge"] == "inputs") & ~IS_TUNED],
+    "patches and words, fine-tuned": LEVELS[(LEVELS["judge"] == "inputs") & IS_TUNED],
+    "an encoder, photos from scratch": LEVELS[IS_ENCODER & ~IS_TUNED],
+    "an encoder, fine-tuned": LEVELS[IS_ENCODER & IS_TUNED],
+    "its own body, fine-tuned": LEVELS[LEVELS["judge"] == "body"],
+}
+WIDTHS = (1000, 100, 50, SURE_OF_PART, 20)
+NUM_UNSEEN = 600
+
+
+def held_as(rows: pd.DataFrame, sure_as: int) -> float:
+    """Say in how many percent the interval holds the accuracy on the 600 unseen labels, which has an error, too."""
+    p = rows["accuracy"] / 100
+    half = 100 * QUANTILE * (p * (1 - p) * (2 / NUM_UNSEEN + 1 / rows["n"] + 1 / sure_as)) ** 0.5
+    return float(100 * (rows["level_bias"].abs() <= half).mean())
+
+
+def widened(label: str) -> list[str]:
+    halves = {
+        name: PARTS[label][PARTS[label]["is_design"] == is_it] for name, is_it in (("design", True), ("check", False))
+    }
+    return [
+        line(label, f"{name} ({len(rows)})", *(f"{held_as(rows, each):.0f}" for each in WIDTHS))
+        for name, rows in halves.items()
+    ]
 
 
 # %% Labels.
@@ -156,6 +192,10 @@ TOLD = [label for label, rows in GROUPS.items() if not rows["is_design"].all()]
 BLOCKS = {
     "sureness: coverage": table(
         ["90 % intervals that hold the truth, %", *VALUES, "all", "design half", "85 or more"], map(sure, TOLD)
+    ),
+    "sureness: widened": table(
+        ["the reference sees; the network", "half", *(f"as {each:,} labels" for each in WIDTHS)],
+        chain(*map(widened, PARTS)),
     ),
     "sureness: labels": table(
         ["off, by", *(f"{count}: {rule}" for count in COUNTS for rule in ("labels", "+ 1,000", "**both**")),

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,16 @@ from rules import Recorded, lowest
 from said import Said
 
 from lightning_sensitivity.functional import draw_labels
-from lightning_sensitivity.functional.estimates import Estimate, jackknife, one_draw, worth_beside
+from lightning_sensitivity.functional.estimates import VALIDATIONS, Estimate, jackknife, one_draw, worth_beside
 from lightning_sensitivity.functional.expected import WORTH, metric_value
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import Reference
 
-COUNTS, NUM_DRAWS, NUM_EPOCHS = (50, 200, 600), 5, 8
+COUNTS, NUM_DRAWS = (50, 200, 600), 5
 THRESHOLDS = (2.0, 2.5, 3.0)  # standard errors
 TABLES = ("tables", "few", "numbers")  # pools that have a design half
 Row = dict[str, Any]
+Worths = list[float]
 
 
 class Judged:
@@ -62,6 +64,10 @@ class Judged:
     @property
     def names(self) -> list[str]:
         return ["loss"] if self.task.draws_errors else ["accuracy", "auroc", "loss"]
+
+    def sign(self, name: str) -> int:
+        """Return 1 where the highest value is the best, else -1."""
+        return -1 if name == "loss" else 1
 
     def values(self, name: str, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the value of each sample ``(R, N)``, for labels ``(R, N)``, or targets ``(R, N, 1)``."""
@@ -119,29 +125,43 @@ def advice(run: Judged, name: str, epoch: int) -> Row:
 
 
 def beside_labels(run: Judged, name: str) -> Row:
-    """Return how far values by labels, by the reference and by both are off, in the mean over some epochs."""
-    epochs = np.linspace(0, len(run.outputs["unseen"]) - 1, NUM_EPOCHS).round().astype(int)
+    """Return how far values by labels, by the reference and by both are off, and what their epoch loses.
+
+    They are off in the mean over all epochs; all is a mean over draws of labels.
+    """
     y, size, found = run.targets("unseen"), run.q["unseen"].shape[0], []
+    sign, truth = (
+        run.sign(name),
+        np.array([run.measure(name, each, run.targets("test")) for each in run.outputs["test"]]),
+    )
+    of_draws = [run.values(name, each, run.draws) for each in run.outputs["unseen"]]
+    of_labels = [run.values(name, each, y)[0] for each in run.outputs["unseen"]]
+    expected = [Estimate(float(each.mean()), float(each.var()) / size, size) for each in of_draws]
     generator = torch.Generator().manual_seed(0)
-    for epoch in epochs:
-        outputs, row = run.outputs["unseen"][epoch], {}
-        truth = run.measure(name, run.outputs["test"][epoch], run.targets("test"))
-        of_draws = run.values(name, outputs, run.draws)
-        expected = Estimate(float(of_draws.mean()), float(of_draws.var()) / size, size)
-        row["off_reference"] = abs(expected.value - truth)
-        for count in COUNTS:
-            number = min(count, size)
-            for _ in range(NUM_DRAWS if number < size else 1):
-                rows = torch.randperm(size, generator=generator)[:number]
-                values = run.values(name, outputs[rows], y[:, rows])
-                known = Estimate(float(values.mean()), float(values.var()) / number, number)
-                off = {"labels": 0.0, "today": WORTH}
-                off |= {f"at_{least}": worth_beside(expected, known, WORTH, least) for least in THRESHOLDS}
-                for rule, worth in off.items():
-                    value = (number * known.value + worth * expected.value) / (number + worth)
-                    row.setdefault(f"off_{rule}_{count}", []).append(abs(value - truth))
-        found.append({key: np.mean(value) for key, value in row.items()})
+    for count in COUNTS:
+        number = min(count, size)
+        for _ in range(NUM_DRAWS if number < size else 1):
+            rows, row = torch.randperm(size, generator=generator)[:number], {}
+            known = [Estimate(float(each[rows].mean()), float(each[rows].var()) / number, number) for each in of_labels]
+            for rule, worths in rules(expected, known).items():
+                values = np.array([
+                    (number * second.value + worth * first.value) / (number + worth)
+                    for first, second, worth in zip(expected, known, worths, strict=True)
+                ])  # fmt: skip
+                row[f"off_{rule}_{count}"] = float(np.abs(values - truth).mean())
+                row[f"lost_{rule}_{count}"] = float((sign * truth).max() - sign * truth[lowest(-sign * values)])
+            found.append(row)
     return pd.DataFrame(found).mean().to_dict()
+
+
+def rules(expected: list[Estimate], known: list[Estimate]) -> dict[str, Worths]:
+    """Return as how many labels the reference counts in each epoch: by each threshold alone, and by the median."""
+    found: dict[str, Worths] = {"labels": [0.0] * len(known), "today": [float(WORTH)] * len(known)}
+    for least in THRESHOLDS:
+        each = [worth_beside(*both, least) for both in zip(expected, known, strict=True)]
+        last = [each[max(0, end - VALIDATIONS) : end] for end in range(1, len(each) + 1)]
+        found |= {f"each_{least}": each, f"at_{least}": [median_high(some) for some in last]}
+    return found
 
 
 def rows_of(file: Path) -> Iterator[Row]:
