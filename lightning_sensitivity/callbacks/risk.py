@@ -375,7 +375,8 @@ class RiskMonitor(Monitor):
         """Run the model on the kept samples of a loader.
 
         Returns:
-            Its outputs ``(N, ...)``, and labels ``(N, C)``, nan where a sample has none, on the CPU.
+            Its outputs ``(N, ...)``; labels ``(N, C)``, nan where a sample has none; and the number of the group of
+            each sample, ``(N,)``, or ``(0,)`` without groups, on the CPU.
         """
         found = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
         if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
@@ -386,7 +387,9 @@ class RiskMonitor(Monitor):
             unknown = torch.full((batch.size, num_columns), math.nan)
             y = unknown if batch.labels is None else self.task.label_matrix(batch.labels, num_columns)
             labels.append(y.double())
-        return torch.cat([self._expectation.no_outputs, *found]), torch.cat(labels)
+        groups = [batch.groups for batch in samples.batches if batch.groups is not None]
+        no_groups = torch.zeros(0, dtype=torch.int64)
+        return torch.cat([self._expectation.no_outputs, *found]), torch.cat(labels), torch.cat([no_groups, *groups])
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
@@ -399,7 +402,8 @@ class RiskMonitor(Monitor):
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
         assert self._reference is not None and self._expectation is not None
-        outputs, labels = rows
+        outputs, labels, numbers = rows
+        groups = numbers if self.reader.has_groups else None
         if self.validation_labels and bool(labels.isnan().all()):
             message = (
                 f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
@@ -415,11 +419,11 @@ class RiskMonitor(Monitor):
         with isolated_with(
             trainer.lightning_module, self.loss
         ) as run:  # losses and metrics may be parts of it, or draw numbers
-            values: Values = run(self._expectation.values, outputs, labels, unseen, earlier)
+            values: Values = run(self._expectation.values, outputs, labels, groups, unseen, earlier)
             if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
                 self._of_reference[dataloader_idx] = {}
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
-                    own = run(self._expectation.values_of_reference, outputs, labels, unseen)
+                    own = run(self._expectation.values_of_reference, outputs, labels, groups, unseen)
                     self._of_reference[dataloader_idx] = own
         if values:
             return values | self._of_reference.get(dataloader_idx, {})

@@ -283,7 +283,7 @@ class RunReference:
         num_training = count_groups(None if groups is None else torch.from_numpy(groups), self.fitted.num_samples_)
         sees_part = not self._reader.has_features and "columns" not in (self.fitted.kind_, self.fitted.features_)
         sure_as = SURE_OF_PART if sees_part else SURE_AS
-        return Unseen(indices, q, draws, self.fitted.score_, num_training, sure_as, unseen.groups)
+        return Unseen(indices, q, draws, self.fitted.score_, num_training, sure_as)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""

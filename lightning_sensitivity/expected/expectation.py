@@ -59,7 +59,14 @@ class Expectation:
         self._num_bad = 0  # validations in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
 
-    def values(self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, earlier: Sequence[Row] = ()) -> Values:
+    def values(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        groups: Tensor | None,
+        unseen: Unseen | None,
+        earlier: Sequence[Row] = (),
+    ) -> Values:
         """Compute what to expect on a loader: by the reference, which counts as 1,000 labels, and by labels.
 
         Labels of one group count as one.
@@ -67,6 +74,7 @@ class Expectation:
         Args:
             outputs: Outputs ``(N, ...)``.
             labels: Labels ``(N, C)``, nan where a sample has none.
+            groups: The number of the group of each sample, ``(N,)``; None without groups.
             unseen: What the reference predicts for them; None if that is nothing.
             earlier: The values of earlier validations.
 
@@ -79,8 +87,15 @@ class Expectation:
         counts = self._task.has_label(labels) & is_finite
         num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
         num_labels = math.ceil(num_known - _ROUNDING)
-        expected = self._by_reference(outputs, unseen, is_finite)
-        by_labels = self._by_labels(outputs, labels, unseen, counts, num_labels)
+        expected: dict[str, Estimate] = {}
+        y, drawn = labels[counts], self._drawn(labels, unseen)[:, counts]
+        if unseen is not None:
+            rows = is_finite[unseen.indices]
+            indices = unseen.indices[rows]
+            of_rows = None if groups is None else groups[indices]
+            expected = self._estimate(outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_rows, len(indices))
+            y = y.where(~unseen.q.isnan().all(0), math.nan)  # without labels that the reference can't tell
+        by_labels = self._estimate(outputs[counts], y, drawn, None if groups is None else groups[counts], num_labels)
         known: Values = {}
         for name in expected | by_labels:
             first, second = expected.get(name), by_labels.get(name)
@@ -95,25 +110,6 @@ class Expectation:
         facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
         return known | facts if known else {}
 
-    def _by_reference(self, outputs: Tensor, unseen: Unseen | None, is_finite: Tensor) -> dict[str, Estimate]:
-        """Compute what to expect by what the reference predicts."""
-        if unseen is None:
-            return {}
-        rows = is_finite[unseen.indices]
-        groups = None if unseen.groups is None else unseen.groups[unseen.indices][rows]
-        predicted = outputs[unseen.indices][rows], unseen.q[rows], unseen.draws[:, rows]
-        return self._estimate(*predicted, groups, int(rows.sum()))
-
-    def _by_labels(
-        self, outputs: Tensor, labels: Tensor, unseen: Unseen | None, counts: Tensor, num_labels: int
-    ) -> dict[str, Estimate]:
-        """Compute what to expect by the labels that count, without those that the reference can't tell."""
-        y, groups = labels[counts], None
-        if unseen is not None:
-            y = y.where(~unseen.q.isnan().all(0), math.nan)
-            groups = None if unseen.groups is None else unseen.groups[counts]
-        return self._estimate(outputs[counts], y, self._drawn(labels, unseen)[:, counts], groups, num_labels)
-
     def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
         """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
         drawn = self._task.hard_labels(labels)[None]
@@ -124,14 +120,14 @@ class Expectation:
         drawn[:, unseen.indices] = known.where(~known.isnan(), unseen.draws.to(known))
         return drawn
 
-    def values_of_reference(self, outputs: Tensor, labels: Tensor, unseen: Unseen) -> Values:
+    def values_of_reference(self, outputs: Tensor, labels: Tensor, groups: Tensor | None, unseen: Unseen) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
         own = self._task.outputs_of(unseen.q, outputs.shape[1:]) if self.are_predictions else None
         if own is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[unseen.indices] = own.to(outputs)
-        found = self.values(outputs, labels, unseen)
+        found = self.values(outputs, labels, groups, unseen)
         return {f"reference_{name}": found[name] for name in self._names if name in found}
 
     @property

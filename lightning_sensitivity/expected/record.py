@@ -88,7 +88,6 @@ class Unseen:
         score: The reference's left-out score.
         num_training: By how many left-out labels it was calibrated; those of one group count as one.
         sure_as: As how many labels it is sure of a network, that may err elsewhere.
-        groups: The number of the group of each kept sample, also of those that it can't read; None without groups.
     """
 
     indices: Tensor
@@ -97,14 +96,10 @@ class Unseen:
     score: float
     num_training: int
     sure_as: int
-    groups: Tensor | None = None
 
     def moved(self, places: Tensor) -> "Unseen":
         """Return it for the same samples in another order, by the new place of each."""
-        groups = self.groups
-        if groups is not None:
-            groups = torch.empty_like(groups).index_copy_(0, places, groups)
-        return replace(self, indices=places[self.indices], groups=groups)
+        return replace(self, indices=places[self.indices])
 
 
 @dataclass
@@ -144,8 +139,7 @@ class Predicted:
         unseen = {}
         for index, each in state["unseen"].items():
             draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
-            groups = None if each["groups"] is None else each["groups"].long()
-            tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws, "groups": groups}
+            tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws}
             unseen[int(index)] = Unseen(**{**each, **tensors})
         fingerprints = {int(index): each.double() for index, each in state["fingerprints"].items()}
         return cls(Verdict(**state["verdict"]), unseen, fingerprints)

@@ -57,8 +57,8 @@ def combine(
 ) -> Combined:
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
-    The reference errs as a value does on as many labels as there are unseen samples, as it was calibrated by, and as
-    it is sure of a network that may err elsewhere, one on top of the other. Beside labels it counts as 1,000, unless
+    The variance by the reference is the sum of three: of as many labels as there are unseen samples, as it was
+    calibrated by, and as it is sure of a network that may err elsewhere. Beside labels it counts as 1,000, unless
     they contradict it: as the median of some validations says, or its weight would choose the epoch.
 
     Args:
@@ -75,11 +75,14 @@ def combine(
         factor = 1 + expected.size / num_training + expected.size / min(worth, sure_as)
         parts.append((worth, expected.value, factor * expected.variance))
     if known is not None:
-        parts.append((known.size, known.value, known.variance))
+        variance = known.variance
+        if expected is not None and not variance > 0:  # of few labels, which tell nothing of it
+            variance = expected.variance * expected.size / known.size
+        parts.append((known.size, known.value, variance))
     total = sum(weight for weight, _, _ in parts)
     value = sum(weight * value for weight, value, _ in parts) / total
     stderr = math.sqrt(sum(weight**2 * variance for weight, _, variance in parts)) / total
-    return Combined(value, stderr, own, worth < WORTH)
+    return Combined(value, stderr or math.nan, own, worth < WORTH)  # 0 where samples say nothing of their spread
 
 
 def worth_beside(expected: Estimate, known: Estimate, least: float = _CONTRADICTION) -> float:
@@ -94,7 +97,9 @@ def worth_beside(expected: Estimate, known: Estimate, least: float = _CONTRADICT
     """
     spread = np.fmax(expected.variance * expected.size, known.variance * known.size)  # of a label; of few it may be 0
     difference, chance = (expected.value - known.value) ** 2, spread / known.size
-    return min(WORTH, float(spread / (difference - chance))) if difference > least**2 * chance else WORTH
+    if not difference > least**2 * chance:
+        return WORTH
+    return min(WORTH, max(1.0, float(spread / (difference - chance))))
 
 
 def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -127,10 +132,17 @@ def jackknife(
         groups: The number of the group of each, ``(N,)``; None without groups.
 
     Returns:
-        The variances by name, of values that are there whatever is left out.
+        The variances by name, of the values that are there whichever block is left out.
     """
-    blocks = _units(num_samples, groups) % _BLOCKS
-    found = [measure((blocks != block).nonzero()[:, 0]) for block in torch.unique(blocks)]
-    names = set.intersection(*map(set, found)) if len(found) > 1 else set()
+    units = _units(num_samples, groups)
+    order = torch.randperm(
+        len(torch.unique(units)), generator=torch.Generator().manual_seed(0)
+    )  # data may have a period
+    blocks = order[units] % _BLOCKS
+    numbers = torch.unique(blocks)
+    if len(numbers) < 2:  # without one nothing is left
+        return {}
+    found = [measure((blocks != block).nonzero()[:, 0]) for block in numbers]
+    names = set.intersection(*map(set, found))
     values = {name: torch.tensor([each[name] for each in found]).double() for name in names}
     return {name: (len(found) - 1) * float(each.var(correction=0)) for name, each in values.items()}

@@ -52,7 +52,7 @@ def test_samples_of_a_group_count_as_one() -> None:
         fitted_and_said(monitor, Plain(), batches_of(X, NOISY), batches_of(inputs(40, seed=1).repeat(5, 1)))
         stderrs.append(monitor.history[0]["expected_accuracy_stderr"])
     expected = bernoulli(0.5, 40, 90, 1000) / bernoulli(0.5, 200, 90, 1000)
-    assert stderrs[1] / stderrs[0] == pytest.approx(expected, rel=0.25)
+    assert stderrs[1] / stderrs[0] == pytest.approx(expected, rel=0.4)  # each is that of ten blocks
 
 
 @pytest.mark.parametrize("is_contradicted", [False, True])

@@ -47,6 +47,18 @@ def test_it_leaves_out_what_can_not_always_be_measured() -> None:
     assert jackknife(lambda rows: {"all": 1.0}, 40, torch.zeros(40)) == {}
 
 
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_it_does_not_mind_the_period_of_a_loader(period: int) -> None:
+    values = (torch.arange(600) % period == 0).double()
+    found = jackknife(lambda rows: {"mean": float(values[rows].mean())}, 600, None)["mean"]
+    assert found == pytest.approx(float(values.var()) / 600, rel=0.7)
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, None), (30, torch.zeros(30))])
+def test_of_a_single_sample_or_group_nothing_is_measured_without_it(size: int, groups: Tensor | None) -> None:
+    assert jackknife(lambda rows: {"first": float(rows[0])}, size, groups) == {}
+
+
 def test_one_draw_is_a_label_of_each_sample_by_its_probabilities() -> None:
     q = torch.rand(2000, 1, generator=generator())
     one = one_draw(draw_labels(torch.cat([1 - q, q], 1)))
@@ -88,7 +100,6 @@ def test_labels_that_contradict_leave_the_reference_what_their_difference_allows
 def test_a_few_labels_that_are_all_right_contradict_no_more_than_others(variance: float) -> None:
     few = Estimate(1.0, variance, 5)
     assert worth_beside(estimate(0.7, 600), few) == 1000
-    assert math.isnan(combine(estimate(0.7, 600), few, 300).stderr) == math.isnan(variance)
 
 
 def test_the_reference_counts_as_the_median_of_nine_validations_says() -> None:
@@ -99,3 +110,18 @@ def test_the_reference_counts_as_the_median_of_nine_validations_says() -> None:
     found = combine(near, known, 300, earlier=[first.worth] * 5 + [1000.0] * 3)
     assert found.is_contradicted and found.worth == 1000
     assert not combine(near, known, 300, earlier=[first.worth] * 9 + [1000.0] * 4).is_contradicted
+
+
+@pytest.mark.parametrize("variance", [0.0, math.nan])
+def test_of_few_labels_the_variance_is_that_of_the_reference(variance: float) -> None:
+    expected = Estimate(0.9, 0.09 / 600, 600)
+    both = combine(expected, Estimate(0.9, variance, 2), 500)
+    alone = combine(expected, None, 500)
+    assert both.value == pytest.approx(0.9) and both.stderr == pytest.approx(alone.stderr, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [2, 20, 300])
+def test_labels_that_are_all_wrong_where_all_should_be_right_contradict(size: int) -> None:
+    both = combine(Estimate(1.0, 0.0, 600), Estimate(0.0, 0.0, size), 500)
+    assert both.is_contradicted and both.worth == 1 and both.value == pytest.approx(1 / (size + 1))
+    assert math.isnan(both.stderr)  # samples that are all alike say nothing of it
