@@ -14,7 +14,7 @@ from lightning_sensitivity.functional.expected import WORTH
 SURE_AS = 1000  # labels that err as a reference does of a network that errs elsewhere
 SURE_OF_PART = 30  # the same of patches or words, if a network may see more; chosen on the design half
 _BLOCKS = 10  # of samples, each of which is left out once
-VALIDATIONS = 9  # of which the median says as how many labels a reference counts
+VALIDATIONS = 3  # of which the median says as how many labels a reference counts
 _CONTRADICTION = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 
 

@@ -102,14 +102,14 @@ def test_a_few_labels_that_are_all_right_contradict_no_more_than_others(variance
     assert worth_beside(estimate(0.7, 600), few) == 1000
 
 
-def test_the_reference_counts_as_the_median_of_nine_validations_says() -> None:
+def test_the_reference_counts_as_the_median_of_three_validations_says() -> None:
     near, far, known = estimate(0.7, 600), estimate(0.99, 600), estimate(0.7, 100)
     first = combine(far, known, 300)
     assert first.is_contradicted and first.worth < 20
     assert not combine(far, known, 300, earlier=[1000.0]).is_contradicted
-    found = combine(near, known, 300, earlier=[first.worth] * 5 + [1000.0] * 3)
+    found = combine(near, known, 300, earlier=[1000.0, first.worth, first.worth])
     assert found.is_contradicted and found.worth == 1000
-    assert not combine(near, known, 300, earlier=[first.worth] * 9 + [1000.0] * 4).is_contradicted
+    assert not combine(near, known, 300, earlier=[first.worth, first.worth, 1000.0]).is_contradicted
 
 
 @pytest.mark.parametrize("variance", [0.0, math.nan])

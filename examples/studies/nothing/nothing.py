@@ -42,6 +42,7 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "parity of two bits": lambda x: (x[:, :2] > 0).sum(1) % 2,
 }
 NUM_ROWS, NUM_MADE = (500, 2000), 4  # of made tables, and how many networks of each
+KEYS = ("part", "name", "n", "share", "seed")  # of a run; what is there is not run again
 Row = dict[str, Any]
 
 
@@ -54,7 +55,8 @@ def runs_of_few(folder: Path) -> Iterator[tuple[Row, Run]]:
                 r = np.random.RandomState((line, place, int(10 * share), 61))
                 x, y = data.table(small[line], folder)
                 run = _mlp_run(r, "nothing", line, line, x, redrawn(r, y, share), y, "multiclass", "", n)
-                yield {"name": small[line].split()[1], "n": n, "share": share, "is_design": run.is_design}, run
+                about = {"name": small[line].split()[1], "n": n, "share": share, "seed": 0}
+                yield about | {"is_design": run.is_design}, run
 
 
 def runs_of_made(folder: Path) -> Iterator[tuple[Row, Run]]:
@@ -67,7 +69,7 @@ def runs_of_made(folder: Path) -> Iterator[tuple[Row, Run]]:
                 x = x if "product" in name else x.sign()
                 run = _mlp_run(r, "nothing", seed, seed, x, rule(x), rule(x), "multiclass", "", n)
                 run.epochs = 100
-                yield {"name": name, "n": n, "share": 0.0, "is_design": False}, run
+                yield {"name": name, "n": n, "share": 0.0, "seed": seed, "is_design": False}, run
 
 
 def runs_of_kept(folder: Path) -> Iterator[tuple[Row, Run]]:
@@ -77,7 +79,7 @@ def runs_of_kept(folder: Path) -> Iterator[tuple[Row, Run]]:
             r = np.random.RandomState((place, int(10 * share), 63))
             x, y = data.table(line, folder)
             run = _mlp_run(r, "nothing", place, place, x, redrawn(r, y, share), y, "multiclass", "")
-            yield {"name": line.split()[1], "n": len(run.y), "share": share, "is_design": False}, run
+            yield {"name": line.split()[1], "n": 0, "share": share, "seed": 0, "is_design": False}, run
 
 
 def measure_kept(run: Run) -> Row:
@@ -134,14 +136,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    before = pd.read_csv(arguments.out) if arguments.out.exists() else pd.DataFrame({"part": []})
-    rows = before.query("part != @arguments.part").to_dict("records")
+    rows = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
+    there = {tuple(row[key] for key in KEYS) for row in rows}
     parts = {"few": runs_of_few, "made": runs_of_made, "kept": runs_of_kept}
     for about, run in parts[arguments.part](arguments.data):
+        row = {"part": arguments.part, **about}
+        if tuple(row[key] for key in KEYS) in there:
+            continue
         found = measure_kept(run) if arguments.part == "kept" else measure(run, arguments.part == "made")
-        row = {"part": arguments.part, **about, "rows": len(run.y), **found}
-        print(row, flush=True)
-        rows.append(row)
+        rows.append({**row, "rows": len(run.y), **found})
+        print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.5g")
 
 

@@ -4,26 +4,21 @@ from collections.abc import Iterable
 from itertools import chain, product
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lightning_sensitivity.functional.estimates import SURE_AS, SURE_OF_PART
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
-FOUND = pd.read_csv(Path(__file__).with_name("results.csv"), keep_default_na=True)
-FOUND = FOUND[~FOUND["way"].isin(["sampler", "undersampled"])]  # they need class_shares=
-SIGN = np.where(FOUND["value_of"] == "loss", -1, 1)
+FOUND = pd.read_csv(Path(__file__).with_name("results.csv"))
+FOUND["pool"] = FOUND["run"].str.split("-").str[0]
 OF_TABLES = FOUND["pool"].isin(["tables", "large", "transformer", "few", "few_large", "numbers", "numbers_large"])
-SEES_PART = (FOUND["judge"] == "inputs") & ~OF_TABLES
-SURE = SEES_PART.map({True: SURE_OF_PART, False: SURE_AS})
+SURE = ((FOUND["judge"] == "inputs") & ~OF_TABLES).map({True: SURE_OF_PART, False: SURE_AS})  # patches, words
 VARIANCE = FOUND["variance"] * (1 + FOUND["num_unseen"] / FOUND["num_training"] + FOUND["num_unseen"] / SURE)
 FOUND = FOUND.assign(
     half=QUANTILE * VARIANCE**0.5,
-    error=(FOUND["value"] - FOUND["truth"]).abs(),
+    error=FOUND["error"].abs(),
     of_both=QUANTILE * (VARIANCE + FOUND["truth_variance"]) ** 0.5,
-    lead=SIGN * (FOUND["reference_unseen"] - FOUND["network_unseen"]) / VARIANCE**0.5,
-    reference_gain=SIGN * (FOUND["reference_test"] - FOUND["network_test"]),
-    mean_gain=SIGN * (FOUND["mean_test"] - FOUND["network_test"]),
+    lead=FOUND["lead"] / VARIANCE**0.5,
 )
 PHOTOS, TEXTS = "pool in ['photos', 'photos_more', 'resnet18']", "pool in ['texts', 'texts_more', 'few_texts']"
 TUNED = "pool in ['tuned', 'pretrained', 'minilm', 'minilm_more']"
@@ -46,6 +41,7 @@ SEE_ALL = ("tables", "few positives", "regressions")
 ASKED = (*SEE_ALL, "photos, by an encoder")
 VALUES = {"accuracy": "accuracy", "AUROC": "auroc", "loss": "loss"}
 COUNTS = (50, 200, 600)
+CHOOSE = ("+ 1,000", "**both**", "each")
 RULES = {"labels": "labels", "the reference as 1,000": "today", "2 errors": "at_2.0", "2.5": "at_2.5", "3": "at_3.0"}
 
 
@@ -137,21 +133,30 @@ def beside(label: str, value: str) -> list[str]:
     return [line(f"{label} ({runs(rows)}), {value}", *cells, f"{worst:.2f}", "yes" if met else "**no**")]
 
 
-def thresholds(is_design: bool) -> list[str]:
-    """Say what each threshold would cost: at worst of all kinds, values and numbers of labels."""
+def thresholds() -> list[str]:
+    """Say what each threshold would cost on the design half, at worst of all kinds, values and numbers of labels."""
     found = []
+    design = [rows[rows["is_design"]] for rows in GROUPS.values()]
     for name, rule in list(RULES.items())[1:]:
-        worst, more = 0.0, 0.0
-        for rows in GROUPS.values():
-            half = rows[rows["is_design"] == is_design]
-            for value in ("accuracy", "loss"):
-                some = half[half["value_of"] == value]
-                for count in COUNTS if len(some) else ():
-                    worst = max(worst, off(some, rule, count) / off(some, "labels", count))
-                    if value == "accuracy":
-                        more = max(more, off(some, rule, count) - off(some, "today", count))
-        found.append(line(name, "design" if is_design else "check", f"{worst:.2f}", f"{100 * more:.1f}"))
+        halves = [rows[rows["value_of"] == value] for rows in design for value in ("accuracy", "loss")]
+        pairs = [(rows, count) for rows in halves for count in COUNTS if len(rows)]
+        worst = max(off(rows, rule, count) / off(rows, "labels", count) for rows, count in pairs)
+        of_accuracy = [pair for pair in pairs if (pair[0]["value_of"] == "accuracy").all()]
+        more = max(off(rows, rule, count) - off(rows, "today", count) for rows, count in of_accuracy)
+        found.append(line(name, f"{worst:.2f}", f"{100 * more:.1f}"))
     return found
+
+
+def chosen(label: str) -> str:
+    """Say what accuracy the epoch loses that is chosen by labels and a reference."""
+    rows = GROUPS[label]
+    rows = rows[rows["value_of"] == "accuracy"]
+    lost = (
+        f"{100 * rows[f'lost_{rule}_{count}'].mean():.2f}"
+        for count in COUNTS
+        for rule in ("today", "at_2.0", "each_2.0")
+    )
+    return line(f"{label} ({runs(rows)})", *lost)
 
 
 # %% Advice.
@@ -203,8 +208,12 @@ BLOCKS = {
         chain(*(beside(*each) for each in product(TOLD, ("accuracy", "loss")))),
     ),
     "sureness: thresholds": table(
-        ["counts for less from", "half", "at worst, of labels alone", "points of accuracy more than as 1,000"],
-        [*thresholds(True), *thresholds(False)],
+        ["design half: counts for less from", "at worst, of labels alone", "points of accuracy more than as 1,000"],
+        thresholds(),
+    ),
+    "sureness: chosen": table(
+        ["all runs; accuracy lost by", *(f"{count}: {rule}" for count, rule in product(COUNTS, CHOOSE))],
+        (chosen(label) for label, rows in GROUPS.items() if (rows["value_of"] == "accuracy").any()),
     ),
     "sureness: advice": table(
         ["reference ahead", "it is better", "the mean is", "by half an error: the mean is", "by a whole: it is",

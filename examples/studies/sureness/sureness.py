@@ -38,6 +38,7 @@ from lightning_sensitivity.reference import Reference
 
 COUNTS, NUM_DRAWS = (50, 200, 600), 5
 THRESHOLDS = (2.0, 2.5, 3.0)  # standard errors
+SHIFTED = ("sampler", "undersampled")  # runs that need class_shares=
 TABLES = ("tables", "few", "numbers")  # pools that have a design half
 Row = dict[str, Any]
 Worths = list[float]
@@ -100,28 +101,29 @@ class Judged:
 
 
 def how_sure(run: Judged, name: str, epoch: int) -> Row:
-    """Return the value to expect, what its error consists of, and the value on the test with its error."""
+    """Return how far the value to expect is from that of the test, and what both vary by chance."""
     expected = run.estimate(name, run.outputs["unseen"][epoch], run.draws)
     truth = run.estimate(name, run.outputs["test"][epoch], run.targets("test"))
-    return {
-        "value": expected.value, "variance": expected.variance,
-        "num_unseen": expected.size, "num_training": run.num_training,
-        "truth": truth.value, "truth_variance": truth.variance,
-    }  # fmt: skip
+    sizes = {"num_unseen": expected.size, "num_training": run.num_training}
+    variances = {"variance": expected.variance, "truth_variance": truth.variance}
+    return {"error": expected.value - truth.value, **variances, **sizes}
 
 
 def advice(run: Judged, name: str, epoch: int) -> Row:
-    """Return the values of network, reference, and the mean of both: on the test, and as expected."""
+    """Return by how much the reference is expected to be better than the network, and it and the mean of both are."""
     found: Row = {}
     for part, draws in (("test", run.targets("test")), ("unseen", run.draws)):
         outputs, q = run.outputs[part][epoch], run.q[part]
+        mean = (run.task.predictions(outputs) + q) / 2
         if not run.task.draws_errors:
-            q = q.clamp(min=1e-6).log()
-        mean = (run.task.predictions(outputs) + run.q[part]) / 2
-        mean = mean if run.task.draws_errors else mean.log()
+            q, mean = q.clamp(min=1e-6).log(), mean.log()
         for who, each in (("network", outputs), ("reference", q), ("mean", mean)):
-            found[f"{who}_{part}"] = run.measure(name, each, draws)
-    return found
+            found[who, part] = run.sign(name) * run.measure(name, each, draws)
+    return {
+        "lead": found["reference", "unseen"] - found["network", "unseen"],
+        "reference_gain": found["reference", "test"] - found["network", "test"],
+        "mean_gain": found["mean", "test"] - found["network", "test"],
+    }
 
 
 def beside_labels(run: Judged, name: str) -> Row:
@@ -148,8 +150,10 @@ def beside_labels(run: Judged, name: str) -> Row:
                     (number * second.value + worth * first.value) / (number + worth)
                     for first, second, worth in zip(expected, known, worths, strict=True)
                 ])  # fmt: skip
-                row[f"off_{rule}_{count}"] = float(np.abs(values - truth).mean())
-                row[f"lost_{rule}_{count}"] = float((sign * truth).max() - sign * truth[lowest(-sign * values)])
+                if not rule.startswith("each"):
+                    row[f"off_{rule}_{count}"] = float(np.abs(values - truth).mean())
+                if rule in ("today", "at_2.0", "each_2.0"):
+                    row[f"lost_{rule}_{count}"] = float((sign * truth).max() - sign * truth[lowest(-sign * values)])
             found.append(row)
     return pd.DataFrame(found).mean().to_dict()
 
@@ -168,19 +172,19 @@ def rows_of(file: Path) -> Iterator[Row]:
     """Measure a run by what a reference says of it."""
     stem, judge = file.name.split(".")[:2]
     said, recorded = Said.read(file), Recorded.read(file.with_name(f"{stem}.npz"))
-    run = Judged(recorded, said)
-    if len(said.test) == 0 or not run.reference.is_trusted_:
+    run, (pool, index) = Judged(recorded, said), stem.split("-")
+    if len(said.test) == 0 or not run.reference.is_trusted_ or said.about["way"] in SHIFTED:
         return
-    kind = str(recorded.found["kind"])
-    about = {"run": stem, "pool": stem.split("-")[0], "judge": judge, "features": run.reference.features_, "kind": kind}
-    is_design = said.about["is_design"] if about["pool"] in TABLES else int(stem.split("-")[1]) % 2 == 0
-    about |= {"is_design": is_design, "way": said.about.get("way", ""), "skill": run.reference.skill_}
+    is_design = said.about["is_design"] if pool in TABLES else int(index) % 2 == 0
     by_accuracy = lowest(-run.curve("accuracy")) if "accuracy" in run.names else None
     by_loss = lowest(run.curve("loss"))
     for name in run.names:
         epoch = by_loss if name == "loss" or by_accuracy is None else by_accuracy
-        row = about | {"value_of": name, "epoch": epoch} | how_sure(run, name, epoch) | advice(run, name, epoch)
-        yield row | (beside_labels(run, name) if name != "auroc" else {})
+        row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name}
+        row |= how_sure(run, name, epoch) | advice(run, name, epoch)
+        if name != "auroc":
+            row |= beside_labels(run, name)
+        yield row
 
 
 def main() -> None:
@@ -194,7 +198,7 @@ def main() -> None:
     for file in sorted(arguments.runs.glob("*-???.*.npz")):
         if ".part" not in file.name:
             rows += rows_of(file)
-    pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.5g")
+    pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.3g")
 
 
 if __name__ == "__main__":
