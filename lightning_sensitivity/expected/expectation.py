@@ -98,15 +98,7 @@ class Expectation:
         by_labels = self._estimate(outputs[counts], y, drawn, None if groups is None else groups[counts], num_labels)
         known: Values = {}
         for name in expected | by_labels:
-            first, second = expected.get(name), by_labels.get(name)
-            sureness = (0, 0) if unseen is None else (unseen.num_training, unseen.sure_as)
-            worths = [row[f"{name}_worth"] for row in earlier if f"{name}_worth" in row]
-            both = combine(first, second, *sureness, worths)
-            known |= {name: both.value, f"{name}_stderr": both.stderr}
-            if first and second:
-                known[f"{name}_worth"] = both.worth
-            if first and second and both.is_contradicted:
-                known |= {f"{name}_by_reference": first.value, f"{name}_by_labels": second.value}
+            known |= _joined(name, expected.get(name), by_labels.get(name), unseen, earlier)
         facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
         return known | facts if known else {}
 
@@ -219,3 +211,18 @@ class Expectation:
                 "scales targets or takes logarithms, do the same in `targets=`."
             )
             self.warn("targets", message)
+
+
+def _joined(
+    name: str, expected: Estimate | None, by_labels: Estimate | None, unseen: Unseen | None, earlier: Sequence[Row]
+) -> Values:
+    """Join what a reference and labels say of a value, by names that begin with its own."""
+    sureness = (0, 0) if unseen is None else (unseen.num_training, unseen.sure_as)
+    worths = [row[f"{name}_worth"] for row in earlier if f"{name}_worth" in row]
+    both = combine(expected, by_labels, *sureness, worths)
+    found: Values = {name: both.value, f"{name}_stderr": both.stderr}
+    if expected and by_labels:
+        found[f"{name}_worth"] = both.worth
+        if both.is_contradicted:
+            found |= {f"{name}_by_reference": expected.value, f"{name}_by_labels": by_labels.value}
+    return found
