@@ -63,13 +63,14 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
             ``(N,)`` or ``(N, 1)``, for ``"binary"``; see ``Reference.predict_proba``, in a regression
             ``Reference.predict``.
         task: The task.
-        residuals: In a regression, quantiles of the left-out errors, ``(20, C)``; see ``Reference.residuals_``.
+        residuals: In a regression, where they are needed, quantiles of the left-out errors, ``(20, C)``; see
+            ``Reference.residuals_``.
 
     Returns:
         The loss, a scalar tensor in double precision.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or there are no ``residuals`` in a regression.
 
     Example:
         >>> import torch
@@ -78,7 +79,7 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
         >>> expected_loss(10 * q.log(), q)  # a network that is too sure
         tensor(2.4849, dtype=torch.float64)
     """
-    rules, outputs, q = _of_same_samples(task, outputs, q)
+    rules, outputs, q = _of_same_samples(task, outputs, q, residuals)
     y = rules.label_matrix(q)
     draws = rules.draw(y, None if residuals is None else as_tensor(residuals))
     return rules.losses(outputs, y, draws).double().nanmean()
@@ -101,7 +102,7 @@ def expected_metric(
         The value, a scalar tensor.
 
     Raises:
-        ValueError: If shapes do not fit.
+        ValueError: If shapes do not fit, or there are no ``residuals`` in a regression.
 
     Example:
         >>> import torch
@@ -111,12 +112,12 @@ def expected_metric(
         >>> expected_metric(MulticlassAccuracy(2, average="micro"), q.log(), q)
         tensor(0.8500)
     """
-    rules, logits, q = _of_same_samples(task, logits, q)
+    rules, logits, q = _of_same_samples(task, logits, q, residuals)
     return metric_value(metric, rules.predictions(logits), draw_labels(q, task, residuals), rules)
 
 
-def _of_same_samples(task: str, outputs: Numbers, q: Numbers) -> tuple[Task, Tensor, Tensor]:
-    """Return the task and both tensors, or raise ValueError if they are of different numbers of samples or columns."""
+def _of_same_samples(task: str, outputs: Numbers, q: Numbers, residuals: Numbers) -> tuple[Task, Tensor, Tensor]:
+    """Return the task and both tensors, or raise ValueError if sizes differ, or errors of a regression lack."""
     rules, outputs, q = find_task(task), as_tensor(outputs), as_tensor(q)
     if len(outputs) != len(q):
         sizes = f"{len(outputs)} and {len(q)}"
@@ -128,6 +129,8 @@ def _of_same_samples(task: str, outputs: Numbers, q: Numbers) -> tuple[Task, Ten
             f"Expected outputs of the network and `q` to have as many columns, but got {columns[0]} and {columns[1]}. "
             "One logit for two classes is the task 'binary'."
         )
+    if rules.draws_errors and residuals is None:
+        raise ValueError("Expected `residuals` in a regression: without them, predictions would be taken for targets.")
     return rules, outputs, q
 
 

@@ -116,12 +116,12 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     calibrated = expected_metric(MulticlassCalibrationError(4), logits, logits.softmax(1))
     assert calibrated < 0.01 < expected_metric(MulticlassCalibrationError(4), 3 * logits, logits.softmax(1))
     outputs, q = sample("regression", 60)
-    found = expected_metric(MeanSquaredError(), outputs, q, "regression")
+    found = expected_metric(MeanSquaredError(), outputs, q, "regression", np.zeros((20, 2)))
     assert found == pytest.approx(float((outputs - q).square().mean()), rel=1e-5)
     errors = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])
     loss = expected_loss(outputs, q, "regression", errors)
     assert expected_metric(MeanSquaredError(), outputs, q, "regression", errors) == pytest.approx(float(loss), rel=1e-5)
-    single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression")
+    single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression", np.zeros((20, 1)))
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
 
 
@@ -185,6 +185,9 @@ def test_other_samples_or_classes_are_refused() -> None:
         expected_metric(MulticlassAccuracy(4), logits, q[:59])
     with pytest.raises(ValueError, match="of the same samples, but got 60 and 59"):
         expected_loss(logits, q[:59])
+    for function in (expected_loss, lambda *args: expected_metric(MeanSquaredError(), *args)):
+        with pytest.raises(ValueError, match="Expected `residuals` in a regression"):
+            function(*sample("regression"), "regression")
     with pytest.raises(ValueError, match="as many columns, but got 3 and 4"):
         expected_metric(MulticlassAccuracy(4), logits[:, :3], q)
     for outputs, others in ((logits[:, 0], q), (logits[:, :1], q), (logits, q[:, :1])):  # a task was forgotten
