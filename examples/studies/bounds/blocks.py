@@ -137,8 +137,8 @@ differ in samples, seed and one thing more, keeping the epoch before sensitivity
 at the earlier run's best epoch lost {lost(BOUND)} points of accuracy, never stopping {lost("never")} (the difference
 {against(CHECK, "never")}), the earlier run's number of epochs {lost("epoch")}, `RiskMonitor` {lost("recipe")} and 300
 labels {lost(LABELS)}. The bound is better than that number of epochs where training is slower, at a third of the
-learning rate ({of_change("rate div 3", "epoch")}) or four times the batch size ({of_change("batch x 4", "epoch")}), but
-not better than never stopping there; after the other changes it loses more."""
+learning rate ({of_change("rate div 3", "epoch")}) and perhaps at four times the batch size
+({of_change("batch x 4", "epoch")}), but not better than never stopping there; after the other changes it loses more."""
 README = f"""
 No. Over {CHECK.count} pairs of runs, the bound, {lowest(FORM)} times the value at the best epoch of an earlier run,
 lost {lost(BOUND)} points of accuracy, never stopping {lost("never")}, the earlier run's number of epochs
