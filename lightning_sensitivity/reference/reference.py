@@ -23,7 +23,8 @@ from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
-_LEAST_SKILL = 0.05  # up to it, a reference is blind, unless it sees all inputs as columns
+_LEAST_SKILL = 0.02  # up to it, a reference is blind, unless it sees all inputs as columns
+_FEW_SAMPLES = 250  # up to which it needs more, as chance makes more
 _MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
 
 
@@ -211,14 +212,14 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """Return whether it sees enough to choose an epoch or a model by; else a network may know more.
 
         Of columns it sees all there is, so that any skill will do, and if they tell nothing, its mean label; else it
-        needs more than 0.05.
+        needs more than 0.02, and of fewer than 250 samples N more than 5 / N.
 
         Args:
             sees_all: Whether the samples that it was fitted to are all that the network sees.
         """
         if sees_all and self.kind_ == "columns":
             return self.skill_ > 0 or self.inputs_tell_nothing_
-        return self.skill_ > _LEAST_SKILL
+        return self.skill_ > _LEAST_SKILL * max(1, _FEW_SAMPLES / self.num_samples_)
 
     def __str__(self) -> str:
         """Say what it is, and how good."""

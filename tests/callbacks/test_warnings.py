@@ -142,7 +142,10 @@ class Beside(Quiet):
 
 
 @pytest.mark.parametrize("is_chance", [True, False])
-def test_an_input_that_can_not_be_read_is_named_once_and_then_the_reference_needs_more_skill(is_chance: bool) -> None:
+def test_an_input_that_can_not_be_read_is_named_once_and_then_the_reference_needs_more_skill(
+    is_chance: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_sensitivity.reference.reference._LEAST_SKILL", 0.04)
     y = X[torch.randperm(200, generator=torch.Generator().manual_seed(1)), :4].argmax(1) if is_chance else Y
     y = y.where(torch.arange(200) % 5 > 0, Y)  # a little skill
     more, monitor = torch.arange(2000, 2200), quick_risk()  # names
@@ -161,7 +164,8 @@ def test_a_reference_that_has_seen_one_class_says_so_but_in_a_debugging_run() ->
     assert said(RiskMonitor(), None, of(X, 0 * Y), fast_dev_run=True) == []
 
 
-def test_features_of_the_user_need_more_skill_too() -> None:
+def test_features_of_the_user_need_more_skill_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_sensitivity.reference.reference._LEAST_SKILL", 0.04)
     y = Y.where(torch.arange(200) % 4 == 0, Y[torch.randperm(200, generator=torch.Generator().manual_seed(1))])
     monitor = quick_risk(features=torch.nn.Identity())
     said(monitor, Quiet(), of(X, y), VAL)

@@ -345,12 +345,13 @@ def made(kind: str, skill: float, num_samples: int = 4000) -> Reference:
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("skill", [-0.01, 0.0, 0.001, 0.049, 0.051])
-def test_it_is_trusted_where_it_sees_enough(kind: str, skill: float) -> None:
-    found, is_table = made(kind, skill), kind == "columns"
+@pytest.mark.parametrize(("num_samples", "least"), [(4000, 0.02), (250, 0.02), (100, 0.05)])
+@pytest.mark.parametrize("skill", [-0.01, 0.0, 0.001, 0.019, 0.021, 0.049, 0.051])
+def test_it_is_trusted_where_it_sees_enough(kind: str, skill: float, num_samples: int, least: float) -> None:
+    found, is_table = made(kind, skill, num_samples), kind == "columns"
     assert found.skill_ == pytest.approx(max(skill, 0.0) if is_table else skill)
     assert found.inputs_tell_nothing_ == (is_table and skill <= 0)
-    assert found.is_trusted_ == (is_table or skill > 0.05) and found.may_choose(sees_all=False) == (skill > 0.05)
+    assert found.is_trusted_ == (is_table or skill > least) and found.may_choose(sees_all=False) == (skill > least)
 
 
 @pytest.mark.parametrize(("num_samples", "least"), [(4000, 0.01), (100, 0.015), (20, 0.075)])
