@@ -13,6 +13,7 @@ from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor
 
 WORTH = 1000  # labels that count as much as a reference
+ESTIMATES = 1  # which version they are: raised with whatever changes one, so that studies can tell theirs
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 

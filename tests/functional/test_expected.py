@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, one_hot
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import (
     BinaryAccuracy,
@@ -19,8 +20,9 @@ from torchmetrics.classification import (
 )
 from torchmetrics.functional.classification import binary_auroc
 
+from lightning_sensitivity import Reference
 from lightning_sensitivity.functional import draw_labels, expected_loss, expected_metric
-from lightning_sensitivity.functional.expected import metric_value
+from lightning_sensitivity.functional.expected import ESTIMATES, metric_value
 from lightning_sensitivity.functional.tasks import TASKS
 from tests.helpers import Watch
 
@@ -213,3 +215,30 @@ def test_the_expected_loss_is_the_mean_of_torchs_over_all_labels_with_their_chan
         wanted = mse_loss(outputs, q) + 0.25
     residuals = torch.tensor([[0.5], [-0.5]]).expand(2, 2) if task == "regression" else None
     assert expected_loss(outputs, q, task, residuals) == pytest.approx(float(wanted), rel=1e-6)
+
+
+# Which version the estimates are
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "expected"),
+    [
+        ("columns", "multiclass", (0.4614095, 1.178784)),
+        ("images", "multiclass", (0.6625203, 0.9909917)),
+        ("tokens", "multiclass", (0.4437374, 1.174831)),
+        ("columns", "regression", (0.3422509, 147.1033)),
+    ],
+)
+def test_estimates_are_of_the_version_that_they_say(kind: str, task: str, expected: tuple[float, float]) -> None:
+    """If it fails by intent, raise `ESTIMATES`, and judge the runs of `examples/studies/stopping` again."""
+    digits, digit = (torch.tensor(each) for each in load_digits(return_X_y=True))
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    some = digits[:, 20:36]
+    x = {"columns": some, "images": digits.reshape(-1, 1, 8, 8), "tokens": (some / 4).long()}[kind][order]
+    y = digit[order] % 5 if task == "multiclass" else digits[order, 36]
+    y = y.where(torch.arange(400) % 5 > 0, y.roll(1))  # a fifth of them is wrong
+    found = Reference(task).fit(x[:300], y[:300])
+    outputs = 2.0 * one_hot(y[300:], 5) if task == "multiclass" else torch.zeros(100)
+    q = torch.from_numpy(found.predict_matrix(x[300:]))
+    loss = expected_loss(outputs, q, task, found.residuals_ if task == "regression" else None)
+    assert (ESTIMATES, found.skill_, float(loss)) == (1, *(pytest.approx(each, rel=1e-5) for each in expected))
