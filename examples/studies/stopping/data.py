@@ -27,6 +27,13 @@ SERIES = ("fpp2/elecdemand", "fpp2/calls", "forecast/taylor")  # half-hourly dem
 PERIODS = {"fpp2/elecdemand": 336, "fpp2/calls": 169, "forecast/taylor": 336}  # a week, or a day of calls
 RAREST_CLASS, MOST_CLASSES, MOST_CATEGORIES = 60, 12, 60
 NUM_WORDS, LENGTH = 3000, 40
+MOST_TEXTS = 6000
+OTHER_TEXTS = {
+    "foods": ("modeldata/training_data", "review", "score", ("great", "other")),
+    "devices": ("dslabs/trump_tweets", "text", "source", ("Twitter for Android", "Twitter for iPhone")),
+    "birds": ("openintro/birds", "remarks", "phase_of_flt", ("Approach", "Take-off run", "Climb", "Landing Roll")),
+}
+SOURCES = ("newspapers", "tweets", *OTHER_TEXTS)
 FILES = {"films": "movieReview", "shops": "amazonReview", "newspapers": "nytEditorial", "tweets": "tweets"}
 
 
@@ -37,8 +44,13 @@ def _lines_of_tables() -> list[list[str]]:
 
 def table_lines() -> tuple[list[str], list[str]]:
     """Return one line a classification, and one a regression."""
-    small, _, regressions = _lines_of_tables()
+    small, _, regressions, _ = _lines_of_tables()
     return small, regressions
+
+
+def large_number_lines() -> list[str]:
+    """Return one line a regression of 9,000 to 62,000 rows."""
+    return _lines_of_tables()[3]
 
 
 def large_table_lines() -> list[str]:
@@ -74,7 +86,7 @@ def table(line: str, folder: Path) -> tuple[Tensor, Tensor]:
     rows = rows.drop(columns=[column for column in rows if column in dropped])
     rows = rows[rows[target].notna()]
     y = rows.pop(target)
-    if line in table_lines()[1]:
+    if line in table_lines()[1] or line in large_number_lines():
         y = y.astype(float)
         targets = torch.tensor(((y - y.mean()) / y.std()).clip(-6, 6).to_numpy("float32"))
     else:
@@ -125,6 +137,23 @@ def series(name: str, ahead: int, folder: Path) -> tuple[Tensor, Tensor, Tensor]
 
 
 @cache
+def rises(name: str, ahead: int, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Return windows (N, C, L) of a series, whether its value is higher some steps later, and the period of each."""
+    if name != "modeldata/Chicago":
+        x, later, periods = series(name, ahead, folder)
+        return x, (later > x[:, 0, -1]).long(), periods
+    rows = _rows(name, folder).loc[:, "ridership":].iloc[:, :21]  # passengers of a station, and of 20 others
+    values = torch.tensor(((rows - rows.mean()) / rows.std()).to_numpy("float32"))
+    length, period, found = 14, 70, []
+    for number, part in enumerate(values.split(period)):
+        for start in range(0, len(part) - length - ahead, 2):
+            end = start + length
+            found.append((part[start:end].T, int(part[end + ahead - 1, 0] > part[end - 1, 0]), number))
+    x, y, periods = zip(*found, strict=True)
+    return torch.stack(x), torch.tensor(y), torch.tensor(periods)
+
+
+@cache
 def images(name: str, folder: Path) -> tuple[Tensor, Tensor]:
     """Return images as bytes, and their labels."""
     with np.load(folder / f"{name}.npz") as found:
@@ -133,9 +162,33 @@ def images(name: str, folder: Path) -> tuple[Tensor, Tensor]:
 
 @cache
 def labels_by_people(name: str, folder: Path) -> Tensor:
-    """Return what people said of the images of CIFAR-10: `aggre_label` (9 % wrong) or `worse_label` (40 %)."""
+    """Return what people said of CIFAR-10: `aggre_label` (9 % wrong), `worse_label` (40 %), or one rater."""
     with np.load(folder / "cifar10n.npz") as found:
         return torch.from_numpy(found[name]).long()
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+|[!?]", text.lower())
+
+
+@cache
+def texts(source: str, folder: Path) -> tuple[list[str], list[list[int]], list[int]]:
+    """Return texts, the class that each rater gave, and the class that most gave; of others than ratings, one class."""
+    if source in FILES:
+        found = [
+            (" ".join(sentence), [int(each > 0) for each in ratings if each], int(sum(ratings) > 0))
+            for sentence, ratings in zip(*sentences(source, folder)[:2], strict=True)
+            if sum(ratings)
+        ]
+    else:
+        name, text, column, classes = OTHER_TEXTS[source]
+        rows = _rows(name, folder)
+        rows = rows[rows[column].isin(classes) & (rows[text].astype(str).str.count(r"[A-Za-z]+") >= 3)]
+        rows = rows.drop_duplicates(text).iloc[:MOST_TEXTS]
+        labels = [classes.index(each) for each in rows[column]]
+        found = [(each, [label], label) for each, label in zip(rows[text].astype(str), labels, strict=True)]
+    chosen, votes, correct = zip(*found, strict=True)
+    return list(chosen), list(votes), list(correct)
 
 
 @cache
@@ -150,9 +203,9 @@ def sentences(source: str, folder: Path) -> tuple[list[list[str]], list[list[flo
             texts = {row[0]: row[2] for row in _lines(inner, f"{name}_GroundTruth.txt")}
             ratings = {row[0]: row[3] for row in _lines(inner, f"{name}_anonDataRatings.txt")}
     known = [key for key in texts if key in ratings]
-    words = [re.findall(r"[a-z']+|[!?]", texts[key].lower()) for key in known]
+    found = [words(texts[key]) for key in known]
     numbers = [[float(each) for each in re.findall(r"-?\d+", ratings[key])] for key in known]
-    return words, numbers, {row[0]: float(row[1]) for row in lexicon}
+    return found, numbers, {row[0]: float(row[1]) for row in lexicon}
 
 
 def _lines(archive: tarfile.TarFile, name: str) -> list[list[str]]:

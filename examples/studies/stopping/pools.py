@@ -5,6 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from more import (
+    few_large,
+    few_texts,
+    minilm_more,
+    numbers_large,
+    photos_more,
+    resnet18,
+    signals_more,
+    texts_more,
+    transformer,
+)
 from runs import (
     WAYS,
     Run,
@@ -42,6 +53,15 @@ POOLS = {
     "photos_alike": (photos_alike, 24),
     "minilm": (minilm, 24),
     "made": (made, 8),
+    "photos_more": (photos_more, 40),
+    "texts_more": (texts_more, 40),
+    "signals_more": (signals_more, 36),
+    "few_large": (few_large, 28),
+    "numbers_large": (numbers_large, 20),
+    "minilm_more": (minilm_more, 15),
+    "resnet18": (resnet18, 15),
+    "transformer": (transformer, 24),
+    "few_texts": (few_texts, 24),
 }
 
 
