@@ -1,6 +1,6 @@
 """What README and the guide tell of the study of stopping; its own report tells all of it."""
 
-from stopping.parts import CLASSES, NAMES, counted, difference, lost
+from stopping.parts import CLASSES, NAMES, counted, difference, lost, sizes, told
 from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -43,49 +43,41 @@ NETWORKS = {
 
 
 COMBINED = "labels_50_combined_accuracy_lost"
-WITH_LABELS = [each for each in ("tables", "photos", "texts") if NAMES[each].frame[COMBINED].notna().any()]
+WITH_LABELS = {"tables": "tables", "photos, an encoder": "photos_lite0", "texts": "texts"}
+WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[COMBINED].notna().any()}
 WITH_LOSS = LEVELS | {"large tables": "large_but_one"}  # of the other, a network knows all
 WITH_LOSS = counted(WITH_LOSS | {"regression": "numbers", "series": "series"}, "loss_error")
 
 
-def worth(part: str, rule: str = "expected_accuracy", measure: str = "accuracy", text: str = "points lost ") -> str:
-    """Say what a rule loses instead of the last epoch, and whether the difference may be chance."""
-    if not NAMES[part].count:
-        return "not measured yet"
-    ours, last = f"{part}.{rule}_{measure}_lost", f"never_stop_{measure}_lost"
-    chance = f"{{{ours}.minus[{last}].chance}}"
-    loses, never = (float(getattr(NAMES[part], f"{each}_{measure}_lost").mean) for each in (rule, "never_stop"))
-    if f"{loses:.1f}" == f"{never:.1f}":
-        return "nothing"
-    return f"{{{ours}:.1f}} {text}instead of {{{part}.{last}:.1f}}{chance}"
-
-
-def told(part: str, text: str) -> str:
-    """Say something of runs, if there are any."""
-    return text if NAMES[part].count else "Not measured in this version."
-
-
-def by_own_metric(name: str, measure: str) -> dict[str, str]:
-    """Give columns for a metric that is chosen by its own expectation."""
-    columns = {"last epoch": "never_stop", "expected accuracy": "expected_accuracy"}
-    columns |= {"**its expectation**": f"expected_{measure}", "that of 600 labels": f"labels_600_by_{measure}"}
-    return {f"{name}: {label}": lost(rule, measure) for label, rule in columns.items()}
-
-
 def judged() -> str:
     """Say what fine-tuned networks lost, judged by their own body and by encoders, in the same runs."""
-    loses = "{{{}.{}_accuracy_lost:.1f}}".format
     judges = {
-        "its own body": ("tuned_body", "pretrained_body"),
-        "EfficientNet-Lite0 at 96 pixels": ("tuned_lite0", "pretrained_lite0"),
-        "EfficientNet-Lite2 at 128 pixels": ("", "pretrained_lite2"),
+        "_body": "its own body",
+        "_lite0": "EfficientNet-Lite0 at 96 pixels",
+        "_lite2": "EfficientNet-Lite2 at 128",
     }
-    rows = {
-        judge: [loses(name, "expected_accuracy") if name else "–" for name in names] for judge, names in judges.items()
-    }
-    rows["none: the last epoch"] = [loses(name, "never_stop") for name in ("tuned", "pretrained")]
-    head = "| encoder | a small ResNet ({tuned.count}): lost | EfficientNet-Lite0 ({pretrained.count}): lost |"
-    return "\n".join([head, "|---|---|---|", *(f"| {' | '.join([judge, *cells])} |" for judge, cells in rows.items())])
+    networks = {"tuned": "a small ResNet", "pretrained": "EfficientNet-Lite0", "minilm": "MiniLM"}
+    networks = {name: label for name, label in networks.items() if NAMES[f"{name}_body"].count}
+
+    def loses(runs: str, rule: str) -> str:
+        return f"{{{runs}.{rule}_accuracy_lost:.1f}}" if NAMES[runs].count else "–"
+
+    rows = {label: [loses(f"{name}{end}", "expected_accuracy") for name in networks] for end, label in judges.items()}
+    rows["none: the last epoch"] = [loses(f"{name}_body", "never_stop") for name in networks]
+    head = ["encoder", *(f"{label} ({{{name}_body.count}}): lost" for name, label in networks.items())]
+    lines = [head, ["---"] * len(head), *([judge, *cells] for judge, cells in rows.items() if set(cells) != {"–"})]
+    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
+
+
+def in_limits(form: str) -> str:
+    """Say a number of the losses of each kind of data that there is."""
+    kinds = {"tables": "tables", "photos": "photos_lite0", "texts": "texts", "signals": "signals"}
+    found = [
+        f"{{{runs}.expected_accuracy_accuracy_lost.{form}}} on {label}"
+        for label, runs in kinds.items()
+        if NAMES[runs].count
+    ]
+    return ", ".join(found)
 
 
 BLOCKS = {
@@ -95,7 +87,6 @@ BLOCKS = {
         across(ACCURACY, lost("COLUMN", "accuracy"))
         | {"difference [95 %]": difference("expected_accuracy", "never_stop", "accuracy")},
     ),
-    "worth: auc": table("AUROC lost, points", counted(MAIN), across(AUC, lost("COLUMN", "auc"))),
     "worth: loss": table(
         "the loss, all epochs, %",
         WITH_LOSS,
@@ -116,11 +107,6 @@ BLOCKS = {
             "**expected accuracy is there off by**": "{ROW.off_where_it_leads:+.1f}",
             "elsewhere by": "{ROW.off_elsewhere:+.1f}",
         },
-    ),
-    "worth: own metric": table(
-        "points lost, tables",
-        counted({"as they are": "as_they_are", "a fifth redrawn": "fifth", "large": "large", "few positives": "few"}),
-        by_own_metric("balanced accuracy", "balanced") | by_own_metric("macro F1", "f1"),
     ),
     "worth: level": table(
         "expected accuracy, points",
@@ -158,69 +144,48 @@ BLOCKS = {
             "the second − the first [95 %]": "{ROW.gained.interval:+.1f}",
         },
     ),
-    "worth: limits": """
-- **One run in ten** loses {tables.expected_accuracy_accuracy_lost.p90:.1f} points or more on tables,
-{photos.expected_accuracy_accuracy_lost.p90:.1f} on photos and {texts.expected_accuracy_accuracy_lost.p90:.1f} on texts.
-The worst run loses {tables.expected_accuracy_accuracy_lost.worst:.0f},
-{photos.expected_accuracy_accuracy_lost.worst:.0f} and {texts.expected_accuracy_accuracy_lost.worst:.0f}.
-- **Choose by what counts.** On tables, the epoch of the highest expected accuracy loses
+    "worth: limits": f"""
+- **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst run loses
+{in_limits("worst:.0f")}.
+"""
+    + """- **Choose by what counts.** On tables, the epoch of the highest expected accuracy loses
 {tables.expected_accuracy_balanced_lost:.1f} points of balanced accuracy, that of its own expectation
 {tables.expected_balanced_balanced_lost:.1f}.
-- **Few positives and regressions** were trained on at most 3,000 rows.""",
+- **Sizes.** """
+    + sizes(),
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
     "worth: balanced": """
 Of balanced accuracy, its own expectation loses {few.expected_balanced_balanced_lost:.1f} points, the last epoch
 {few.never_stop_balanced_lost:.1f}, expected accuracy {few.expected_accuracy_balanced_lost:.1f}, and balanced accuracy
 on a tenth {few.tenth_by_balanced_balanced_lost:.1f}; of macro F1 {few.expected_f1_f1_lost:.1f},
-{few.never_stop_f1_lost:.1f}, {few.expected_accuracy_f1_lost:.1f} and {few.tenth_by_f1_f1_lost:.1f}. All were trained
-on at most 3,000 rows.""",
+{few.never_stop_f1_lost:.1f}, {few.expected_accuracy_f1_lost:.1f} and {few.tenth_by_f1_f1_lost:.1f}.""",
     "worth: regression": table(
         "squared error above the lowest, %",
         counted(NUMBERS, "expected_loss_loss_lost"),
         across(TARGETS, lost("COLUMN", "loss")),
     ),
-    "worth: photos": told(
-        "photos",
-        """
-On photos with human labels ({photos.count} runs), the highest expected accuracy lost
-{photos.expected_accuracy_accuracy_lost:.1f} points of accuracy, the last epoch
-{photos.never_stop_accuracy_lost:.1f}{photos.expected_accuracy_accuracy_lost.minus[never_stop_accuracy_lost].chance}.
-It is {photos.level_error:.0f} points off.""",
-    ),
-    "worth: texts": told(
-        "texts",
-        """
-On texts with human labels ({texts.count} runs), the highest expected accuracy lost
-{texts.expected_accuracy_accuracy_lost:.1f} points of accuracy, the last epoch
-{texts.never_stop_accuracy_lost:.1f}{texts.expected_accuracy_accuracy_lost.minus[never_stop_accuracy_lost].chance}.""",
-    ),
-    "worth: signals": told(
-        "signals",
-        """
-On signals ({signals.count} runs on three sets, with up to 40 % of the labels redrawn), the highest expected accuracy
-lost {signals.expected_accuracy_accuracy_lost:.1f} points of accuracy, the last epoch
-{signals.never_stop_accuracy_lost:.1f}{signals.expected_accuracy_accuracy_lost.minus[never_stop_accuracy_lost].chance}.
-""",
-    ),
     "worth: unexplained": """
 In the study, {fifth.its_unexplained.percent:.0f} % of the labels of tables could not be explained where a fifth had
-been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had. Of human labels of photos, it
-was {photos_40.its_unexplained.percent:.0f} % where {photos_40.share:.0f} % were wrong, and
-{photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
+been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had."""
+    + told(
+        "photos_40",
+        """ Of human labels of photos, it was {photos_40.its_unexplained.percent:.0f} % where
+{photos_40.share:.0f} % were wrong, and {photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
+    ),
     "worth: own body": judged(),
     "worth: labels": table(
         "accuracy lost, points",
         LABELS,
         {
-            f"{name}: {by}": f"{{{name}.ROW{end}_accuracy_lost:.1f}}"
-            for name in WITH_LABELS
+            f"{label}: {by}": f"{{{name}.ROW{end}_accuracy_lost:.1f}}"
+            for label, name in WITH_LABELS.items()
             for by, end in (("labels alone", ""), ("**and the reference**", "_combined"))
         },
     )
     + """
 
 Without labels, the highest expected accuracy loses """
-    + ", ".join(f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {name}" for name in WITH_LABELS)
+    + ", ".join(f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
     + ".",
     "worth: compare": table(
         "chosen by",

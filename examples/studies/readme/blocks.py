@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stopping.parts import NAMES as STOPPING
+from stopping.parts import sizes
 
 __all__ = ["BLOCKS", "NAMES"]
 STUDIES = Path(__file__).parents[1]
@@ -33,10 +34,12 @@ class Setting(NamedTuple):
     keep_by: str = "accuracy, max"
 
     def line(self) -> str:
-        doubt = " (?)" if getattr(NAMES[self.runs], self.kept).minus[self.last].chance else ""
-        lost = [f"{{{self.runs}.{column}:.1f}}{self.unit}{doubt}" for column in (self.kept, self.last)]
-        cells = [self.data, self.write, self.keep_by, self.off.replace("RUNS", self.runs), *lost]
-        return f"| {' | '.join(cells)} |"
+        kept = getattr(NAMES[self.runs], self.kept)
+        lost = [f"{{{self.runs}.{column}:.1f}}{self.unit}" for column in (self.kept, self.last)]
+        if kept.minus[self.last].chance:
+            lost[0] = "no gain shown"
+        off = self.off.replace("RUNS", self.runs)
+        return f"| {' | '.join([self.data, self.write, self.keep_by, str(kept.count), off, *lost])} |"
 
 
 AUC = {"keep_by": "AUROC, max", "kept": "expected_auc_auc_lost", "last": "never_stop_auc_lost"}
@@ -92,12 +95,13 @@ SETTINGS = [
 ]
 too_low = -NAMES["tables"].off_where_it_leads.mean
 TABLE = [
-    "| your data | write | keep by | estimate is off | kept epoch loses | last epoch loses |",
-    "|---|---|---|---|---|---|",
-    *(each.line() for each in SETTINGS),
+    "| your data | write | keep by | runs | estimate is off | kept epoch loses | last epoch loses |",
+    "|---|---|---|---|---|---|---|",
+    *(each.line() for each in SETTINGS if NAMES[each.runs].count),
 ]
 BLOCKS = {
     "settings": "\n".join(TABLE),
+    "sizes": f"- **Measured.** {sizes()}",
     "worth in labels": f"""
 On tables, it is as good as that of {WORTH("as_they_are")} validation labels. Networks better than the reference are
 underestimated by {too_low:.1f} points.""",

@@ -1,8 +1,10 @@
 """What the report tells of this study: which epoch to take, which network, and at what level, without labels."""
 
+from typing import NamedTuple
+
 import numpy as np
-from stopping.parts import CLASSES, COMPARED, NAMES, counted, difference, lost
-from summaries import Number, Runs, Values, table
+from stopping.parts import CLASSES, NAMES, counted, difference, lost, sizes, told
+from summaries import Values, table
 
 __all__ = ["BLOCKS", "NAMES"]
 COUNTS = (50, 100, 200, 600)
@@ -27,11 +29,15 @@ HELD_OUT = {
     "then trained again on all": "retrained",
 }
 ROWS = counted(CLASSES)
-ANEW = counted(CLASSES, "loss_error")  # the others were judged before losses were expected
-BEFORE = {label: name for label, name in ROWS.items() if name not in ANEW.values()}
-NUMBERS = {"as they are": "clear", "with noise": "noisy", "series, weeks apart": "series"}
+NUMBERS = {
+    "as they are": "clear",
+    "with noise": "noisy",
+    "5,000 to 20,000 rows, as they are": "clear_large",
+    "5,000 to 20,000 rows, with noise": "noisy_large",
+    "series, weeks apart": "series",
+}
 BUT_ONE = counted({"large tables, but that one": "large_but_one"}, "loss_error")
-WITH_LOSS = ANEW | counted({f"regression, {label}": name for label, name in NUMBERS.items()}, "loss_error")
+WITH_LOSS = ROWS | counted({f"regression, {label}": name for label, name in NUMBERS.items()}, "loss_error")
 NUMBERS = counted(NUMBERS, "expected_loss_loss_lost")
 MANY = counted({"tables": "as_they_are", "a fifth redrawn": "fifth", "large": "large", "few positives": "few"})
 HELD = counted({label: f"{name}_held" for label, name in CLASSES.items()})
@@ -43,98 +49,88 @@ SHIFTED = counted({
 })  # fmt: skip
 
 
-# %% What was asked for.
-def met(ours: float, limit: float, form: str = ".2f") -> str:
-    """Say what came, what was asked for, and whether it is met."""
-    return f"{Number(ours):{form}} | {Number(limit):{form}} | {'yes' if ours <= limit else '**no**'}"
+# %% In short.
+class Kind(NamedTuple):
+    """A row: where its runs are, and by which measure an epoch is chosen and judged."""
+
+    label: str
+    runs: str
+    measure: str = "accuracy"
+
+    @property
+    def gain(self) -> Values:
+        """By how much less than the last epoch the kept one loses."""
+        runs = NAMES[self.runs]
+        last = getattr(runs, f"never_stop_{self.measure}_lost")
+        found: Values = last.minus[f"expected_{self.measure}_{self.measure}_lost"]
+        return found
+
+    def line(self) -> str:
+        unit = " %" if self.measure == "loss" else ""
+        by = "" if self.measure in ("accuracy", "loss") else f"_by_{self.measure}"
+        kept, last = f"expected_{self.measure}_{self.measure}_lost", f"never_stop_{self.measure}_lost"
+        off = "loss_error:.0f} %" if self.measure == "loss" else "level_error:.1f}"
+        columns = [kept, last, f"tenth{by}_{self.measure}_lost", f"labels_600{by}_{self.measure}_lost"]
+        cells = [f"{{{self.runs}.{column}:.1f}}{unit}" for column in columns]
+        cells.insert(2, f"{{{self.runs}.{kept}.minus[{last}].interval:+.1f}}")
+        return f"| {self.label} ({{{self.runs}.{kept}.count}}) | {{{self.runs}.{off} | {' | '.join(cells)} |"
 
 
-def mean(part: str, column: str) -> float:
-    value: Values = getattr(NAMES[part], column)
-    return float(value.mean)
+KINDS = [
+    Kind("tables", "as_they_are"),
+    Kind("tables, a fifth of the labels redrawn", "fifth"),
+    Kind("tables of 5,000 to 20,000 rows in training", "large"),
+    Kind("few positives, AUROC", "few", "auc"),
+    Kind("few positives, 5,000 to 20,000 rows, AUROC", "few_large", "auc"),
+    Kind("a number, squared error", "numbers", "loss"),
+    Kind("a number, 5,000 to 20,000 rows, squared error", "numbers_large", "loss"),
+    Kind("FT-Transformer on tables", "transformer"),
+    Kind("texts, by words", "texts"),
+    Kind("texts, by MiniLM", "texts_minilm"),
+    Kind("signals", "signals"),
+    Kind("photos, by patches", "photos"),
+    Kind("photos, by Lite0 at 96 pixels", "photos_lite0"),
+    Kind("ResNet-18 on photos, by patches", "resnet18"),
+    Kind("ResNet-18 on photos, by Lite0 at 96", "resnet18_lite0"),
+    Kind("small ResNet fine-tuned, by Lite0 at 96", "tuned_lite0"),
+    Kind("EfficientNet-Lite0 fine-tuned, by Lite0 at 96", "pretrained_lite0"),
+    Kind("MiniLM fine-tuned, by words", "minilm"),
+    Kind("MiniLM fine-tuned, by its own body", "minilm_body"),
+]
 
 
-def level(part: str, limit: float) -> str:
-    return met(mean(part, "level_error"), limit)
+def gains() -> str:
+    """Say for which data a gain on the last epoch is shown."""
+    found: dict[str, list[str]] = {"is shown": [], "is not shown": [], "is negative": []}
+    for kind in KINDS:
+        if NAMES[kind.runs].count > 1:
+            low, high = kind.gain.low, kind.gain.high
+            found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(kind.label)
+    return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
 
-def at_most(part: str, limit: float, rule: str = "expected_accuracy", measure: str = "accuracy") -> str:
-    return met(mean(part, f"{rule}_{measure}_lost"), limit)
+def in_short() -> str:
+    """Say of each kind of data how far the estimate is off, and what its epoch loses, and others do."""
+    head = "| data (runs) | off | kept | last | kept − last [95 %] | a tenth | 600 labels |"
+    return "\n".join([head, "|---" * 7 + "|", *(kind.line() for kind in KINDS if NAMES[kind.runs].count > 1)])
 
 
-def than(part: str, other: str, plus: float, rule: str = "expected_accuracy", measure: str = "accuracy") -> str:
-    """Compare a rule with another one in the same runs."""
-    return at_most(part, mean(part, f"{other}_{measure}_lost") + plus, rule, measure)
-
-
-def loss_of(part: str) -> str:
-    """Compare how far the expected loss is off with that of 600 labels."""
-    return met(mean(part, "loss_error"), mean(part, "labels_loss_error") + 4, ".1f")
-
-
-def against_the_score() -> str:
-    """Say how much more is lost by expected accuracy than by the score that chose before, in the mean over pools."""
-    found = [NAMES[name].expected_accuracy_accuracy_lost for name in CLASSES.values() if NAMES[name].count]
-    return met(sum(float(each.minus["former_score_accuracy_lost"].mean) for each in found) / len(found), 0.1)
-
-
-ENCODED = {"Lite0 at 96": "_lite0", "Lite2 at 128": "_lite2"}
-ASKED = {
-    "expected loss, % off: tables; 600 labels + 4": ("tables", lambda: loss_of("tables")),
-    "few positives": ("few", lambda: loss_of("few")),
-    "texts, human labels": ("texts", lambda: loss_of("texts")),
-    **{f"photos, by {label}": (f"photos{end}", lambda end=end: met(mean(f"photos{end}", "loss_error"), 8, ".1f"))
-       for label, end in ENCODED.items()},
-    "loss of its epoch above the lowest, %: tables": (
-        "tables", lambda: met(mean("tables", "expected_loss_noisy_loss_lost"), 3, ".1f")),
-    "accuracy lost by expected accuracy − by the score before it, mean of all rows": ("tables", against_the_score),
-    "accuracy, points off: tables": ("tables", lambda: level("tables", 2)),
-    "photos, by patches": ("photos", lambda: level("photos", 4)),
-    **{f"photos, accuracy, by {label}": (f"photos{end}", lambda end=end: level(f"photos{end}", 2))
-       for label, end in ENCODED.items()},
-    **{f"Lite0 fine-tuned, by {label}": (f"pretrained{end}", lambda end=end: level(f"pretrained{end}", 3))
-       for label, end in ENCODED.items()},
-    **{f"accuracy lost: photos, by {label}; 600 labels + 0.1": (
-        f"photos{end}", lambda end=end: than(f"photos{end}", "labels_600", 0.1)) for label, end in ENCODED.items()},
-    **{f"Lite0 fine-tuned, by {label}; 400 labels + 0.3": (
-        f"pretrained{end}", lambda end=end: than(f"pretrained{end}", "labels_600", 0.3))
-       for label, end in ENCODED.items()},
-    "tables": ("tables", lambda: at_most("tables", 0.85)),
-    "tables, AUROC by its expectation": ("tables", lambda: at_most("tables", 0.6, "expected_auc", "auc")),
-    "texts, rule-generated labels; never stopping + 0.3": ("rules", lambda: than("rules", "never_stop", 0.3)),
-    "squared error, %: as they are; 200 targets": (
-        "clear", lambda: than("clear", "labels_200", 0, "expected_loss", "loss")),
-    "with noise; 200 targets": ("noisy", lambda: than("noisy", "labels_200", 0, "expected_loss", "loss")),
-    "tables that a network made: loss, %; never stopping + 5": (
-        "made", lambda: than("made", "never_stop", 5, "expected_loss", "loss")),
-    "1 − τ of models of photos, by patches": (
-        "photos_alike", lambda: met(1 - mean("photos_alike", "expected_tau"), 0.15)),
-    "by Lite0 at 96: better than by patches": (
-        "photos_alike_lite0",
-        lambda: met(1 - mean("photos_alike_lite0", "expected_tau"), 1 - mean("photos_alike", "expected_tau"))),
-}  # fmt: skip
-
-
-def asked_for() -> str:
-    head = "| asked for: at most | came | limit | met |\n|---|---|---|---|\n"
-    rows = []
-    for label, (part, cells) in ASKED.items():
-        if NAMES[part].count:
-            try:
-                rows.append(f"| {label} | {cells()} |")
-            except ValueError:  # no run has a value
-                rows.append(f"| {label} | not measured | | |")
-    return head + "\n".join(rows)
-
-
-def recorded() -> str:
-    """Say how many runs of the check half were judged, and how many were trained again without a tenth."""
-    runs, told = NAMES["check"].frame, []
-    for pool, part in runs.groupby("pool", sort=False):
-        tenths = part["gained"].notna().sum()
-        told.append(f"{pool} {len(part)}" + f" ({tenths} without a tenth)" * bool(tenths))
-    alike = COMPARED.query("judge == 'inputs'").groupby("pool")["num_models"].agg(["count", "sum"])
-    return "; ".join([*told, *(f"{pool} {row['sum']}" for pool, row in alike.iterrows())]) + "."
+def of_texts() -> str:
+    """Say why the lowest expected loss is not the epoch to take of texts."""
+    blind = """
+In {texts_blind.count} of {texts.count} runs the reference sees too little, so that nothing is logged, and the last
+epoch is kept: there the loss is {texts_blind.expected_loss_noisy_loss_lost:.0f} % above the lowest, though the
+expectation that was not logged is but {texts_blind.loss_error:.1f} % off."""
+    return (
+        (blind if NAMES["texts_blind"].count else "")
+        + """
+Where it is logged ({texts_seen.count} runs), the loss of its lowest epoch is
+{texts_seen.expected_loss_noisy_loss_lost:.1f} % above the lowest, that of 600 labels
+{texts_seen.labels_600_by_loss_noisy_loss_lost:.1f} %. But that epoch loses
+{texts.expected_loss_accuracy_lost:.1f} points of accuracy, and the lowest loss of 600 labels
+{texts.labels_600_by_loss_accuracy_lost:.1f}: texts gain accuracy long after the loss has begun to rise. So keep the
+epoch of the highest expected accuracy, which loses {texts.expected_accuracy_accuracy_lost:.1f}."""
+    )
 
 
 # %% How many labels an estimate is worth.
@@ -162,26 +158,6 @@ def worth() -> str:
     return head + "|---|---|---|---|\n" + "\n".join(rows)
 
 
-# %% Two annotators: three ways to use the same two labels.
-def ways() -> str:
-    """Compare the ways by the same sentences and networks."""
-    frame = NAMES["check"].frame.query("pool == 'annotators'").copy()
-    if frame.empty:
-        return "Not measured yet."
-    frame["way"] = frame["kind"].str.extract(r"by (\w+),")[0]
-    rows = []
-    epochs = {"chosen": "the epoch by the recipe", "best": "the best epoch", "last": "the last"}
-    for column, label in epochs.items():
-        if frame[f"{column}_accuracy"].isna().all():
-            continue
-        wide = Runs(frame.pivot(index="group", columns="way", values=f"{column}_accuracy").reset_index())
-        others = [getattr(wide, way).minus["first"].interval for way in ("agree", "both")]
-        rows.append(f"| {label} | {wide.first:.1f} | {others[0]:+.1f} | {others[1]:+.1f} |")
-    count = frame["group"].nunique()
-    head = f"| accuracy, {count} sets of sentences | the first label | those that agree − the first |"
-    return head + " both as two samples − the first |\n|---|---|---|---|\n" + "\n".join(rows)
-
-
 RANKINGS = {
     "**expected accuracy**": "expected",
     "disagreement with the same reference": "disagreement",
@@ -199,16 +175,12 @@ LEADS = counted(
     {label: name for label, name in CLASSES.items() if name not in ("rules", "correct")}, "off_where_it_leads"
 )
 BLOCKS = {
-    "stopping: asked for": asked_for(),
-    "stopping: recorded": recorded(),
-    "stopping: in short": table("points of accuracy lost", ANEW, {
+    "stopping: in short": in_short(),
+    "stopping: gains": gains(),
+    "stopping: sizes": sizes(),
+    "stopping: texts": of_texts(),
+    "stopping: which epoch": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f") for label, rule in (EXPECTED | SOME_LABELS).items()
-    }),
-    "stopping: before losses": table("points of accuracy", BEFORE, {
-        "never stopping": lost("never_stop", "accuracy", ".2f"),
-        "**expected accuracy**": lost("expected_accuracy", "accuracy", ".2f"),
-        "100 labels": lost("labels_100", "accuracy", ".2f"), "600 labels": lost("labels_600", "accuracy", ".2f"),
-        "expected accuracy: off": "{ROW.level_error:.1f}", "bias": "{ROW.level_bias:+.1f}",
     }),
     "stopping: expected loss": table("all epochs, %", WITH_LOSS | BUT_ONE, {
         "expected loss: off": "{ROW.loss_error:.1f}", "median": "{ROW.loss_error.median:.1f}",
@@ -218,15 +190,11 @@ BLOCKS = {
         "above the lowest loss: its epoch": lost("expected_loss", "noisy_loss"),
         "that of 600 labels": lost("labels_600_by_loss", "noisy_loss"), "the last": lost("never_stop", "noisy_loss"),
     }),
-    "stopping: no loss": """
+    "stopping: no loss": told("no_loss", """
 One large table makes the mean of its row: there the network is right in {no_loss.best_accuracy:.1f} % of the test
 samples, at a loss of {no_loss.best_loss:.4f}, and the reference in {no_loss.reference_accuracy:.1f} %. What is
-expected is then far above the loss in percent, and hardly in nats.""",
-    "stopping: the score": table("points of accuracy lost", ROWS, {
-        "by the score before it": lost("former_score", "accuracy", ".2f"),
-        "expected accuracy − this": difference("expected_accuracy", "former_score", "accuracy", "+.2f"),
-    }),
-    "stopping: the recipe": table("points of accuracy lost", ANEW, {
+expected is then far above the loss in percent, and hardly in nats."""),
+    "stopping: the recipe": table("points of accuracy lost", ROWS, {
         "the recipe": lost("recipe", "accuracy", ".2f"),
         "the recipe − never stopping": difference("recipe", "never_stop", "accuracy", "+.2f"),
         "− expected accuracy, all epochs": difference("recipe", "expected_accuracy", "accuracy", "+.2f"),
@@ -257,7 +225,7 @@ expected is then far above the loss in percent, and hardly in nats.""",
         "AUC: expected AUROC − never stopping": difference("expected_auc", "never_stop", "auc", "+.2f"),
         "AUC: − AUC of a tenth": difference("expected_auc", "tenth_by_auc", "auc", "+.2f"),
     }),
-    "stopping: with labels": table("points of accuracy lost", ANEW, {
+    "stopping: with labels": table("points of accuracy lost", ROWS, {
         label: f"{{ROW.{rule}_accuracy_lost:.2f}} → {{ROW.{rule}_combined_accuracy_lost:.2f}}"
         for label, rule in LABELS.items()
     }),
@@ -273,15 +241,6 @@ expected is then far above the loss in percent, and hardly in nats.""",
         "then trained again on all": lost("retrained", "loss"),
         "by its loss − expected loss [95 %]": "{ROW.gained.interval:+.1f}",
     }),
-    "stopping: before": table("as built → calibrated", ANEW, {
-        "accuracy, points off": "{ROW.before_level_error:.1f} → {ROW.level_error:.1f}",
-        "loss, % off": "{ROW.before_loss_error:.1f} → {ROW.loss_error:.1f}",
-        "accuracy lost": "{ROW.before_expected_accuracy_accuracy_lost:.2f} → {ROW.expected_accuracy_accuracy_lost:.2f}",
-        "difference [95 %]":
-            "{ROW.expected_accuracy_accuracy_lost.minus[before_expected_accuracy_accuracy_lost].interval:+.2f}",
-        "AUC lost, by expected AUROC": "{ROW.before_expected_auc_auc_lost:.2f} → {ROW.expected_auc_auc_lost:.2f}",
-        "temperature": "{ROW.its_temperature.median:.2f}",
-    }),
     "stopping: shares": table("few positives, class shares", SHIFTED, {
         "accuracy, points off": "{ROW.level_error:.1f}",
         "loss, % off": "{ROW.loss_error:.1f}",
@@ -294,11 +253,11 @@ expected is then far above the loss in percent, and hardly in nats.""",
 The two-sample test of mean predictions (z above 4) says so in {few_sampler.alarm.percent:.0f} % of the runs with a
 sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in {same_shares.alarm.percent:.1f} % of
 {same_shares.count} runs whose shares are the same.""",
-    "stopping: tenth": table("points of accuracy lost", ANEW, {
+    "stopping: tenth": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f")
         for label, rule in ({"600 unlabelled": "expected_accuracy"} | TENTH).items()
     }),
-    "stopping: spread": table("accuracy: nine runs of ten stay below; the worst", ANEW, {
+    "stopping: spread": table("accuracy: nine runs of ten stay below; the worst", ROWS, {
         label: f"{{ROW.{rule}_accuracy_lost.p90:.1f}}; {{ROW.{rule}_accuracy_lost.worst:.1f}}"
         for label, rule in (EXPECTED | SOME_LABELS).items()
     }),
@@ -315,7 +274,7 @@ sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in
         "ρ of 600 labels": "{ROW.spearman_labels:.2f}", "ρ of CBPE": "{ROW.spearman_cbpe:.2f}",
         "CBPE's epoch loses": lost("cbpe", "accuracy", ".2f"),
     }),
-    "stopping: rival": table("accuracy", ANEW, {
+    "stopping: rival": table("accuracy", ROWS, {
         "the best epoch": "{ROW.best_accuracy:.1f}", "the last": "{ROW.last_accuracy:.1f}",
         "that of the recipe": "{ROW.chosen_accuracy:.1f}", "**the reference**": "{ROW.reference_accuracy:.1f}",
         "**mean of both**": "{ROW.mean_accuracy:.1f}",
@@ -325,7 +284,5 @@ sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in
         "skill": "{ROW.its_skill:.2f}", "accuracy, left out": "{ROW.its_accuracy.percent:.0f} %",
         "majority": "{ROW.its_majority.percent:.0f} %", "unexplained": "{ROW.its_unexplained.percent:.0f} %",
     }),
-    "stopping: annotators": ways(),
-    "worth: annotators": ways(),
     "stopping: compare": table("chosen by", RANKINGS, RANKED),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from rules import COUNTS, Recorded, draws_of, refined, sample_scores
 from scipy.stats import entropy, kendalltau
 from torch import Tensor
 
-from lightning_sensitivity.functional.expected import WORTH
+from lightning_sensitivity.functional.expected import ESTIMATES, WORTH
 
 
 def numbers(run: Recorded, q: Tensor, is_trusted: bool, epoch: int) -> dict[str, list[float]]:
@@ -52,6 +52,7 @@ def compare(measured: list[dict[str, Any]]) -> pd.DataFrame:
         row = {
             "pool": pool,
             "judge": judge,
+            "version": ESTIMATES,
             "group": group,
             "table": table,
             "num_models": len(part),

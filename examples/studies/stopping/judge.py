@@ -1,9 +1,11 @@
-"""Judges every rule on the recorded runs: one row a run in `results.csv`, one a group of alike runs in `compared.csv`.
+"""Judges every rule on the recorded runs: a row a run in `results.csv.gz`, one a group of runs in `compared.csv.gz`.
 
-Rows of runs that are not in RUNS stay as they are, and so do the columns of those that were trained without a tenth.
+A row tells the version of the estimates that it was judged by; one of another version than the package's is left out.
+What a tenth lost in an earlier recording of the same runs is in `tenths.csv`.
 
-    python judge.py RUNS DATA measure [POOL ...] [--part 0/2]  # NAME.json beside NAME.npz: what each number would lose
-    python judge.py RUNS DATA table                            # what the rules make of it
+    python judge.py RUNS DATA fit [POOL ...] [--part 0/2]  # NAME.JUDGE.npz beside NAME.npz: what a reference says
+    python judge.py RUNS DATA measure [POOL ...]           # NAME.json: what each number would lose; seconds a run
+    python judge.py RUNS DATA table                        # what the rules make of it
 
 A rule pays by test labels, which are correct where that is known: how much lower accuracy, AUC, balanced accuracy and
 macro F1 are than in the best epoch, in points; and by how many percent the loss (cross-entropy, or squared error) is
@@ -16,8 +18,8 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,11 @@ import numpy as np
 import pandas as pd
 import torch
 from compare import compare, numbers
-from pools import POOLS, draw
-from record import order
+from pools import POOLS
 from rules import (
     GAINS,
-    HELD_OUT,
     Recorded,
     against_the_reference,
-    as_fitted,
     by_recipe,
     candidates,
     epochs_of_tenth,
@@ -41,43 +40,22 @@ from rules import (
     level,
     loss,
     lowest,
-    reference_says,
     rules,
 )
-from runs import ALIKE, NUM_ALIKE, RATERS, SHIFTED, Run
+from runs import ALIKE, NUM_ALIKE, RATERS, SHIFTED
+from said import Said, file_of, fit_run
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from lightning_sensitivity.functional.expected import ESTIMATES
 from lightning_sensitivity.reference import Reference
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.observations import largest_difference
 
-OF_LABELS = {"accuracy", "auc", "loss", "noisy_loss"}  # what labels are judged by
-
-
-def training_rows(run: Run) -> tuple[Tensor, Tensor]:
-    """Return training samples as a monitor gets them: augmented, or as a sampler draws them in the first epoch."""
-    if run.way == "sampler":
-        rows = order(run, torch.Generator().manual_seed(run.index))
-        return run.x[rows], run.y[rows]
-    return run.x_kept, run.y
-
-
-@lru_cache(maxsize=4)
-def reference_of_alike(pool: str, group: int, judge: str, data: Path) -> Reference:
-    """Fit the one reference of runs on the same data."""
-    run = draw(pool, group * NUM_ALIKE, data)
-    return fit(run, seen_by(run)[judge](run.x), run.y)
-
-
-def seen_by(run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return what each judge sees of inputs."""
-    return {"inputs": lambda x: x, **run.judges}
-
-
-def fit(run: Run, x: Tensor, y: Tensor) -> Reference:
-    """Fit a reference; of all classes, also of those that no training sample has."""
-    return Reference(run.task).fit(x, one_hot(y, run.num_classes).float() if run.task == "multiclass" else y)
+NEVER_TWICE = (
+    "photos", "texts", "redrawn", "tuned", "pretrained", "minilm", "made", "photos_more", "texts_more", "minilm_more",
+    "resnet18",
+)  # fmt: skip
+JUDGES = ("inputs", "body", "lite0", "lite2", "minilm")
 
 
 @cache
@@ -109,14 +87,13 @@ def with_the_reference(run: Recorded, p_reference: Tensor, epoch: int) -> dict[s
     return found
 
 
-def measure(run: Run, recorded: Recorded, reference: Reference, q: Tensor, q_test: Tensor) -> dict[str, Any]:
+def measure(recorded: Recorded, noisy: np.ndarray, reference: Reference, q: Tensor, q_test: Tensor) -> dict[str, Any]:
     """Return what each number by itself would lose, and what is known of the reference."""
     lost, values = measures(recorded)
-    noisy = run.noisy_test.numpy()
     lost = lost | {"noisy_loss": above_lowest(recorded.losses_of("test", noisy))}
     curves = expected_curves(recorded, reference, q)
     found: dict[str, Any] = {}
-    for name, epochs in candidates(recorded, curves, q).items():
+    for name, epochs in candidates(recorded, curves, q, reference.num_samples_).items():
         found |= {f"{name}_{what}_lost": float(each[epochs].mean()) for what, each in lost.items()}
     chosen = by_recipe(curves) if reference.is_trusted_ else -1
     for name, curve in values.items():
@@ -125,26 +102,8 @@ def measure(run: Run, recorded: Recorded, reference: Reference, q: Tensor, q_tes
     found |= with_the_reference(recorded, q_test, chosen)
     truth = values["loss" if recorded.task == "regression" else "accuracy"]
     found |= level(recorded, curves, truth, noisy) | against_the_reference(recorded, curves, q_test, noisy)
-    found |= as_built(recorded, reference, q, lost, truth, noisy)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
     return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature", "smoothing")}
-
-
-def as_built(
-    recorded: Recorded, reference: Reference, q: Tensor, lost: dict[str, np.ndarray], truth: np.ndarray,
-    noisy: np.ndarray,
-) -> dict[str, float]:  # fmt: skip
-    """Return what the same reference would lose as it was fitted, before it was calibrated."""
-    if recorded.task == "regression":
-        return {}
-    curves = expected_curves(recorded, reference, as_fitted(q, reference), ("accuracy", "auc"))
-    levels = level(recorded, curves, truth, noisy)
-    found = {f"before_{name}": levels[name] for name in ("level_error", "level_bias", "loss_error", "loss_bias")}
-    for rule, curve in curves.items():
-        epoch = lowest(curve if rule == "loss" else -curve)
-        for what in ("loss", "accuracy", "auc"):
-            found[f"before_expected_{rule}_{what}_lost"] = float(lost[what][epoch])
-    return found
 
 
 def held_out(whole: Recorded, tenth: Recorded) -> dict[str, float]:
@@ -172,40 +131,42 @@ def measure_alike(recorded: Recorded, reference: Reference, q: Tensor) -> dict[s
     return {"chosen_accuracy": accuracy, "compared": numbers(recorded, q, reference.is_trusted_, epoch)}
 
 
-def of_shares(run: Run, reference: Reference, *predictions: Tensor) -> dict[str, list[Tensor]]:
+def of_shares(recorded: Recorded, way: str, reference: Reference, *predictions: Tensor) -> dict[str, list[Tensor]]:
     """Return predictions for the class shares of unseen samples, known or estimated, where training has others."""
-    if run.way not in SHIFTED:
+    if way not in SHIFTED:
         return {}
-    s, known = torch.tensor(reference.labels_.mean(0)), one_hot(run.y_test, 2).double().mean(0)
+    s, known = torch.tensor(reference.labels_.mean(0)), recorded.labels("y_test", 2).double().mean(0)
     shares = {"known shares": known, "estimated shares": estimate_class_shares(predictions[0], s)}
     return {name: [reweigh(q, s, each) for q in predictions] for name, each in shares.items()}
 
 
-def measure_file(file: Path, data: Path, judges: list[str] | None = None) -> None:
-    """Measure a recorded run, by all judges or some that are not there yet, and leave a .json beside it."""
-    start, there = time.process_time(), file.with_suffix(".json")
-    pool, index = file.stem.split("-")
-    run, recorded = draw(pool, int(index), data), Recorded.read(file)
-    row: dict[str, Any] = {"run": run.name, "pool": pool, "is_design": run.is_design, "task": run.task}
-    row |= {"way": run.way, "n": len(run.y), "kind": run.kind, "group": run.index // NUM_ALIKE}
-    found: dict[str, dict[str, Any]] = json.loads(there.read_text())["found"] if there.exists() else {}
-    for judge, see in seen_by(run).items():
-        if judge in found or (judges and judge not in judges):
-            continue
+def measure_file(file: Path, judges: list[str]) -> dict[str, dict[str, Any]]:
+    """Measure a recorded run by some judges."""
+    pool, recorded = file.stem.split("-")[0], Recorded.read(file)
+    found: dict[str, dict[str, Any]] = {}
+    for judge in judges:
+        said = Said.read(file_of(file, judge))
+        reference = said.reference()
+        q, q_test = said.predictions(reference)
         if pool in ALIKE:
-            reference = reference_of_alike(pool, run.index // NUM_ALIKE, judge, data)
-            found[judge] = measure_alike(recorded, reference, reference_says(reference, see(run.x_unseen)))
+            found[judge] = measure_alike(recorded, reference, q)
             continue
-        x, y = training_rows(run)
-        reference = fit(run, see(x), y)
-        q = [reference_says(reference, see(each)) for each in (run.x_unseen, run.x_test)]
-        found[judge] = measure(run, recorded, reference, *q)
-        if run.task != "regression":
-            found[judge]["shares_z"] = largest_difference(torch.tensor(reference.left_out_), q[0])[1]
-        for name, each in of_shares(run, reference, *q).items():
-            found[name] = measure(run, recorded, reference, *each)
-    keep({"about": row, "found": found}, file)
-    print(f"{time.strftime('%H:%M:%S')} {run.name} {time.process_time() - start:.0f} s", flush=True)
+        noisy, way = said.noisy_test, said.about["way"]
+        found[judge] = measure(recorded, noisy, reference, q, q_test)
+        if recorded.task != "regression":
+            found[judge]["shares_z"] = largest_difference(torch.tensor(reference.left_out_), q)[1]
+        for name, each in of_shares(recorded, way, reference, q, q_test).items():
+            found[name] = measure(recorded, noisy, reference, *each)
+    return {judge: each | {"version": ESTIMATES} for judge, each in found.items()}
+
+
+def about(file: Path, judge: str) -> dict[str, Any]:
+    """Return what is known of a recorded run."""
+    (pool, index), way = file.stem.split("-"), Said.read(file_of(file, judge)).about["way"]
+    with np.load(file) as found:
+        row: dict[str, Any] = {"run": file.stem, "pool": pool, "is_design": bool(found["is_design"])}
+        row |= {"task": str(found["task"]), "way": way, "n": len(found["y"]), "kind": str(found["kind"])}
+    return row | {"group": int(index) // NUM_ALIKE}
 
 
 def keep(found: dict[str, Any], file: Path) -> None:
@@ -215,42 +176,56 @@ def keep(found: dict[str, Any], file: Path) -> None:
     part.rename(file.with_suffix(".json"))
 
 
-def measure_all(runs: Path, data: Path, pools: list[str], part: str, until: int, judges: list[str] | None) -> None:
-    """Measure what is not there yet of the check half; of several processes, each takes its part of the groups."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
+def runs_of(runs: Path, pools: list[str], part: str, until: int) -> Iterator[Path]:
+    """Give the recorded runs of some pools; of several processes, each takes its part of the groups."""
     number, of = map(int, part.split("/"))
     for pool in pools:
         for file in sorted(runs.glob(f"{pool}-???.npz")):
             index = int(file.stem.split("-")[1])
-            is_ours = index < until and index // (NUM_ALIKE if pool in ALIKE else 1) % of == number
-            is_there = file.with_suffix(".json").exists() and not judges
-            if is_ours and not is_there and not np.load(file)["is_design"]:
-                measure_file(file, data, judges)
-        for file in sorted(runs.glob(f"{pool}-???-tenth.npz")):
-            if number == 0 and not file.with_suffix(".json").exists():
-                whole = file.with_stem(file.stem.removesuffix("-tenth"))
-                keep(held_out(Recorded.read(whole), Recorded.read(file)), file)
+            if index < until and index // (NUM_ALIKE if pool in ALIKE else 1) % of == number:
+                yield file
+
+
+def measure_all(runs: Path, pools: list[str], part: str, until: int) -> None:
+    """Measure what is fitted of the check half, and was not measured by this version yet."""
+    for file in runs_of(runs, pools, part, until):
+        there = file.with_suffix(".json")
+        found = json.loads(there.read_text())["found"] if there.exists() else {}
+        found = {judge: each for judge, each in found.items() if each["version"] == ESTIMATES}
+        fitted = [name for name in JUDGES if file_of(file, name).exists()]
+        new = [name for name in fitted if name not in found]
+        if new and not np.load(file)["is_design"]:
+            start = time.process_time()
+            keep({"about": about(file, new[0]), "found": found | measure_file(file, new)}, file)
+            print(f"{time.strftime('%H:%M:%S')} {file.stem} {time.process_time() - start:.1f} s", flush=True)
+        tenth = file.with_stem(f"{file.stem}-tenth")
+        if tenth.exists() and not tenth.with_suffix(".json").exists():
+            keep(held_out(Recorded.read(file), Recorded.read(tenth)), tenth)
+
+
+def shown(rule: str) -> list[str]:
+    """Return the measures by which tables tell what a rule loses."""
+    if rule in ("never_stop", "expected_accuracy", "expected_loss"):
+        return ["loss", "noisy_loss", *GAINS]
+    more = {"labels_600": ["auc"], "labels_600_by_loss": ["noisy_loss"]}.get(rule, [])
+    own = [each for each in GAINS if rule.endswith(f"_{each}") and each != "accuracy"]
+    return ["loss", "accuracy", *own, *more]
 
 
 def row_of(about: dict[str, Any], found: dict[str, Any], judge: str) -> dict[str, Any]:
     """Return the row of a run: what is known of it, and what each rule loses."""
     row = about | {"judge": judge, "table": about["kind"].split(",")[0]}
     row["is_redrawn"] = "redrawn" in row["kind"] and " 0 % redrawn" not in row["kind"]
-    if row["pool"] in ("photos", "texts", "redrawn", "tuned", "pretrained", "minilm", "made"):
-        row["table"] = row["run"]  # nothing is there twice
+    if row["pool"] in NEVER_TWICE:
+        row["table"] = row["run"]
+    if row["pool"] == "signals_more":
+        row["table"] = row["kind"].split(" rises")[0]
     if row["pool"] == "annotators":
         row["group"] = int(row["run"].split("-")[1]) // len(RATERS)
         row["table"] = f"annotators {row['group']}"
-    row |= {name: value for name, value in found.items() if not name.endswith("_lost") or name.startswith("before")}
+    row |= {name: value for name, value in found.items() if not name.endswith("_lost")}
     for rule, candidate in rules(found["its_is_trusted"]).items():
-        for measure in ("loss", "noisy_loss", *GAINS):
-            name = f"{candidate}_{measure}_lost"
-            is_shown = measure in OF_LABELS or rule.startswith(("never", "expected", "recipe", "former"))
-            if rule.startswith(("tenth_by", "labels_600_by")) and rule != "labels_600_by_loss":
-                is_shown = rule.endswith(f"_by_{measure}")
-            if is_shown and name in found:
-                row[f"{rule}_{measure}_lost"] = found[name]
+        row |= {f"{rule}_{measure}_lost": found.get(f"{candidate}_{measure}_lost") for measure in shown(rule)}
     return row
 
 
@@ -260,48 +235,53 @@ def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     for file in sorted(runs.glob("*-???.json")):
         read = json.loads(file.read_text())
         tenth = file.with_stem(f"{file.stem}-tenth")
-        if tenth.exists():
+        if tenth.exists() and "inputs" in read["found"]:
             read["found"]["inputs"] |= json.loads(tenth.read_text())
         for judge, found in read["found"].items():
+            if found["version"] != ESTIMATES:
+                continue
             if "compared" in found:
                 more = {"judge": judge, "numbers": found["compared"], "accuracy": found["chosen_accuracy"]}
                 alike.append(read["about"] | more)
             else:
                 rows.append(row_of(read["about"], found, judge))
-    return pd.DataFrame(rows), compare(alike)
+    return with_tenths(pd.DataFrame(rows)), compare(alike)
 
 
-def joined(rows: pd.DataFrame, before: pd.DataFrame, run: list[str]) -> pd.DataFrame:
-    """Put new rows in the place of those that were there before, and keep what was lost by a tenth that is not new."""
-    if rows.empty:
-        return before
-    rows, before = rows.set_index([*run, "judge"]), before.set_index([*run, "judge"])
-    of_tenth = [name for name in before if name.startswith(tuple(HELD_OUT))]
-    kept = before.reindex(rows.index)[of_tenth]
-    rows = rows.reindex(columns=[*dict.fromkeys([*rows, *of_tenth])])
-    rows[of_tenth] = rows[of_tenth].astype(float).fillna(kept)
-    others = before[~before.index.isin(rows.index)].reindex(columns=rows.columns)
-    return pd.concat([rows, others]).sort_index().reset_index()
+def with_tenths(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add what a tenth lost in an earlier recording, to the runs that have come out as they did there."""
+    before = pd.read_csv(Path(__file__).with_name("tenths.csv")).set_index("run")
+    rows = rows.set_index("run")
+    before = before.reindex(rows.index)
+    is_same = (rows["judge"] == "inputs") & np.isclose(rows["best_loss"], before["best_loss"], rtol=1e-3)
+    for name in before.columns.drop(["best_loss", "best_accuracy"]):
+        rows[name] = rows.get(name, pd.Series(np.nan, rows.index)).astype(float).fillna(before[name].where(is_same))
+    return rows.reset_index()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("step", choices=["measure", "table"])
+    parser.add_argument("step", choices=["fit", "measure", "table"])
     parser.add_argument("pools", nargs="*", default=list(POOLS))
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--until", type=int, default=10**6)
     parser.add_argument("--judges", nargs="*", help="these alone, such as inputs and lite0")
     arguments = parser.parse_args()
-    if arguments.step == "measure":
-        some = arguments.pools, arguments.part, arguments.until, arguments.judges
-        measure_all(arguments.runs, arguments.data, *some)
-        return
-    runs_of = {"results": ["run"], "compared": ["pool", "group"]}
-    for (name, run), found in zip(runs_of.items(), tables(arguments.runs), strict=True):
-        file = Path(__file__).with_name(f"{name}.csv")
-        joined(found, pd.read_csv(file), run).to_csv(file, index=False, float_format="%.4g")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    some = arguments.runs, arguments.pools, arguments.part, arguments.until
+    if arguments.step == "fit":
+        for file in runs_of(*some):
+            fit_run(file, arguments.data, arguments.judges)
+    elif arguments.step == "measure":
+        measure_all(*some)
+    else:
+        packed = {"method": "gzip", "mtime": 1}
+        for name, found in zip(("results", "compared"), tables(arguments.runs), strict=True):
+            file = Path(__file__).with_name(f"{name}.csv.gz")
+            found.to_csv(file, index=False, float_format="%.4g", compression=packed)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ from typing import Any
 import pandas as pd
 from summaries import Runs
 
+from lightning_sensitivity.functional.expected import ESTIMATES
+
 MOST_Z = 4.0  # of two mean predictions, above which shares of classes differ
 
 HERE = Path(__file__).parent
-FOUND = Runs.read(HERE / "results.csv").frame
+FOUND = Runs.read(HERE / "results.csv.gz").frame
+FOUND = FOUND[FOUND["version"] == ESTIMATES].reset_index(drop=True)  # those of another are not of this package
 IS_NUMBER = FOUND["task"] == "regression"
 MORE = pd.DataFrame(
     {
@@ -27,6 +30,7 @@ ALL = Runs(pd.concat([FOUND, MORE], axis=1))
 CHECK = ALL.where("not is_design")
 SEEN = {"": "inputs", "_body": "body", "_lite0": "lite0", "_lite2": "lite2"}  # by judges
 SHARES = {"": "inputs", "_known": "known shares", "_estimated": "estimated shares"}
+PHOTOS = "pool in ['photos', 'photos_more']"
 CONDITIONS = {
     "tables": "pool == 'tables'",
     "as_they_are": "pool == 'tables' and not is_redrawn",
@@ -35,22 +39,30 @@ CONDITIONS = {
     "few": "pool == 'few' and way != 'undersampled'",
     "few_plain": "pool == 'few' and way == 'plain'",
     "few_weights": "pool == 'few' and way == 'weights'",
+    "few_large": "pool == 'few_large'",
     "numbers": "pool == 'numbers'",
     "clear": "pool == 'numbers' and not kind.str.contains('noisy')",
     "noisy": "pool == 'numbers' and kind.str.contains('noisy')",
+    "numbers_large": "pool == 'numbers_large'",
+    "clear_large": "pool == 'numbers_large' and not kind.str.contains('noisy')",
+    "noisy_large": "pool == 'numbers_large' and kind.str.contains('noisy')",
+    "transformer": "pool == 'transformer'",
     "series": "pool == 'series'",
-    "photos_9": "pool == 'photos' and share < 25",
-    "photos_40": "pool == 'photos' and share > 25",
-    "texts": "pool == 'texts' and kind.str.contains('by people')",
+    "photos_9": f"{PHOTOS} and share < 25",
+    "photos_40": f"{PHOTOS} and share > 25",
+    "texts": "pool in ['texts', 'texts_more'] and kind.str.contains('by people')",
     "rules": "pool == 'texts' and kind.str.contains('by rules')",
-    "signals": "pool == 'signals'",
+    "signals": "pool in ['signals', 'signals_more']",
     "correct": "pool == 'redrawn' and not is_redrawn",
     "redrawn": "pool == 'redrawn' and is_redrawn",
     "made": "pool == 'made'",
 }
 CONDITIONS = {name: f"{condition} and judge == 'inputs'" for name, condition in CONDITIONS.items()}
-for pool in ("photos", "tuned", "pretrained", "minilm"):
-    CONDITIONS |= {f"{pool}{end}": f"pool == '{pool}' and judge == '{judge}'" for end, judge in SEEN.items()}
+JUDGED = {"photos": PHOTOS, "minilm": "pool in ['minilm', 'minilm_more']"}
+JUDGED |= {name: f"pool == '{name}'" for name in ("tuned", "pretrained", "resnet18")}
+for name, condition in JUDGED.items():
+    CONDITIONS |= {f"{name}{end}": f"{condition} and judge == '{judge}'" for end, judge in SEEN.items()}
+CONDITIONS["texts_minilm"] = "pool == 'texts_more' and judge == 'minilm'"
 for way in ("sampler", "undersampled"):
     CONDITIONS |= {
         f"few_{way}{end}": f"pool == 'few' and way == '{way}' and judge == '{judge}'" for end, judge in SHARES.items()
@@ -58,10 +70,12 @@ for way in ("sampler", "undersampled"):
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
 NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
 NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
+NAMES["texts_seen"] = NAMES["texts"].where("its_is_trusted")
+NAMES["texts_blind"] = NAMES["texts"].where("not its_is_trusted")
 NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")
 NAMES["large_but_one"] = NAMES["large"].where("best_loss > 0.001")
 NAMES["no_loss"] = NAMES["large"].where("best_loss <= 0.001")  # the network knows all
-COMPARED = pd.read_csv(HERE / "compared.csv")
+COMPARED = pd.read_csv(HERE / "compared.csv.gz").query(f"version == {ESTIMATES}")
 NAMES["alike"] = Runs(COMPARED.query("pool == 'alike'"))
 for end, judge in SEEN.items():
     NAMES[f"photos_alike{end}"] = Runs(COMPARED.query(f"pool == 'photos_alike' and judge == '{judge}'"))
@@ -70,10 +84,15 @@ CLASSES = {
     "tables, a fifth of the labels redrawn": "fifth",
     "large tables": "large",
     "few positives": "few",
+    "few positives, large tables": "few_large",
+    "FT-Transformer on tables": "transformer",
     "photos, human labels: by patches": "photos",
     "photos: by Lite0 at 96 pixels": "photos_lite0",
     "photos: by Lite2 at 128": "photos_lite2",
-    "texts, human labels": "texts",
+    "ResNet-18 on photos: by patches": "resnet18",
+    "ResNet-18 on photos: by Lite0 at 96": "resnet18_lite0",
+    "texts, human labels: by words": "texts",
+    "texts: by MiniLM": "texts_minilm",
     "texts, rule-generated labels": "rules",
     "signals": "signals",
     "Lite0 fine-tuned: by patches": "pretrained",
@@ -92,11 +111,11 @@ CLASSES = {
 
 
 def counted(rows: dict[str, str], column: str = "run") -> dict[str, str]:
-    """Add the numbers of runs to the labels of rows, and leave out rows of which no run has a column."""
+    """Add the numbers of runs to the labels of rows, and leave out rows of which not even two runs have a column."""
     return {
         f"{label} ({{{name}.{column}.count}})": name
         for label, name in rows.items()
-        if NAMES[name].frame[column].notna().any()
+        if NAMES[name].frame[column].notna().sum() > 1
     }
 
 
@@ -108,3 +127,29 @@ def lost(rule: str, measure: str, form: str = ".1f") -> str:
 def difference(first: str, second: str, measure: str, form: str = "+.1f") -> str:
     """Give a cell: by how much more a rule loses than another, with its interval."""
     return f"{{ROW.{first}_{measure}_lost.minus[{second}_{measure}_lost].interval:{form}}}"
+
+
+def told(part: str, text: str) -> str:
+    """Say something of runs, if there are any."""
+    return text if NAMES[part].count else ""
+
+
+SIZES = {
+    "MiniLM, 22 million weights, fine-tuned": "minilm_body",
+    "ResNet-18, 11 million, from scratch": "resnet18_lite0",
+    "EfficientNet-Lite0, 5 million, fine-tuned": "pretrained_lite0",
+    "a ResNet of 5 million, fine-tuned": "tuned_lite0",
+    "FT-Transformer, up to 1 million": "transformer",
+}
+ROWS_OF = {"classes": "large", "few positives": "few_large", "numbers": "numbers_large"}
+
+
+def sizes() -> str:
+    """Say how large the networks and the tables were."""
+    tried = [f"{label} ({NAMES[name].count} runs)" for label, name in SIZES.items() if NAMES[name].count > 1]
+    rows = [
+        f"{label} {NAMES[name].frame['n'].max():,} ({NAMES[name].count} runs)"
+        for label, name in ROWS_OF.items()
+        if NAMES[name].count
+    ]
+    return f"The largest networks: {'; '.join(tried)}. The most rows in training: {'; '.join(rows)}."

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from lightning_sensitivity.functional import draw_labels, expected_metric, refined_score
+from lightning_sensitivity.functional.estimates import Estimate, combine
 from lightning_sensitivity.functional.expected import WORTH
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
@@ -122,21 +123,6 @@ class Recorded:
         return self.losses(name, self.as_matrix(labels, self.outputs(name).shape[2]))
 
 
-def reference_says(reference: Reference, x: Tensor) -> Tensor:
-    """Return the reference's probabilities of all classes (N, C), or its numbers (N, 1)."""
-    if reference.task != "regression":
-        return torch.tensor(reference.predict_proba(x))
-    return torch.tensor(reference.predict(x)).float().reshape(len(x), -1)
-
-
-def as_fitted(q: Tensor, reference: Reference) -> Tensor:
-    """Return a reference's predictions as they were before they were calibrated."""
-    share = reference.smoothing_
-    spread = share * torch.tensor(reference.shares_)
-    found = ((q - spread) / (1 - share)).clamp(min=1e-200) ** reference.temperature_
-    return found / found.sum(1, keepdim=True)
-
-
 # %% Curves: a number an epoch.
 def expected_curves(
     run: Recorded, reference: Reference, q: Tensor, names: Iterable[str] = ("accuracy", "auc", "balanced", "f1")
@@ -191,7 +177,7 @@ def by_recipe(curves: dict[str, np.ndarray]) -> int:
     return lowest(by)
 
 
-def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[str, list[int]]:
+def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_training: int) -> dict[str, list[int]]:
     """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
     chosen = {"never_stop": [len(curves["loss"]) - 1], "recipe": [by_recipe(curves)]}
     chosen |= {f"expected_{name}": [lowest(curve if name == "loss" else -curve)] for name, curve in curves.items()}
@@ -200,7 +186,7 @@ def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[
     if run.task != "regression":
         chosen["cbpe"] = [lowest(-run.predictions("unseen").max(2).mean(1))]
         chosen |= by_metrics_of_labels(run)
-    return chosen | by_labels(run, curves, q)
+    return chosen | by_labels(run, curves, q, num_training)
 
 
 def draws_of(run: Recorded, number: int) -> list[Tensor]:
@@ -217,20 +203,33 @@ def counts(run: Recorded) -> dict[str, int]:
     return found | {"tenth": min(len(run.found["y"]) // 10, size)}
 
 
-def by_labels(run: Recorded, curves: dict[str, np.ndarray], q: Tensor) -> dict[str, list[int]]:
+def by_labels(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_training: int) -> dict[str, list[int]]:
     """Choose by the refined score of noisy labels; and by what a monitor expects by them and the reference."""
     outputs, chosen = run.outputs("unseen"), {}
     y = run.labels("y_unseen", outputs.shape[2])
     scores, ours, theirs = sample_scores(outputs, y), costs(outputs, y), costs(outputs, q)
     whole = -curves["accuracy"] if "accuracy" in curves else curves["loss"]
+    expected = [Estimate(*each, len(y)) for each in zip(whole, theirs.var(1) / len(y), strict=True)]
     for name, number in counts(run).items():
         draws = draws_of(run, number)
         chosen[name] = [lowest(refined(scores, rows)) for rows in draws]
-        chosen[f"{name}_and_reference"] = [lowest(number * ours[:, rows].mean(1) + WORTH * whole) for rows in draws]
+        both = [combined(expected, ours[:, rows], num_training) for rows in draws]
+        chosen[f"{name}_and_reference"] = [lowest(curve) for curve in both]
     draws = draws_of(run, counts(run)["tenth"])
     chosen["tenth_unlabelled"] = [lowest(theirs[:, rows].mean(1)) for rows in draws]
     both = counts(run)["tenth"] * ours + WORTH * theirs
     return chosen | {"tenth_alone_and_reference": [lowest(both[:, rows].mean(1)) for rows in draws]}
+
+
+def combined(expected: list[Estimate], costs: np.ndarray, num_training: int) -> np.ndarray:
+    """Return what a reference and labels say together by epoch, of what each label costs (E, M)."""
+    values, worths, number = [], [], costs.shape[1]
+    known = [Estimate(*each, number) for each in zip(costs.mean(1), costs.var(1) / number, strict=True)]
+    for both in zip(expected, known, strict=True):
+        found = combine(*both, num_training, earlier=worths)
+        values.append(found.value)
+        worths.append(found.worth)
+    return np.array(values)
 
 
 def costs(outputs: Tensor, y: Tensor) -> np.ndarray:
