@@ -183,7 +183,9 @@ def rows_of(file: Path) -> Iterator[Row]:
         row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name}
         row |= how_sure(run, name, epoch) | advice(run, name, epoch)
         if name != "auroc":
-            row |= beside_labels(run, name)
+            off = beside_labels(run, name)
+            others = tuple(f"off_at_{least}" for least in THRESHOLDS[1:])  # are told of the design half alone
+            row |= {key: each for key, each in off.items() if is_design or not key.startswith(others)}
         yield row
 
 
