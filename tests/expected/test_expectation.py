@@ -32,7 +32,10 @@ def test_each_value_has_a_standard_error_and_the_plot_a_band() -> None:
 
 
 @pytest.mark.parametrize("sees_part", [False, True])
-def test_of_patches_it_is_less_sure_than_of_what_the_user_shows_it(sees_part: bool) -> None:
+def test_of_patches_it_is_less_sure_than_of_what_the_user_shows_it(
+    sees_part: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_sensitivity.reference.reference._LEAST_SKILL", 0)
     known, new = (x.reshape(-1, 1, 3, 4).repeat(1, 1, 3, 2) for x in (X, inputs(200, seed=1)))
     monitor = quick_risk(features=None if sees_part else lambda batch: first_tensor(batch).flatten(1))
     fitted_and_said(monitor, Plain(width=72), batches_of(known, CORRECT), batches_of(new))
