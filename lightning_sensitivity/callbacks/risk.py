@@ -416,9 +416,8 @@ class RiskMonitor(Monitor):
             self.run.note_outputs(may_be_probabilities)
         self._expectation.warn_of(dataloader_idx, outputs, unseen)
         earlier = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
-        with isolated_with(
-            trainer.lightning_module, self.loss
-        ) as run:  # losses and metrics may be parts of it, or draw numbers
+        # Losses and metrics may be parts of the module, or draw numbers.
+        with isolated_with(trainer.lightning_module, self.loss) as run:
             values: Values = run(self._expectation.values, outputs, labels, groups, unseen, earlier)
             if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
                 self._of_reference[dataloader_idx] = {}

@@ -135,9 +135,8 @@ def jackknife(
         The variances by name, of the values that are there whichever block is left out.
     """
     units = _units(num_samples, groups)
-    order = torch.randperm(
-        len(torch.unique(units)), generator=torch.Generator().manual_seed(0)
-    )  # data may have a period
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(torch.unique(units)), generator=generator)  # since data may have a period
     blocks = order[units] % _BLOCKS
     numbers = torch.unique(blocks)
     if len(numbers) < 2:  # without one nothing is left
