@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lightning_sensitivity import compat
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.running.arguments import by_position
-from lightning_sensitivity.running.batches import is_dense, tensors_in
-from lightning_sensitivity.running.entries import without_labels
+from lightning_sensitivity.running.batches import is_dense, tensors_in, without_labels
+from lightning_sensitivity.running.call import by_position
 
 _ROWS = 100  # of an input that are compared
 

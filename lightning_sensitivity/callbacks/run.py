@@ -19,7 +19,7 @@ from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
 from lightning_sensitivity.callbacks.first_step import FirstStep
 from lightning_sensitivity.messages import LOGITS, Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptSamples
-from lightning_sensitivity.running.entries import inputs_hint
+from lightning_sensitivity.running.batches import inputs_hint
 
 _SOME_VALIDATIONS = 3  # after which logits of a classifier have left [0, 1]
 

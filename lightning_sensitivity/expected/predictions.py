@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import join_seen
+from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.transfer import move_batch
 
 
 class Predictions(NamedTuple):

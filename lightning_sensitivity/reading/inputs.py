@@ -10,8 +10,7 @@ from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
-from lightning_sensitivity.running.batches import entry, has_samples, take, tensors_in
-from lightning_sensitivity.running.entries import is_constant, is_empty, places
+from lightning_sensitivity.running.batches import entry, has_samples, is_constant, is_empty, places, take, tensors_in
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding

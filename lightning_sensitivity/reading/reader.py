@@ -23,11 +23,16 @@ from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, Kept
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
-from lightning_sensitivity.running.arguments import has_targets, select_targets
-from lightning_sensitivity.running.batches import clone_tensors, device_of, take
-from lightning_sensitivity.running.call import Function, FunctionCall, ModelCall, select_outputs
+from lightning_sensitivity.running.batches import clone_tensors, device_of, place_of, take
+from lightning_sensitivity.running.call import (
+    Function,
+    FunctionCall,
+    ModelCall,
+    find_targets,
+    select_outputs,
+    select_targets,
+)
 from lightning_sensitivity.running.encoder import MAX_ENCODED, check_encoder, encode
-from lightning_sensitivity.running.entries import place_of
 from lightning_sensitivity.running.isolation import isolated
 
 
@@ -113,7 +118,7 @@ class BatchReader:
 
     def may_have_labels(self, model: nn.Module, batch: object) -> bool:
         """Return whether it is clear where the labels of a batch would be."""
-        return self._targets is not None or has_targets(model, batch)
+        return self._targets is not None or isinstance(find_targets(model, batch), Tensor)
 
     def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.

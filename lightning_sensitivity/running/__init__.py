@@ -1,7 +1,6 @@
 """Run any model on any batch: its arguments and outputs, noise, and passes that leave no trace."""
 
-from lightning_sensitivity.running.arguments import select_targets
-from lightning_sensitivity.running.call import ModelCall, select_outputs
+from lightning_sensitivity.running.call import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.running.isolation import isolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, noise_generator
 

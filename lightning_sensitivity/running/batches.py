@@ -1,17 +1,32 @@
-"""Find, copy and choose the tensors in batches of any kind."""
+"""The tensors in a batch of any kind: to find, choose, copy and move them, and what its entries are by name."""
 
 import copy
+import re
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.running.isolation import isolated
+
 _MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
+_TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
+
+# Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
+TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
+_LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
+_MAX_NAMED = 3  # candidates that a message names
+
+# Copies
 
 
 class _Cloneable(ABC):  # noqa: B024
@@ -70,6 +85,45 @@ def _holds_tensors(value: object, depth: int) -> bool:
     return isinstance(value, _Cloneable)
 
 
+def take(tensor: Tensor, indices: Tensor | None) -> Tensor:
+    """Return some samples of a tensor; all if the indices are None, or it is one number for all samples."""
+    return tensor if indices is None or tensor.ndim == 0 else tensor[indices.to(tensor.device)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the weights of a model."""
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+
+
+def cast(network: nn.Module, x: Tensor) -> Tensor:
+    """Give numbers the precision of a network, since a Trainer may have changed it."""
+    dtypes = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
+    return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
+
+
+def move_batch(model: nn.Module, batch: object) -> Any:
+    """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule.
+
+    Numbers get the precision of the model, as a Trainer gives them with ``precision="bf16-true"``.
+    """
+    module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
+    if any(weight.dtype in _TRUE for weight in model.parameters()):
+        batch = apply_to_collection(batch, Tensor, partial(cast, model))
+    if not isinstance(module, LightningModule):
+        return move_data_to_device(batch, device)
+
+    def transfer(batch: object) -> object:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.transfer_batch_to_device(batch, device, 0)
+        return module.on_after_batch_transfer(batch, 0)
+
+    with isolated(model) as run:
+        return run(transfer, batch)
+
+
+# Tensors
+
+
 def is_dense(value: object) -> TypeGuard[Tensor]:
     """Return whether a value is a tensor that is neither nested nor sparse."""
     return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
@@ -105,11 +159,77 @@ def entry(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def take(tensor: Tensor, indices: Tensor | None) -> Tensor:
-    """Return some samples of a tensor; all if the indices are None, or it is one number for all samples."""
-    return tensor if indices is None or tensor.ndim == 0 else tensor[indices.to(tensor.device)]
+# Entries: labels or inputs, and what to write to select them
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the weights of a model."""
-    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+def is_like_targets(name: object) -> bool:
+    """Return whether an entry that no ``forward`` asks for is named like labels."""
+    return name in TARGET_NAMES or _LIKE_TARGETS.search(str(name)) is not None
+
+
+def without_labels(value: Any) -> Any:
+    """Return a mapping without the entries that are named like labels, and all else as it is."""
+    if not isinstance(value, Mapping) or not any(map(is_like_targets, value)):
+        return value
+    return {name: item for name, item in value.items() if not is_like_targets(name)}
+
+
+def beside_labels(batch: Mapping[str, object]) -> dict[str, object]:
+    """Return the entries that are not called as labels are, and not empty."""
+    return {name: value for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)}
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
+    if tensors := tensors_in(value):
+        return not any(x.is_nested or 0 not in x.shape[1:] for x in tensors)
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def is_constant(value: object) -> bool:
+    """Return whether a value is the same for all samples, such as a flag, or nothing."""
+    return isinstance(value, bool | int | float | str) or is_empty(value)
+
+
+def places(value: object, path: str = "batch", name: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """List the tensors in a value, each with the code that selects it, and the name of its entry, if it has one."""
+    if isinstance(value, Tensor):
+        yield path, name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from places(item, f"{path}[{key!r}]", str(key))
+    elif isinstance(value, list | tuple):
+        fields = getattr(value, "_fields", [""] * len(value))
+        for index, (field, item) in enumerate(zip(fields, value, strict=True)):
+            yield from places(item, f"{path}.{field}" if field else f"{path}[{index}]", field)
+
+
+def place_of(batch: object, x: Tensor) -> str:
+    """Return the code that selects a tensor from a batch."""
+    return next((path for path, _, each in places(batch) if each is x), "batch[...]")
+
+
+def inputs_hint(batch: object) -> str:
+    """Say how to select the inputs of a mapping: its floating tensors, or the whole; of another batch nothing."""
+    if not isinstance(batch, Mapping):
+        return ""
+    named = [(path, x) for path, name, x in places(batch) if name not in TARGET_NAMES]
+    hint = _say("inputs", [path for path, x in named if is_floating(x) and x.ndim > 1 and not is_empty(x)])
+    return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
+
+
+def targets_hint(batch: object, candidates: object) -> str:
+    """Say how to select labels, by name if there are such names; candidates are a part of the batch, or all of it."""
+    tensors = {*map(id, tensors_in(candidates))} - {id(batch)}
+    found = {path: name for path, name, x in places(batch) if id(x) in tensors}
+    named = [path for path, name in found.items() if is_like_targets(name)]
+    hint = _say("targets", named or [*found])
+    return f", such as {hint}," if hint else ""
+
+
+def _say(selector: str, candidates: list[str]) -> str:
+    """Say what to write for a selector, by the code of its candidates; nothing without any."""
+    if not candidates:
+        return ""
+    others = "".join(f", or `{each}`" for each in candidates[1:_MAX_NAMED])
+    return f"`{selector}=lambda batch: {candidates[0]}`{others}"

@@ -1,9 +1,13 @@
-"""Call any model on any batch, by its arguments, and choose its outputs."""
+"""Call any model on any batch: which arguments it takes, where its outputs are, and where the labels are."""
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -13,30 +17,35 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.running.arguments import as_tuple, find_arguments, is_sequence, parameters_of, split_elements
 from lightning_sensitivity.running.batches import (
+    TARGET_NAMES,
+    beside_labels,
     clone_tensors,
     entry,
     first_of,
-    is_dense,
-    is_floating,
-    take,
-    tensors_in,
-)
-from lightning_sensitivity.running.entries import (
-    TARGET_NAMES,
-    beside_labels,
+    inputs_hint,
     is_constant,
+    is_dense,
     is_empty,
+    is_floating,
     is_like_targets,
     places,
+    take,
+    targets_hint,
+    tensors_in,
     without_labels,
 )
 
 Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
+Arguments = dict[str, object]
 
 _BATCH = "the batch"  # the name of what such a function gets
+_ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
+# Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
+_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 class ModelCall:
@@ -78,12 +87,7 @@ class ModelCall:
         self._model = model
         self._outputs = outputs
         self._is_chosen = inputs is not None
-        self.by_name, self.arguments = find_arguments(model, batch, inputs)
-        self._place = "batch"  # the code that selects an argument, with a place for its name or number
-        if self.by_name:
-            self._place = "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
-        elif is_sequence(batch):
-            self._place = "batch[0][{}]" if split_elements(model, batch)[0] is batch[0] else "batch[{}]"
+        self.by_name, self.arguments, self._place = _find_arguments(model, batch, inputs)
         self.size = _num_samples(self.arguments)
 
     def inputs(self) -> dict[str, object]:
@@ -167,21 +171,19 @@ class ModelCall:
 
     def _argument_to_perturb(self) -> str:
         """Find the name of the argument to perturb, which is the first one by position."""
-        candidates, several = [], []
+        floating: list[tuple[str, str]] = []  # the name of its argument, and the code that selects each
         for name in self.inputs() if self.by_name else [*self.arguments][:1]:
             value = self.arguments[name]
             found = places(beside_labels(value) if isinstance(value, Mapping) else value, name)
-            floating = [place for place, _, x in found if is_floating(x) and not is_empty(x)]
-            candidates += [name] * (len(floating) > 0)
-            several += floating
-        has_choice = len(several) > 1 and not self._is_chosen
-        if len(candidates) == 1 and not has_choice:
-            return candidates[0]
-        listed = ", ".join(map("`{}`".format, several)) or "none"
-        modules = [(name, each) for name, each in original_module(self._model).named_modules() if name]
-        embeddings = [name for name, each in modules if isinstance(each, nn.Embedding)]
-        layers = [name for name, each in modules if any(True for _ in each.parameters(recurse=False))]
-        at = next((repr(name) for name in [*embeddings, *layers]), "")
+            floating += [(name, place) for place, _, x in found if is_floating(x) and not is_empty(x)]
+        has_choice = len(floating) > 1 and not self._is_chosen
+        if len({name for name, _ in floating}) == 1 and not has_choice:
+            return floating[0][0]
+        listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
+        modules = original_module(self._model).named_modules()
+        layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
+        layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
+        at = repr(layers[0][0]) if layers else ""
         selected = ", ".join(map(self._place.format, self.arguments if self.by_name else range(len(self.arguments))))
         hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
         raise Refused(
@@ -251,6 +253,122 @@ def _has_samples(value: object) -> bool:
     return is_dense(value) or is_constant(value)
 
 
+# Arguments
+
+
+def _find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tuple[bool, Arguments, str]:
+    """Find the arguments of a model; see :class:`ModelCall`.
+
+    Returns:
+        Whether it gets them by name, the arguments, and the code that selects one, with a place for name or number.
+    """
+    if inputs is not None:
+        return *_chosen_arguments(model, inputs(clone_tensors(batch))), "batch"  # it may write to the batch
+    parameters, required = parameters_of(model), {*required_names(model)}
+    if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
+        return True, {name: x for name, x in batch._asdict().items() if name in parameters}, "batch.{}"
+    if is_sequence(batch):
+        elements = split_elements(model, batch)[0]
+        return False, by_position(model, elements), "batch[0][{}]" if elements is batch[0] else "batch[{}]"
+    if not isinstance(batch, Mapping):
+        return False, by_position(model, (batch,)), "batch"
+    named = {name: x for name, x in batch.items() if name in parameters or takes_only_keywords(model)}
+    if named:
+        return True, named, "batch[{!r}]"
+    return False, by_position(model, (_only_argument(model, batch),)), "batch"
+
+
+def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments]:
+    """Return the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
+    if not isinstance(chosen, Mapping):
+        return False, by_position(model, as_tuple(chosen))
+    unknown = [name for name in chosen if name not in parameters_of(model)]
+    if len(unknown) == len(chosen) and not takes_only_keywords(model):
+        return False, by_position(model, (chosen,))
+    if unknown and _KEYWORDS not in _kinds(model):
+        names = ", ".join(map(repr, unknown))
+        raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
+    return True, dict(chosen)
+
+
+def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
+    """Return what a ``forward`` of one argument that names no entry takes: the only tensor, or all.
+
+    Its annotation says which, if there is one.
+    """
+    required, beside = required_names(model), [*beside_labels(batch).values()]
+    has_one = len(required) == 1
+    annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
+    if re.search("dict|mapping", annotation, re.IGNORECASE):
+        return batch
+    takes_one = has_one or (not required and _ANY in _kinds(model))
+    if takes_one and len(beside) == 1 and isinstance(beside[0], Tensor):
+        return beside[0]
+    if has_one and len(beside) > 1 and "Tensor" not in annotation:
+        return batch
+    raise Refused(
+        f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select them: "
+        f"{inputs_hint(batch)}."
+    )
+
+
+def by_position(model: nn.Module, values: Sequence[object]) -> Arguments:
+    """Name arguments that are given by position; those of ``*args`` by numbers."""
+    return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
+    module = original_module(model)
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = inspect.signature(module.forward).parameters
+    return _PARAMETERS[module]
+
+
+def required_names(model: nn.Module) -> list[str]:
+    """List the names of the positional arguments that ``forward`` requires."""
+    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL]
+
+
+def has_options(model: nn.Module) -> bool:
+    """Return whether a ``forward`` of one's own takes more arguments by position than it requires."""
+    is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
+    return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
+
+
+def takes_only_keywords(model: nn.Module) -> bool:
+    """Return whether ``forward`` takes only ``**kwargs``."""
+    return {*_kinds(model)} <= {_KEYWORDS}
+
+
+def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether a batch has elements by position."""
+    return isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence)
+
+
+def as_tuple(chosen: object) -> tuple[object, ...]:
+    """Return what a function of the user returns as several values, of which a tuple has more than one."""
+    return chosen if type(chosen) is tuple else (chosen,)
+
+
+def split_elements(model: nn.Module, batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the inputs, as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
+    count = max(1, len(required_names(model)))
+    may_be_pair = len(batch) == 2 and count >= 2 and is_sequence(batch[0]) and len(batch[0]) == count
+    if may_be_pair and isinstance(y := batch[1], Tensor):
+        has_one_number = y.ndim in (1, 2) and y.shape[1:].numel() == 1  # for each sample
+        if count > 2 or has_one_number:
+            return batch[0], batch[1:]
+    return batch[:count], batch[count:]
+
+
+def _kinds(model: nn.Module) -> list[object]:
+    return [p.kind for p in parameters_of(model).values()]
+
+
+# Outputs
+
+
 def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
     """Select the outputs from the result of a model.
 
@@ -292,3 +410,42 @@ def _find_outputs(result: object) -> object:
             f"returned: {example}."
         )
     return first_of(result)
+
+
+# Labels
+
+
+def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None) -> Tensor:
+    """Select the labels in a batch.
+
+    Args:
+        model: The module, whose ``forward`` says how many elements of a batch are inputs.
+        batch: What the loader gave. A function ``targets`` gets a copy of its tensors.
+        targets: A function ``batch -> tensor``. By default, the labels are the only entry, field or attribute
+            that is called ``label``, ``labels``, ``target``, ``targets``, ``y``, ``Y`` or ``class``; otherwise
+            the element of a tuple or list that follows the inputs of ``forward``, if no other one may be it.
+
+    Raises:
+        MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
+    """
+    if targets is None:
+        selected = find_targets(model, batch)
+    else:
+        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+            selected = targets(clone_tensors(batch))
+    if not isinstance(selected, Tensor):
+        rest = split_elements(model, batch)[1] if is_sequence(batch) else ()
+        hint = "" if targets else targets_hint(batch, rest or batch)
+        raise Refused(f"`targets` should return the labels{hint} from {describe(batch)}.")
+    return selected
+
+
+def find_targets(model: nn.Module, batch: object) -> object:
+    """Find the labels by name or position; None if it is not clear where they are."""
+    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
+    found = [value for value in map(partial(entry, batch), names) if isinstance(value, Tensor)]
+    if found or not is_sequence(batch):
+        return found[0] if len(found) == 1 else None
+    rest = split_elements(model, batch)[1]  # what follows the inputs
+    has_choice = len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model))
+    return rest[0] if rest and not has_choice else None

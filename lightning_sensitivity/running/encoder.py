@@ -8,8 +8,8 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.running.arguments import parameters_of
-from lightning_sensitivity.running.call import ModelCall
+from lightning_sensitivity.running.batches import cast
+from lightning_sensitivity.running.call import ModelCall, parameters_of
 from lightning_sensitivity.running.isolation import isolated
 
 # Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
@@ -67,12 +67,6 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     if not isinstance(features, Tensor) or features.shape[:1] != (size,):
         raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
     return features.float()[:, None].flatten(1).cpu()
-
-
-def cast(network: nn.Module, x: Tensor) -> Tensor:
-    """Give numbers the precision of a network, since a Trainer may have changed it."""
-    dtypes = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
-    return x.to(next(dtypes, x.dtype)) if x.is_floating_point() else x
 
 
 def _find_features(result: object, mask: object) -> object:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.running.arguments import has_targets
 from lightning_sensitivity.running.batches import tensors_in
-from lightning_sensitivity.running.call import FunctionCall
+from lightning_sensitivity.running.call import FunctionCall, find_targets
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
@@ -237,5 +236,6 @@ def test_what_leaves_doubt_is_refused(what: str) -> None:
 
 
 def test_labels_are_expected_where_they_are_usual() -> None:
-    assert has_targets(ONE, (X, IDS)) and has_targets(ONE, {"x": X, "y": IDS}) and has_targets(TWO, [X, X, IDS])
-    assert not any(has_targets(ONE, batch) for batch in (X, [X], {"x": X}, (X, X, IDS)))
+    for model, batch in ((ONE, (X, IDS)), (ONE, {"x": X, "y": IDS}), (TWO, [X, X, IDS])):
+        assert find_targets(model, batch) is IDS
+    assert not any(find_targets(ONE, batch) is not None for batch in (X, [X], {"x": X}, (X, X, IDS)))
