@@ -188,7 +188,7 @@ class RunReference:
                     unseen[samples.dataloader_idx] = None
                     what = f"expects nothing of dataloader {samples.dataloader_idx}"
                     with self._run.report_failure(what, "Set `features=`."):
-                        unseen[samples.dataloader_idx] = self._reader.join(trainer.lightning_module, samples)
+                        unseen[samples.dataloader_idx] = self._reader.join(trainer.lightning_module, samples.batches)
             own = _Part(known, unseen, self._fingerprints(kept))
         parts = gather_objects(trainer, own)
         is_over = None in parts or any(part.known is not None for part in parts)

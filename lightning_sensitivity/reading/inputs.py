@@ -39,11 +39,8 @@ def see_inputs(named: Mapping[str, object], size: int, indices: Tensor | None = 
     Returns:
         What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
     """
-    chosen, unread = [], []
-    for name, value in sum_graphs(named, size).items():
-        tensors, has_more = _readable(value, size)
-        unread += [name] * has_more
-        chosen += [(name, take(x, indices)) for x in tensors]
+    tensors, unread = _readable(named, size)
+    chosen = [(name, take(x, indices)) for name, x in tensors]
     masks = {x.shape: x for name, x in chosen if name == _MASK}
     numbers = {x.shape for _, x in chosen if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
@@ -59,26 +56,29 @@ def see_inputs(named: Mapping[str, object], size: int, indices: Tensor | None = 
     return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}, [*dict.fromkeys(unread)]
 
 
+def _readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    """List the tensors that can be read, by the names of the arguments, and those arguments that hold more."""
+    found, unread = [], []
+    whole = sum_graphs(named, size)  # one graph may be all inputs together
+    for name, value in (named if whole is None else {"graphs": whole}).items():
+        sums = sum_graphs(value, size)
+        tensors = tensors_in(value if sums is None else sums)
+        parts = [x for x in tensors if x.ndim > 0 and not is_empty(x)]
+        readable = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
+        found += [(name, x) for x in readable]
+        if len(readable) < len(parts) or not (tensors or is_constant(value)):
+            unread.append(name)
+    return found, unread
+
+
 def _read(x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
     """Return the kind of an input, and what is seen of it."""
     if x.ndim > 2 or x.is_floating_point():
         kind = kind_of(x)
         return kind, in_floats(x.detach()) if kind == "columns" else KINDS[kind].shrunk(x).detach().float()
-    if _are_integers(x) and mask is not None:
-        return "tokens", x.long().where(mask > 0, -1)  # 8 bits have no -1
-    if _are_integers(x) and not has_numbers:
-        return "tokens", x.long()
+    if _are_integers(x) and (mask is not None or not has_numbers):
+        return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
     return "columns", x[:, None].flatten(1).cpu().long().float()
-
-
-def _readable(value: object, size: int) -> tuple[list[Tensor], bool]:
-    """Return the tensors of an input that can be read, and whether it holds more."""
-    tensors = tensors_in(value)
-    if not tensors:
-        return [], not is_constant(value)
-    parts = [x for x in tensors if x.ndim > 0 and not is_empty(x)]
-    found = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
-    return found, len(found) < len(parts)
 
 
 def _are_integers(x: Tensor) -> bool:
@@ -89,16 +89,7 @@ def _are_integers(x: Tensor) -> bool:
 # Graphs, such as those of PyTorch Geometric and chemprop
 
 
-def sum_graphs(inputs: Mapping[str, object], size: int) -> Mapping[str, object]:
-    """Return the inputs of a model with sums in the place of graphs, of which one may be all inputs together."""
-    whole = graph_sums(inputs, size)
-    if whole is not None:
-        return {"graphs": whole}
-    sums = {name: graph_sums(value, size) for name, value in inputs.items()}
-    return {**inputs, **{name: x for name, x in sums.items() if x is not None}}
-
-
-def graph_sums(graphs: object, size: int) -> Tensor | None:
+def sum_graphs(graphs: object, size: int) -> Tensor | None:
     """Count the nodes and edges of each graph, and sum their features; integers are categories.
 
     Args:

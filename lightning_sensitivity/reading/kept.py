@@ -3,6 +3,7 @@
 import math
 import sys
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TypeVar
@@ -52,19 +53,6 @@ class KeptBatch:
     def num_bytes(self) -> int:
         """The memory of its tensors."""
         return num_bytes([self.labels, self.seen, self.call.arguments])
-
-    def fingerprints(self) -> Tensor:
-        """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
-
-        Raises:
-            ValueError: If no tensor has a row for each sample, as with graphs.
-        """
-        tensors = tensors_in(self.seen or self.call.inputs())
-        columns = [x[:, None].flatten(1) for x in tensors if has_samples(x, self.size)]
-        if not columns:
-            raise ValueError("No input has a row for each sample")
-        steps = [max(1, math.ceil(x.shape[1] / _MAX_COMPARED)) for x in columns]
-        return projection({str(place): x[:, :: steps[place]] for place, x in enumerate(columns)})
 
 
 def num_bytes(value: object) -> int:
@@ -116,8 +104,20 @@ class KeptSamples:
         return sorted(self._by_priority, key=attrgetter("index"))
 
     def fingerprints(self) -> Tensor:
-        """Return those of all samples, ``(N,)``; see :meth:`KeptBatch.fingerprints`."""
-        return torch.cat([torch.zeros(0, dtype=torch.float64), *(batch.fingerprints() for batch in self.batches)])
+        """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
+
+        Raises:
+            ValueError: If no tensor has a row for each sample, as with graphs.
+        """
+        found = [torch.zeros(0, dtype=torch.float64)]
+        for batch in self.batches:
+            tensors = tensors_in(batch.seen or batch.call.inputs())
+            columns = [x[:, None].flatten(1) for x in tensors if has_samples(x, batch.size)]
+            if not columns:
+                raise ValueError("No input has a row for each sample")
+            steps = [max(1, math.ceil(x.shape[1] / _MAX_COMPARED)) for x in columns]
+            found.append(projection({str(place): x[:, :: steps[place]] for place, x in enumerate(columns)}))
+        return torch.cat(found)
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
@@ -193,46 +193,45 @@ class KeptObservations:
         """What the priorities of samples must be below."""
         return self.num_wanted / max(1, self.num_seen, self._num_expected)
 
-    def choose(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Choose some of the next samples to be read: which ones, ``(R,)``, and their priorities, ``(R,)``."""
+    def add(self, num_samples: int, read: Callable[[Tensor], Observations]) -> None:
+        """Keep those of the next samples that are wanted.
+
+        Args:
+            num_samples: How many have come.
+            read: Reads some of them, by their indices ``(R,)``: on the CPU, each with a label.
+        """
         priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_calls += 1
         self.num_seen += num_samples
         self._num_expected = self.num_seen * self._num_batches / self._num_calls
         indices = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
         self.num_to_read -= len(indices)
-        return indices, priorities[indices]
-
-    def add(self, priorities: Tensor, read: Observations) -> None:
-        """Keep samples that were chosen and read.
-
-        Args:
-            priorities: Their priorities, ``(R,)``.
-            read: The samples, on the CPU, each with a label.
-        """
-        of_sample = num_bytes([x[0] for x in (read.labels, *read.seen.values())])
-        known = min(max_samples(read.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
+        if len(indices) == 0:
+            return
+        samples = read(indices)
+        of_sample = num_bytes([x[0] for x in (samples.labels, *samples.seen.values())])
+        known = min(max_samples(samples.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
         self.num_wanted = max(1, min(self.num_wanted, known // self._num_processes))
-        self._parts.append((priorities, read))
-        self.size += len(read)
+        self._parts.append((priorities[indices], samples))
+        self.size += len(samples)
         if self.size > _SLACK * self.num_wanted:
             self._thin_out()
 
     def _thin_out(self) -> None:
         """Keep no more samples than are wanted."""
         parts, self._parts = self._parts, []
-        for priorities, read in parts:
+        for priorities, samples in parts:
             is_wanted = priorities < self._limit
             if bool(is_wanted.all()):
-                self._parts.append((priorities, read))
+                self._parts.append((priorities, samples))
             elif bool(is_wanted.any()):
-                self._parts.append((priorities[is_wanted], read.take(is_wanted)))
-        self.size = sum(len(read) for _, read in self._parts)
+                self._parts.append((priorities[is_wanted], samples.take(is_wanted)))
+        self.size = sum(len(samples) for _, samples in self._parts)
 
     @property
     def labels(self) -> Tensor:
         """The labels of the samples, in the order in which they came."""
-        return torch.cat([read.labels for _, read in self._parts])
+        return torch.cat([samples.labels for _, samples in self._parts])
 
     def joined(self) -> Observations:
         """Return the samples, in the order in which they came.
@@ -243,6 +242,6 @@ class KeptObservations:
         self._thin_out()
         if not self._parts:
             raise ValueError("No sample has a label")
-        joined = Observations.join([read for _, read in self._parts])
+        joined = Observations.join([samples for _, samples in self._parts])
         self._parts = [(torch.cat([priorities for priorities, _ in self._parts]), joined)]  # which frees the parts
         return joined

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lightning_sensitivity.messages import (
     refuse_on_error,
 )
 from lightning_sensitivity.reading.inputs import find_answer, see_inputs
-from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, KeptSamples, num_bytes
+from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations
@@ -158,7 +158,7 @@ class BatchReader:
             return
         seen: Mapping[str, object] = call.inputs()
         if self._features is not None:
-            seen = {"features": _select_features(self._features, model, batch, len(labels))}
+            seen = {"features": self.see(model, batch, call, len(labels))["columns"]}
         if answer := find_answer(seen, labels, self.task.has_label(labels)):
             raise Refused(
                 f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
@@ -218,11 +218,15 @@ class BatchReader:
             names = [*sorted(call.left_out()), *unread]
             self.unread += [name for name in names if name not in self.unread]
             return seen
-        values = _select_features(self._features, model, batch, size)
+        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
+            values: object = run(self._features, clone_tensors(batch))
+        if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
+            expected = f"a module, or a function that returns a tensor ({size}, D)"
+            raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
         return {"columns": in_floats(take(values, indices).detach()).flatten(1).cpu()}
 
-    def groups(self, model: nn.Module, batch: object, size: int) -> Tensor | None:
-        """Find the number of the group of each of N samples of a batch, ``(N,)``; None without groups.
+    def groups(self, model: nn.Module, batch: object, size: int, indices: Tensor | None = None) -> Tensor | None:
+        """Find the numbers of the groups of some of N samples of a batch, of all without indices; None without groups.
 
         Raises:
             MisconfigurationException: If ``groups`` fails, or does not return a number or string for each sample.
@@ -233,7 +237,7 @@ class BatchReader:
             numbers = group_numbers(run(self._groups, clone_tensors(batch)))
         if len(numbers) != size:
             raise Refused(f"`groups` should return a group for each of {size} samples, got {len(numbers)}.", "groups")
-        return numbers
+        return take(numbers, indices)
 
     # Validation samples
 
@@ -262,19 +266,18 @@ class BatchReader:
         size = whole.size or kept.size
         if self._features is not None:  # all else can be found in the call
             kept.seen = self.see(model, batch, whole, size, indices)
-        groups = self.groups(model, batch, size)
-        kept.groups = None if groups is None else take(groups, indices)
+        kept.groups = self.groups(model, batch, size, indices)
         return kept
 
-    def join(self, model: nn.Module, samples: KeptSamples) -> Observations:
-        """Return kept samples as a reference takes them, without labels.
+    def join(self, model: nn.Module, batches: Iterable[KeptBatch]) -> Observations:
+        """Return the samples of kept batches as a reference takes them, without labels.
 
         Raises:
             MisconfigurationException: If ``features`` fails.
             ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
         parts = []
-        for kept in samples.batches:
+        for kept in batches:
             seen = kept.seen or self.see(model, None, kept.call, kept.size)
             parts.append(Observations(seen, torch.zeros(kept.size, 0), kept.groups))
         return Observations.join(parts)
@@ -310,24 +313,17 @@ class BatchReader:
             return
         call = self.call(model, batch)
         labels = self.labels(model, batch, output_shape)
-        check_count(labels, call.size or len(labels))
+        size = len(labels)
+        check_count(labels, call.size or size)
         labelled = self.task.has_label(labels).nonzero()[:, 0]
-        chosen, priorities = kept.choose(len(labelled))
-        indices = labelled[chosen]
-        if len(indices) > 0:
+
+        def read(chosen: Tensor) -> Observations:
+            indices = labelled[chosen]
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
-            seen, groups = self.see(model, batch, call, len(labels), indices), self.groups(model, batch, len(labels))
-            kept.add(priorities, Observations(seen, y, None if groups is None else groups[indices]))
+            seen = self.see(model, batch, call, size, indices)
+            return Observations(seen, y, self.groups(model, batch, size, indices))
 
-
-def _select_features(features: Selector, model: nn.Module, batch: object, size: int) -> Tensor:
-    """Return what a function of the user makes of a batch."""
-    with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
-        values: object = run(features, clone_tensors(batch))
-    if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
-        expected = f"a module, or a function that returns a tensor ({size}, D)"
-        raise Refused(f"`features` should be {expected}, got {describe(values)}.", "features")
-    return values
+        kept.add(len(labelled), read)
 
 
 def check_count(labels: Tensor, size: int) -> None:

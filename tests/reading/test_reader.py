@@ -57,7 +57,7 @@ def test_beside_a_function_in_place_of_forward_inputs_say_what_a_reference_sees(
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.see(MODEL, batch)["columns"], expected)
     samples = KeptSamples(60)
     samples.add(kept)
-    assert torch.equal(reader.join(MODEL, samples).seen["columns"], expected)
+    assert torch.equal(reader.join(MODEL, samples.batches).seen["columns"], expected)
 
 
 def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace() -> None:
@@ -141,7 +141,7 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
     for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
         samples = kept_of(reader, [(X, Y)], 7)
         kept = samples.batches[0]
-        assert torch.equal(reader.join(MODEL, samples).seen["columns"], expected) and kept.size == 7
+        assert torch.equal(reader.join(MODEL, samples.batches).seen["columns"], expected) and kept.size == 7
         assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.indices], expected)
         assert reader.keep(MODEL, (X, Y), 0, max_samples=60).indices is None
 
