@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.expected.differences import Differences
-from lightning_sensitivity.functional.expected import WORTH, Loss, draw_labels, losses
+from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import (
@@ -144,73 +144,61 @@ def compare_models(
     reader = BatchReader(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )
-    has_any_outputs = rules.has_any_outputs(loss)
-    found = _run_all(models, batches, reader, has_any_outputs)
-    first, some_outputs = next(iter(models.values())), next(iter(found.values()))
-    shape = None if has_any_outputs else tuple(without_ones(some_outputs).shape[1:])
-    new = _observe(first, batches, reader)
+    found = _run_all(models, batches, reader, has_any_outputs := rules.has_any_outputs(loss))
+    first, some = next(iter(models.values())), next(iter(found.values()))
+    shape = None if has_any_outputs else tuple(without_ones(some).shape[1:])
+    new = reader.join(first, (reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches)))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
         fitted, q, like = _fit(first, training, reader, shape, reference, new)
         may_choose = fitted.may_choose(reader.sees_all)
         if not may_choose and not validation_labels:
             skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
             raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-    is_other = shape is None and some_outputs.shape[1:].numel() != q.shape[1]  # such as quantiles
+    is_other = has_any_outputs and some.shape[1:].numel() != q.shape[1]  # such as quantiles
     draws = draw_labels(q, task, fitted.residuals_near(q) if is_other else fitted.residuals_)
-    blind = torch.from_numpy(fitted.blind_labels_)
     weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
-    answers = [_Answers(weights, q.index_fill(1, blind, torch.nan), draws)]
+    answers = [(weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws)]
     if validation_labels:
-        answers.append(_by_labels(first, batches, reader, shape, draws, blind, new.groups))
-    total = torch.stack([each.weights for each in answers]).sum(0).mean()
-    values = {
-        name: torch.stack([_worth(each, some, rules, loss, first, like) for some in answers]).sum(0) / total
-        for name, each in found.items()
-    }
+        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+            labels = torch.cat([reader.labels(first, move_batch(first, batch), shape) for batch in batches])
+        answers.append(_by_labels(labels, *answers[0][1:], rules, new.groups))
+    total = torch.stack([weights for weights, _, _ in answers]).sum(0).mean()
+    values = {}
+    for name, each in found.items():
+        worths = [weights * _worth(each, y, drawn, rules, loss, first, like) for weights, y, drawn in answers]
+        values[name] = torch.stack(worths).sum(0) / total
     return _rank(values, rules.is_highest_best and loss is None, new.groups)
 
 
 def _run_all(
     models: Mapping[str, nn.Module], batches: Sequence[object], reader: BatchReader, has_any_outputs: bool
 ) -> dict[str, Tensor]:
-    """Compute the outputs of all models, and refuse models whose outputs or inputs are of different kinds."""
-    found = {name: _run(name, model, batches, reader, has_any_outputs) for name, model in models.items()}
+    """Compute the outputs of all models for all batches, on the CPU; all are of a kind, and so are inputs."""
+    found: dict[str, Tensor] = {}
+    inputs: dict[str, object] = {}  # the names of the inputs of each model, or their number
+    for name, model in models.items():
+        parts = []
+        with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
+            with isolated(model) as run:
+                for batch in batches:
+                    call = reader.call(model, move_batch(model, batch))
+                    parts.append(run(call).cpu())
+            inputs[name] = (*call.inputs(),) if call.by_name else len(call.inputs())
+            found[name] = outputs = torch.cat(parts)
+            is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
+            check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
+            if reader.task.look_like_probabilities(outputs):
+                raise Refused(
+                    "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a "
+                    "single one `outputs=lambda p: p.logit(1e-6)`."
+                )
+            if not bool(outputs.isfinite().all()):
+                raise Refused("outputs should be finite, but some are nan or inf.")
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
-    calls = {name: reader.call(model, move_batch(model, batches[0])) for name, model in models.items()}
-    names = {name: (*each.inputs(),) if each.by_name else len(each.inputs()) for name, each in calls.items()}
-    if not reader.has_features and len({*names.values()}) > 1:
-        raise Refused(f"models get different inputs, {names}: set `features=`, which says what the reference sees.")
+    if not reader.has_features and len({*inputs.values()}) > 1:
+        raise Refused(f"models get different inputs, {inputs}: set `features=`, which says what the reference sees.")
     return found
-
-
-def _run(name: str, model: nn.Module, batches: Sequence[object], reader: BatchReader, has_any_outputs: bool) -> Tensor:
-    """Compute the outputs of a model for all batches, on the CPU."""
-    with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
-        with isolated(model) as run:
-            outputs = torch.cat([run(reader.call(model, move_batch(model, batch))).cpu() for batch in batches])
-        is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
-        check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
-        if reader.task.look_like_probabilities(outputs):
-            raise Refused(
-                "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a single "
-                "one `outputs=lambda p: p.logit(1e-6)`."
-            )
-        if not bool(outputs.isfinite().all()):
-            raise Refused("outputs should be finite, but some are nan or inf.")
-    return outputs
-
-
-def _observe(model: nn.Module, batches: Sequence[object], reader: BatchReader) -> Observations:
-    """Return what the reference sees of the samples of all batches, and their groups."""
-    found = []
-    for batch in batches:
-        moved = move_batch(model, batch)
-        call = reader.call(model, moved)
-        size = reader.size(model, call)
-        seen, groups = reader.see(model, moved, call, size), reader.groups(model, moved, size)
-        found.append(Observations(seen, torch.zeros(size, 0), groups))
-    return Observations.join(found)
 
 
 def _fit(
@@ -232,8 +220,8 @@ def _fit(
     kept, like = reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
     for index, batch in enumerate(training):
         moved = move_batch(model, batch)
-        like = reader.labels(model, moved, shape)
         if index == 0:
+            like = reader.labels(model, moved, shape)
             reader.check_labels(model, moved, reader.call(model, moved), like)
         reader.keep_observations(kept, model, moved, shape)
     known = kept.joined()
@@ -251,47 +239,41 @@ def _fit(
     return fitted, q, like[:0]
 
 
-class _Answers(NamedTuple):
-    """Labels of samples, or what stands in for them."""
-
-    weights: Tensor  # what each sample counts, ``(N,)``
-    y: Tensor  # as a matrix, ``(N, C)``
-    draws: Tensor  # the same as one or more labels a sample, ``(R, N, ...)``
-
-
 def _by_labels(
-    model: nn.Module,
-    batches: Sequence[object],
-    reader: BatchReader,
-    shape: tuple[int, ...] | None,
-    draws: Tensor,
-    blind: Tensor,
-    groups: Tensor | None,
-) -> _Answers:
-    """Return the validation labels, completed by drawn ones; those of one group count as one."""
-    with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-        labels = torch.cat([reader.labels(model, move_batch(model, batch), shape) for batch in batches])
-    task, num_columns = reader.task, 1 if shape is None else reader.task.num_columns(shape)
-    y = task.label_matrix(labels, num_columns)
-    drawn = task.hard_labels(y)[None]
-    if bool(drawn.isnan().any()):
-        drawn = drawn.where(~drawn.isnan(), draws.to(drawn))
-    y = y.index_fill(1, blind, torch.nan)
+    labels: Tensor, q: Tensor, draws: Tensor, task: Task, groups: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh validation labels, of which those of one group count as one; what they lack is drawn.
+
+    Args:
+        labels: The labels.
+        q: What the reference predicts, ``(N, C)``, nan where it can't tell a label.
+        draws: Labels that are drawn from that.
+        task: The task.
+        groups: The group of each sample, ``(N,)``; None without groups.
+
+    Returns:
+        What each sample counts, ``(N,)``, and its labels, as a matrix ``(N, C)``, and as they are drawn.
+    """
+    y = task.label_matrix(labels, q.shape[1])
+    drawn = complete_labels(task.hard_labels(y), draws)
+    y = y.where(~q.isnan().all(0), torch.nan)
     known, has_label = task.known(y).double().mean(1), task.has_label(y)
     num_labels = int(has_label.sum())
     number = count_groups(None if groups is None else groups[has_label], num_labels)
-    return _Answers(known * (number / max(1, num_labels)), y, drawn)
+    return known * (number / max(1, num_labels)), y, drawn
 
 
-def _worth(outputs: Tensor, answers: _Answers, task: Task, loss: Loss | None, model: nn.Module, like: Tensor) -> Tensor:
-    """Return the loss of each sample, or the chance to be right, times its weight, ``(N,)``."""
+def _worth(
+    outputs: Tensor, y: Tensor, draws: Tensor, task: Task, loss: Loss | None, model: nn.Module, like: Tensor
+) -> Tensor:
+    """Return the loss of each sample, or the chance to be right; 0 where that is not known, ``(N,)``."""
     if loss is None:
-        return answers.weights * task.worth(outputs, answers.y, answers.draws).nan_to_num()
+        return task.worth(outputs, y, draws).nan_to_num()
     with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(model, loss) as run:
-        found = run(losses, loss, outputs, answers.draws, task, like)
+        found = run(losses, loss, outputs, draws, task, like)
     expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
     check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
-    return answers.weights * found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
+    return found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw
-from lightning_sensitivity.functional.expected import Loss, losses, metric_value
+from lightning_sensitivity.functional.expected import Loss, complete_labels, losses, metric_value
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
 from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
 from lightning_sensitivity.reference.groups import count_groups
@@ -88,7 +88,8 @@ class Expectation:
         num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
         num_labels = math.ceil(num_known - _ROUNDING)
         expected: dict[str, Estimate] = {}
-        y, drawn = labels[counts], self._drawn(labels, unseen)[:, counts]
+        y, hard = labels[counts], self._task.hard_labels(labels)
+        drawn = (hard[None] if unseen is None else complete_labels(hard, unseen.draws, unseen.indices))[:, counts]
         if unseen is not None:
             rows = is_finite[unseen.indices]
             indices = unseen.indices[rows]
@@ -101,16 +102,6 @@ class Expectation:
             known |= _joined(name, expected.get(name), by_labels.get(name), unseen, earlier)
         facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
         return known | facts if known else {}
-
-    def _drawn(self, labels: Tensor, unseen: Unseen | None) -> Tensor:
-        """Return labels as they are drawn, ``(R, N)`` or ``(R, N, C)``, by the reference where some are unknown."""
-        drawn = self._task.hard_labels(labels)[None]
-        if unseen is None or not bool(drawn.isnan().any()):
-            return drawn
-        drawn = drawn.repeat(len(unseen.draws), *[1] * (drawn.ndim - 1))
-        known = drawn[:, unseen.indices]
-        drawn[:, unseen.indices] = known.where(~known.isnan(), unseen.draws.to(known))
-        return drawn
 
     def values_of_reference(self, outputs: Tensor, labels: Tensor, groups: Tensor | None, unseen: Unseen) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""

@@ -45,6 +45,25 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
     return rules.draw(rules.label_matrix(q), None if residuals is None else as_tensor(residuals))
 
 
+def complete_labels(labels: Tensor, draws: Tensor, indices: Tensor | slice = slice(None)) -> Tensor:
+    """Complete labels by drawn ones where they are unknown.
+
+    Args:
+        labels: Labels as they are drawn, ``(N, ...)``, nan where unknown.
+        draws: Labels that are drawn for some of the samples, ``(R, M, ...)``.
+        indices: Which samples these are, ``(M,)``; all by default.
+
+    Returns:
+        The labels ``(R, N, ...)``, or ``(1, N, ...)`` if all are known.
+    """
+    if not bool(labels.isnan().any()):
+        return labels[None]
+    found = labels.repeat(len(draws), *[1] * labels.ndim)
+    known = found[:, indices]
+    found[:, indices] = known.where(~known.isnan(), draws.to(known))
+    return found
+
+
 def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
     r"""Compute the loss to expect on unlabelled samples, if labels are drawn from the predictions of a reference.
 
