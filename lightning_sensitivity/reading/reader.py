@@ -18,7 +18,7 @@ from lightning_sensitivity.messages import (
     describe_error,
     refuse_on_error,
 )
-from lightning_sensitivity.reading.inputs import find_answer, see_inputs
+from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer, see_inputs
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
@@ -32,7 +32,6 @@ from lightning_sensitivity.running.call import (
     select_outputs,
     select_targets,
 )
-from lightning_sensitivity.running.encoder import MAX_ENCODED, check_encoder, encode
 from lightning_sensitivity.running.isolation import isolated
 
 

@@ -86,7 +86,6 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
-        self._is_chosen = inputs is not None
         self.by_name, self.arguments, self._place = _find_arguments(model, batch, inputs)
         self.size = _num_samples(self.arguments)
 
@@ -115,7 +114,7 @@ class ModelCall:
         Raises:
             MisconfigurationException: If it is not clear what to perturb, or where outputs are.
         """
-        call = self._with(clone_tensors)
+        call = self._with(clone_tensors(self.arguments))
         if perturb is not None:
             name = self._argument_to_perturb()
             call.arguments[name] = apply_to_collection(
@@ -139,22 +138,22 @@ class ModelCall:
 
     def take(self, indices: Tensor) -> "ModelCall":
         """Return the call on some of its samples."""
-        new = self._with(lambda value: apply_to_collection(value, Tensor, take, indices))
+        new = self._with(apply_to_collection(self.arguments, Tensor, take, indices))
         new.size = len(indices)
         return new
 
     def to(self, device: torch.device) -> "ModelCall":
         """Return a call on the CPU as a call on a device."""
-        return self if device.type == "cpu" else self._with(lambda value: move_data_to_device(value, device))
+        return self if device.type == "cpu" else self._with(move_data_to_device(self.arguments, device))
 
     def copy_to_cpu(self) -> "ModelCall":
         """Copy the call to the CPU; non-tensors that can't be cloned are shared."""
-        return self._with(lambda value: move_data_to_device(clone_tensors(value), torch.device("cpu")))
+        return self._with(move_data_to_device(clone_tensors(self.arguments), torch.device("cpu")))
 
-    def _with(self, change: Callable[[object], object]) -> "ModelCall":
-        """Return the call with other arguments, which a function makes of those of this call."""
+    def _with(self, arguments: Arguments) -> "ModelCall":
+        """Return the call with other arguments."""
         new = copy.copy(self)
-        new.arguments = {name: change(value) for name, value in self.arguments.items()}
+        new.arguments = arguments
         return new
 
     def _check_class_dimension(self, outputs: Tensor) -> None:
@@ -176,7 +175,7 @@ class ModelCall:
             value = self.arguments[name]
             found = places(beside_labels(value) if isinstance(value, Mapping) else value, name)
             floating += [(name, place) for place, _, x in found if is_floating(x) and not is_empty(x)]
-        has_choice = len(floating) > 1 and not self._is_chosen
+        has_choice = len(floating) > 1 and self._place != ""
         if len({name for name, _ in floating}) == 1 and not has_choice:
             return floating[0][0]
         listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
@@ -260,10 +259,11 @@ def _find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tu
     """Find the arguments of a model; see :class:`ModelCall`.
 
     Returns:
-        Whether it gets them by name, the arguments, and the code that selects one, with a place for name or number.
+        Whether it gets them by name, the arguments, and the code that selects one, with a place for name or number;
+        no code if the user has chosen.
     """
     if inputs is not None:
-        return *_chosen_arguments(model, inputs(clone_tensors(batch))), "batch"  # it may write to the batch
+        return *_chosen_arguments(model, inputs(clone_tensors(batch))), ""  # it may write to the batch
     parameters, required = parameters_of(model), {*required_names(model)}
     if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
         return True, {name: x for name, x in batch._asdict().items() if name in parameters}, "batch.{}"

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from lightning_sensitivity.reading.inputs import encode
 from lightning_sensitivity.running.call import ModelCall
-from lightning_sensitivity.running.encoder import encode
 
 IMAGES = {
     "EfficientNet-Lite0": ("tf_efficientnet_lite0", (96, 224)),
