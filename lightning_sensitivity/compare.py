@@ -3,14 +3,14 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import (
     Refused,
@@ -144,30 +144,16 @@ def compare_models(
     reader = BatchReader(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )
-    found = _run_all(models, batches, reader, has_any_outputs := rules.has_any_outputs(loss))
+    found = _run_all(models, batches, reader, rules.has_any_outputs(loss))
     first, some = next(iter(models.values())), next(iter(found.values()))
-    shape = None if has_any_outputs else tuple(without_ones(some).shape[1:])
+    judge = _Judge(first, reader, loss, some)
     new = reader.join(first, (reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches)))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
-        fitted, q, like = _fit(first, training, reader, shape, reference, new)
-        may_choose = fitted.may_choose(reader.sees_all)
-        if not may_choose and not validation_labels:
-            skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
-            raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-    is_other = has_any_outputs and some.shape[1:].numel() != q.shape[1]  # such as quantiles
-    draws = draw_labels(q, task, fitted.residuals_near(q) if is_other else fitted.residuals_)
-    weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
-    answers = [(weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws)]
+        judge.fit(training, reference, new, is_alone=not validation_labels)
     if validation_labels:
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            labels = torch.cat([reader.labels(first, move_batch(first, batch), shape) for batch in batches])
-        answers.append(_by_labels(labels, *answers[0][1:], rules, new.groups))
-    total = torch.stack([weights for weights, _, _ in answers]).sum(0).mean()
-    values = {}
-    for name, each in found.items():
-        worths = [weights * _worth(each, y, drawn, rules, loss, first, like) for weights, y, drawn in answers]
-        values[name] = torch.stack(worths).sum(0) / total
-    return _rank(values, rules.is_highest_best and loss is None, new.groups)
+            judge.add_labels(batches, new.groups)
+    return _rank({name: judge.worth(each) for name, each in found.items()}, judge.is_highest_best, new.groups)
 
 
 def _run_all(
@@ -201,79 +187,101 @@ def _run_all(
     return found
 
 
-def _fit(
-    model: nn.Module,
-    training: Iterable[object],
-    reader: BatchReader,
-    shape: tuple[int, ...] | None,
-    estimator: object,
-    new: Observations,
-) -> tuple[Any, Tensor, Tensor]:
-    """Fit a reference to training samples, and warn if new samples are not new.
-
-    Returns:
-        The reference, what it predicts for new samples, ``(N, C)``, and no labels in the form that they have.
-    """
-    from lightning_sensitivity.reference import Reference
-
-    num_columns = 1 if shape is None else reader.task.num_columns(shape)
-    kept, like = reader.make_kept(num_columns, num_batches=length_hint(training)), torch.zeros(0)
-    for index, batch in enumerate(training):
-        moved = move_batch(model, batch)
-        if index == 0:
-            like = reader.labels(model, moved, shape)
-            reader.check_labels(model, moved, reader.call(model, moved), like)
-        reader.keep_observations(kept, model, moved, shape)
-    known = kept.joined()
-    fitted = Reference(reader.task.name, estimator).fit(known.seen, known.labels, known.groups)
-    q = torch.from_numpy(fitted.predict_matrix(new.seen))
-
-    def warn(entry: str, message: str, kind: str = "") -> None:
-        warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=5)
-
-    if reader.task.link == "softmax" and (unused := say_unused(list(fitted.shares_), fitted.num_samples_)):
-        warn("outputs", unused)
-    if fitted.inputs_tell_nothing_ and reader.sees_all:
-        warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
-    Differences(known, not reader.has_features, warn).say("`dataloader`", new)
-    return fitted, q, like[:0]
-
-
-def _by_labels(
-    labels: Tensor, q: Tensor, draws: Tensor, task: Task, groups: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weigh validation labels, of which those of one group count as one; what they lack is drawn.
+class _Judge:
+    """A reference, and validation labels beside it, by which the outputs of models are judged.
 
     Args:
-        labels: The labels.
-        q: What the reference predicts, ``(N, C)``, nan where it can't tell a label.
-        draws: Labels that are drawn from that.
-        task: The task.
-        groups: The group of each sample, ``(N,)``; None without groups.
+        model: The first model, whose batches are read.
+        reader: Reads them.
+        loss: The loss of the user; None for the chance to be right, or the squared error.
+        outputs: Outputs of the model, ``(N, ...)``.
 
-    Returns:
-        What each sample counts, ``(N,)``, and its labels, as a matrix ``(N, C)``, and as they are drawn.
+    Attributes:
+        is_highest_best: Whether the best model is that of the highest :meth:`worth`.
     """
-    y = task.label_matrix(labels, q.shape[1])
-    drawn = complete_labels(task.hard_labels(y), draws)
-    y = y.where(~q.isnan().all(0), torch.nan)
-    known, has_label = task.known(y).double().mean(1), task.has_label(y)
-    num_labels = int(has_label.sum())
-    number = count_groups(None if groups is None else groups[has_label], num_labels)
-    return known * (number / max(1, num_labels)), y, drawn
 
+    def __init__(self, model: nn.Module, reader: BatchReader, loss: Loss | None, outputs: Tensor) -> None:
+        self.is_highest_best = reader.task.is_highest_best and loss is None
+        self._model = model
+        self._reader = reader
+        self._loss = loss
+        self._num_outputs = outputs.shape[1:].numel()
+        has_any_outputs = reader.task.has_any_outputs(loss)
+        self._shape = None if has_any_outputs else tuple(without_ones(outputs).shape[1:])
+        self._like = torch.zeros(0)  # no labels, in the form that they have
+        # What each sample counts, ``(N,)``, and its labels: as a matrix ``(N, C)``, and as drawn, ``(R, N, ...)``
+        self._answers: list[tuple[Tensor, Tensor, Tensor]] = []
 
-def _worth(
-    outputs: Tensor, y: Tensor, draws: Tensor, task: Task, loss: Loss | None, model: nn.Module, like: Tensor
-) -> Tensor:
-    """Return the loss of each sample, or the chance to be right; 0 where that is not known, ``(N,)``."""
-    if loss is None:
-        return task.worth(outputs, y, draws).nan_to_num()
-    with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(model, loss) as run:
-        found = run(losses, loss, outputs, draws, task, like)
-    expected = f"a number for each of {len(outputs)} samples, as with `reduction='none'`"
-    check_argument("loss", tuple(found.shape[1:]), found.shape[1:2] == outputs.shape[:1], expected)
-    return found.mean(0).reshape(len(outputs), -1).mean(1).nan_to_num()
+    def fit(self, training: Iterable[object], estimator: object, new: Observations, is_alone: bool) -> None:
+        """Fit a reference to training samples, and let it answer for new ones.
+
+        Args:
+            training: Training batches.
+            estimator: What is fitted; None for the reference's own learners.
+            new: The new samples; what makes them doubtful is said.
+            is_alone: Whether there are no other labels.
+        """
+        from lightning_sensitivity.reference import Reference
+
+        reader, task = self._reader, self._reader.task
+        num_columns = 1 if self._shape is None else task.num_columns(self._shape)
+        kept = reader.make_kept(num_columns, num_batches=length_hint(training))
+        for index, batch in enumerate(training):
+            moved = move_batch(self._model, batch)
+            if index == 0:
+                labels = reader.labels(self._model, moved, self._shape)
+                reader.check_labels(self._model, moved, reader.call(self._model, moved), labels)
+                self._like = labels[:0]
+            reader.keep_observations(kept, self._model, moved, self._shape)
+        known = kept.joined()
+        fitted = Reference(task.name, estimator).fit(known.seen, known.labels, known.groups)
+        q = torch.from_numpy(fitted.predict_matrix(new.seen))
+
+        def warn(entry: str, message: str, kind: str = "") -> None:
+            warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=5)
+
+        if task.link == "softmax" and (unused := say_unused(list(fitted.shares_), fitted.num_samples_)):
+            warn("outputs", unused)
+        if fitted.inputs_tell_nothing_ and reader.sees_all:
+            warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
+        Differences(known, not reader.has_features, warn).say("`dataloader`", new)
+        may_choose = fitted.may_choose(reader.sees_all)
+        if is_alone and not may_choose:
+            skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
+            raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
+        is_other = self._shape is None and self._num_outputs != q.shape[1]  # such as quantiles
+        draws = draw_labels(q, task.name, fitted.residuals_near(q) if is_other else fitted.residuals_)
+        weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
+        self._answers.append((weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws))
+
+    def add_labels(self, batches: Iterable[object], groups: Tensor | None) -> None:
+        """Let labels of new samples answer, too, of which those of one group count as one; what they lack is drawn."""
+        task, (_, q, draws) = self._reader.task, self._answers[0]
+        found = [self._reader.labels(self._model, move_batch(self._model, batch), self._shape) for batch in batches]
+        y = task.label_matrix(torch.cat(found), q.shape[1])
+        drawn = complete_labels(task.hard_labels(y), draws)
+        y = y.where(~q.isnan().all(0), torch.nan)
+        known, has_label = task.known(y).double().mean(1), task.has_label(y)
+        num_labels = int(has_label.sum())
+        number = count_groups(None if groups is None else groups[has_label], num_labels)
+        self._answers.append((known * (number / max(1, num_labels)), y, drawn))
+
+    def worth(self, outputs: Tensor) -> Tensor:
+        """Return the loss of each sample, or the chance to be right, by all answers, ``(N,)``."""
+        task, size = self._reader.task, len(outputs)
+        total = torch.stack([weights for weights, _, _ in self._answers]).sum(0).mean()
+        found = torch.zeros(size, dtype=torch.float64)
+        for weights, y, draws in self._answers:
+            if self._loss is None:
+                values = task.worth(outputs, y, draws)
+            else:
+                with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(self._model, self._loss) as run:
+                    drawn = run(losses, self._loss, outputs, draws, task, self._like)
+                expected = f"a number for each of {size} samples, as with `reduction='none'`"
+                check_argument("loss", tuple(drawn.shape[1:]), drawn.shape[1:2] == (size,), expected)
+                values = drawn.mean(0).reshape(size, -1).mean(1)
+            found = found + weights * values.nan_to_num()
+        return found / total
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:
