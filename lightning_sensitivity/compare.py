@@ -201,7 +201,7 @@ class _Judge:
     """
 
     def __init__(self, model: nn.Module, reader: BatchReader, loss: Loss | None, outputs: Tensor) -> None:
-        self.is_highest_best = reader.task.is_highest_best and loss is None
+        self.is_highest_best = not reader.task.is_regression and loss is None
         self._model = model
         self._reader = reader
         self._loss = loss
@@ -273,7 +273,7 @@ class _Judge:
         found = torch.zeros(size, dtype=torch.float64)
         for weights, y, draws in self._answers:
             if self._loss is None:
-                values = task.worth(outputs, y, draws)
+                values = task.scores(outputs, y, draws)
             else:
                 with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(self._model, self._loss) as run:
                     drawn = run(losses, self._loss, outputs, draws, task, self._like)

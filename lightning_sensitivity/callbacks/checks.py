@@ -14,13 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import (
-    are_close,
-    are_log_probabilities,
-    are_probabilities,
-    in_32_bits,
-    without_ones,
-)
+from lightning_sensitivity.functional.tensors import are_close, are_probabilities, in_32_bits, without_ones
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.running.isolation import isolated, isolated_with
 
@@ -137,7 +131,7 @@ def check_logits(outputs: Tensor) -> None:
     Raises:
         MisconfigurationException: If they are probabilities or their logarithms.
     """
-    if are_probabilities(outputs) or are_log_probabilities(outputs):
+    if are_probabilities(outputs) or are_probabilities(outputs.exp()):
         raise Refused(
             "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
         )

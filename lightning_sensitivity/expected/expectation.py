@@ -182,7 +182,7 @@ class Expectation:
         if num_non_finite > 0:
             message = f"on dataloader {dataloader_idx}: {num_non_finite} samples gave nan or inf, and were left out."
             self.warn("nan", message, kind=str(dataloader_idx))
-        may_be_scaled = self._task.may_be_scaled and self.are_predictions
+        may_be_scaled = self._task.is_regression and self.are_predictions
         if dataloader_idx == 0 and unseen is not None and may_be_scaled:
             rows = is_finite[unseen.indices]
             self._warn_of_targets(self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows])

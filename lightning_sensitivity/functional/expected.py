@@ -149,7 +149,7 @@ def _of_same_samples(task: str, outputs: Numbers, q: Numbers, residuals: Numbers
             f"Expected outputs of the network and `q` to have as many columns, but got {columns[0]} and {columns[1]}. "
             "One logit for two classes is the task 'binary'."
         )
-    if rules.draws_errors and residuals is None:
+    if rules.is_regression and residuals is None:
         raise ValueError("Expected `residuals` in a regression: without them, predictions would be taken for targets.")
     return rules, outputs, q
 

@@ -69,11 +69,6 @@ def are_probabilities(outputs: Tensor) -> bool:
     return bool((sums - 1).abs().max() < _ROUNDING)
 
 
-def are_log_probabilities(outputs: Tensor) -> bool:
-    """Check whether outputs can only be those of a log-softmax, within rounding; waits for the device."""
-    return not bool((outputs > 0).any()) and are_probabilities(outputs.exp())
-
-
 def may_be_probabilities(outputs: Tensor) -> bool:
     """Check whether outputs of a trained network lie in [0, 1], and differ; waits for the device."""
     if outputs.numel() < _MIN_NUMBERS:

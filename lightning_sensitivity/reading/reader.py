@@ -77,7 +77,7 @@ class BatchReader:
         check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
         self.function = call
         self._inputs = inputs
-        self._outputs = outputs or (None if task.has_class_dimension else select_outputs)
+        self._outputs = outputs or (select_outputs if task.is_regression else None)
         self._targets = targets
         self._groups = groups
         self._encoder = features if isinstance(features, nn.Module) else None

@@ -349,7 +349,7 @@ def _fit_folds(
 ) -> tuple[BaseEstimator, Array]:
     """Fit a model, and predict each fold without it; by default there are some folds of single samples."""
     labels = labels.squeeze()
-    is_stratified = task.estimator_type == "classifier" and max(np.bincount(labels)) >= number
+    is_stratified = not task.is_regression and max(np.bincount(labels)) >= number
     kind = StratifiedKFold if is_stratified else KFold
     # Shuffled: samples come in an order that depends on their inputs.
     cv = folds or kind(min(number, len(labels)), shuffle=True, random_state=0)
@@ -365,7 +365,7 @@ def _fit_by_columns(
     for column, known in enumerate(~np.isnan(labels.T)):
         samples = known.nonzero()[0]
         own, own_folds, number = labels[samples, column], within(folds, samples, len(labels)), FOLDS
-        if task.estimator_type == "classifier":
+        if not task.is_regression:
             own = own.astype(int)
             counts = np.unique(own, return_counts=True)[1]
             number = min(FOLDS, counts.min(initial=FOLDS))  # of a class that occurs once, no fold could know anything

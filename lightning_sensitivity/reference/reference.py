@@ -83,7 +83,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     @property
     def _estimator_type(self) -> str:
         """What scikit-learn stratifies folds by, before 1.6."""
-        return find_task(self.task).estimator_type
+        return "regressor" if find_task(self.task).is_regression else "classifier"
 
     def __sklearn_tags__(self) -> Any:
         """Say what it is, from scikit-learn 1.6 on."""
@@ -187,7 +187,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def residuals_(self) -> Array:
         """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
-        return error_quantiles(errors) if find_task(self.task).draws_errors else errors[:0]
+        return error_quantiles(errors) if find_task(self.task).is_regression else errors[:0]
 
     def residuals_near(self, predictions: Array) -> Array:
         """Return quantiles of left-out errors near each of some predictions of a regression, ``(20, M, C)``.
@@ -238,7 +238,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             AttributeError: In a regression.
             ValueError: If samples are of another kind, or nan or inf.
         """
-        if find_task(self.task).estimator_method != "predict_proba":
+        if find_task(self.task).is_regression:
             raise AttributeError("A regression has no probabilities: use `predict`.")
         return self.predict_matrix(x)
 
@@ -319,6 +319,6 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
         >>> [round(label_noise(x, y), 1) for y in (correct, noisy)]
         [0.0, 0.2]
     """
-    if find_task(task).estimator_type != "classifier":
+    if find_task(task).is_regression:
         raise ValueError(f"Expected a `task` of classes, but got {task!r}.")
     return Reference(task).fit(x, y, groups).unexplained_

@@ -64,7 +64,7 @@ class Judged:
 
     @property
     def names(self) -> list[str]:
-        return ["loss"] if self.task.draws_errors else ["accuracy", "auroc", "loss"]
+        return ["loss"] if self.task.is_regression else ["accuracy", "auroc", "loss"]
 
     def sign(self, name: str) -> int:
         """Return 1 where the highest value is the best, else -1."""
@@ -72,7 +72,7 @@ class Judged:
 
     def values(self, name: str, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the value of each sample ``(R, N)``, for labels ``(R, N)``, or targets ``(R, N, 1)``."""
-        if self.task.draws_errors:
+        if self.task.is_regression:
             return (outputs - labels).square()[..., 0]
         if name == "accuracy":
             return (outputs.argmax(1) == labels).double()
@@ -94,7 +94,7 @@ class Judged:
     def targets(self, part: str) -> Tensor:
         """Return labels as draws, ``(1, N)`` or ``(1, N, 1)``."""
         y = self.labels[part]
-        return y[None, :, None] if self.task.draws_errors else y[None]
+        return y[None, :, None] if self.task.is_regression else y[None]
 
     def curve(self, name: str) -> np.ndarray:
         return np.array([self.measure(name, each, self.draws) for each in self.outputs["unseen"]])
@@ -115,7 +115,7 @@ def advice(run: Judged, name: str, epoch: int) -> Row:
     for part, draws in (("test", run.targets("test")), ("unseen", run.draws)):
         outputs, q = run.outputs[part][epoch], run.q[part]
         mean = (run.task.predictions(outputs) + q) / 2
-        if not run.task.draws_errors:
+        if not run.task.is_regression:
             q, mean = q.clamp(min=1e-6).log(), mean.log()
         for who, each in (("network", outputs), ("reference", q), ("mean", mean)):
             found[who, part] = run.sign(name) * run.measure(name, each, draws)

@@ -5,11 +5,9 @@ also where one output tells two classes apart, or for each number of a regressio
 is nan there. What differs between tasks is asked here alone: of a task that is looked up once.
 """
 
-from lightning_sensitivity.functional.tasks.base import NUM_DRAWS
-from lightning_sensitivity.functional.tasks.checks import IGNORED
+from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, NUM_DRAWS
 from lightning_sensitivity.functional.tasks.classes import Binary, Multiclass
-from lightning_sensitivity.functional.tasks.metrics import OfKnownLabels
-from lightning_sensitivity.functional.tasks.multilabel import Multilabel
+from lightning_sensitivity.functional.tasks.multilabel import Multilabel, OfKnownLabels
 from lightning_sensitivity.functional.tasks.regression import Regression
 
 Task = Multiclass | Multilabel | Regression
@@ -17,6 +15,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), M
 TASK_NAMES = ", ".join(map(repr, TASKS))
 
 __all__ = [
+    "FLOOR",
     "IGNORED",
     "NUM_DRAWS",
     "TASKS",

@@ -6,24 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.utilities import dim_zero_cat
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, TaskBase, quantiles
-from lightning_sensitivity.functional.tasks.checks import (
+from lightning_sensitivity.functional.tasks.base import (
     BY_CLASS,
+    FLOOR,
     IGNORED,
-    MULTILABEL,
+    TaskBase,
     are_ignored,
-    check_indices,
     check_probabilities,
-    check_soft_labels,
     describe_both,
+    how_to_ignore,
+    quantiles,
     without_single_output,
 )
-from lightning_sensitivity.functional.tasks.metrics import MeanAUROC
 from lightning_sensitivity.functional.tensors import num_outputs, without_ones
 
-MAX_AUROC_CLASSES = 100
+_MAX_AUROC_CLASSES = 100
+_SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
 
 
 class Multiclass(TaskBase):
@@ -43,14 +44,13 @@ class Multiclass(TaskBase):
             advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
             raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
         if targets.is_floating_point():
-            check_soft_labels(outputs, without_ones(targets))
+            _check_soft_labels(outputs, without_ones(targets))
         else:
-            check_indices(outputs, without_single_output(without_ones(targets)))
+            _check_indices(outputs, without_single_output(without_ones(targets)))
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
-        is_unknown = are_ignored(targets) | targets.isnan()
-        return ~is_unknown[:, None].flatten(1).any(1, keepdim=True)
+        return super().known(targets).all(1, keepdim=True)
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
@@ -86,7 +86,7 @@ class Multiclass(TaskBase):
         """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``; below the largest one, none overflows."""
         return super().tempered(outputs - outputs.amax(1, keepdim=True), temperatures)
 
-    def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
         return y.double().gather(1, self.hard_labels(self.predictions(outputs))[:, None])[:, 0]
 
@@ -126,21 +126,13 @@ class Multiclass(TaskBase):
             num_columns: C.
         """
         found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
-        if num_columns <= MAX_AUROC_CLASSES:
+        if num_columns <= _MAX_AUROC_CLASSES:
             found["auroc"] = MeanAUROC(num_columns, average="none")
         return found
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""
         return bool((draws != draws[0, 0]).any())
-
-    def questions(self, p: Tensor) -> list[Tensor]:
-        """Return predictions or labels ``(N, C)`` of the only question."""
-        return [p]
-
-    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
-        """Return the matrix of what there is for the only question."""
-        return found[0]
 
 
 class Binary(Multiclass):
@@ -168,11 +160,11 @@ class Binary(Multiclass):
         """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) != 1:
             of_classes = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
-            advice = MULTILABEL if targets.shape == outputs.shape else of_classes
+            advice = _SEVERAL if targets.shape == outputs.shape else of_classes
             got = describe_both(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
-            check_soft_labels(self.output_matrix(outputs), targets)
+            _check_soft_labels(self.output_matrix(outputs), targets)
         else:
             check_probabilities(outputs, targets, BY_CLASS)
 
@@ -195,3 +187,38 @@ class Binary(Multiclass):
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities of class 1, ``(N,)``, and classes."""
         return p[:, 1], drawn
+
+
+class MeanAUROC(MulticlassAUROC):
+    """The mean of the AUROC of each class (``average="none"``) that occurs; others would count as 0."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Compute it."""
+        return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
+
+
+def _check_indices(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are indices of the classes, or -100."""
+    if targets.shape == outputs.shape:
+        advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_SEVERAL}")
+    if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
+        raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
+    targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
+    is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
+    if not bool(is_valid.all()):
+        begins_at_1 = ". If classes begin at 1, set `targets=lambda batch: batch[1] - 1`"
+        is_one_too_high = int(targets.max()) == num_classes and bool((targets != 0).all())
+        raise ValueError(
+            f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
+            f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
+            f"{begins_at_1 if is_one_too_high else how_to_ignore(targets, ~is_valid)}"
+        )
+
+
+def _check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are probabilities of classes that sum to 1, or -100."""
+    check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
+    sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
+    if not bool((sums_to_one | are_ignored(targets).any(1)).all()):
+        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")

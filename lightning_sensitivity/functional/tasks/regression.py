@@ -8,26 +8,17 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sensitivity.functional.tasks.base import TaskBase
-from lightning_sensitivity.functional.tasks.checks import check_sizes, without_single_output
+from lightning_sensitivity.functional.tasks.base import TaskBase, check_sizes, without_single_output
 
 
 class Regression(TaskBase):
     """Outputs are measurements: no temperature, and the mean over columns of squared differences."""
 
     name = "regression"
+    is_regression = True
     link = "identity"
     has_class_shares = False
-    has_class_dimension = False
-    draws_errors = True
-    may_be_scaled = True
-    is_highest_best = False
-    estimator_type = "regressor"
     estimator_method = "predict"
-
-    def has_any_outputs(self, loss: object) -> bool:
-        """Return whether there is a loss of a user, which may take quantiles or a distribution."""
-        return loss is not None
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Return outputs as a matrix."""
@@ -68,15 +59,11 @@ class Regression(TaskBase):
         """Turn targets ``(N,)`` or ``(N, D)`` into a matrix ``(N, D)``, nan where they are unknown."""
         return self.output_matrix(labels)
 
-    def distances(self, p: Tensor, other: Tensor) -> Tensor:
-        """Score predictions by their squared differences from known targets, or from other predictions."""
-        return (p - other).square().nanmean(-1)
-
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute squared errors, the mean over drawn targets ``(R, N, C)``, ``(N, C)``; nan of what is unknown."""
         return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double().mean(0)
 
-    def worth(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the squared error of each sample, ``(N,)``."""
         return self.losses(outputs, y, draws).nanmean(1)
 
