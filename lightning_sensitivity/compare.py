@@ -22,8 +22,7 @@ from lightning_sensitivity.messages import (
     say_unused,
 )
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.reference.groups import count_groups, stderr_of_mean
-from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.observations import Observations, count_groups, stderr_of_mean
 from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.call import Function
 from lightning_sensitivity.running.isolation import isolated, isolated_with

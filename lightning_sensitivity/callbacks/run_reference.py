@@ -15,15 +15,13 @@ from lightning_sensitivity.callbacks.processes import agree, gather_objects, gat
 from lightning_sensitivity.callbacks.run import Run
 from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.expected.record import Predicted, Unseen, Verdict
-from lightning_sensitivity.functional.estimates import SURE_AS, SURE_OF_PART
-from lightning_sensitivity.functional.expected import draw_labels
+from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART, draw_labels
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.kinds import Seen, are_finite, take
-from lightning_sensitivity.reference.observations import Observations, projection
+from lightning_sensitivity.reference.observations import Observations, count_groups, projection
 from lightning_sensitivity.running.isolation import same_streams
 
 _SORTED = 5.0  # standard errors between the labels of two halves

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.reference.groups import group_means, known_share
 from lightning_sensitivity.reference.observations import (
     Observations,
     farther_share,
+    group_means,
+    known_share,
     largest_difference,
     projection,
     repeated_share,

@@ -8,11 +8,19 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
-from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw
-from lightning_sensitivity.functional.expected import Loss, complete_labels, losses, metric_value
+from lightning_sensitivity.functional.expected import (
+    Estimate,
+    Loss,
+    combine,
+    complete_labels,
+    jackknife,
+    losses,
+    metric_value,
+    one_draw,
+)
 from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
 from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
-from lightning_sensitivity.reference.groups import count_groups
+from lightning_sensitivity.reference.observations import count_groups
 
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _ROUNDING = 1e-6  # of a number of labels

@@ -20,9 +20,8 @@ from lightning_sensitivity.messages import (
 )
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer, see_inputs
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
-from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import Seen
-from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.observations import Observations, group_numbers
 from lightning_sensitivity.running.batches import clone_tensors, device_of, place_of, take
 from lightning_sensitivity.running.call import (
     Function,

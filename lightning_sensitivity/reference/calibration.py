@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, classification_of, find_task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
-from lightning_sensitivity.reference.groups import stderr_of_mean
 from lightning_sensitivity.reference.kinds import Array
+from lightning_sensitivity.reference.observations import stderr_of_mean
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to

@@ -20,12 +20,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.blocks import Block, Matrix, columns, spread
+from lightning_sensitivity.reference.blocks import Block, Matrix, columns, median_distance, spread
 from lightning_sensitivity.reference.calibration import calibrate
-from lightning_sensitivity.reference.features import Features, median_distance
-from lightning_sensitivity.reference.groups import count_groups
-from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
-from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Features, Seen, possible_blocks
+from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import (
     FEWEST,
     ByColumns,

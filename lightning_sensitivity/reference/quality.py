@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_sensitivity.functional.expected import metric_value
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.calibration import unexplained_share
-from lightning_sensitivity.reference.groups import count_groups
 from lightning_sensitivity.reference.learners import Learner
+from lightning_sensitivity.reference.observations import count_groups
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well

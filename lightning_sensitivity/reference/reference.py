@@ -14,10 +14,9 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
 from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near
-from lightning_sensitivity.reference.groups import group_numbers
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
-from lightning_sensitivity.reference.observations import Observations, choose_different
+from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
 from lightning_sensitivity.reference.quality import measure_quality, unclear_labels
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 

@@ -8,8 +8,8 @@ from sklearn.utils import check_array
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import IGNORED, Task
-from lightning_sensitivity.reference.groups import is_missing
 from lightning_sensitivity.reference.kinds import KINDS, Array, Samples, Seen, kind_of
+from lightning_sensitivity.reference.observations import is_missing
 
 _PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
     "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",

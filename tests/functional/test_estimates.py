@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from lightning_sensitivity.functional import draw_labels
-from lightning_sensitivity.functional.estimates import Estimate, combine, jackknife, one_draw, worth_beside
+from lightning_sensitivity.functional.expected import Estimate, combine, jackknife, one_draw, worth_beside
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -15,7 +15,13 @@ from lightning_sensitivity import Reference, label_noise
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners
 from lightning_sensitivity.reference.calibration import calibrate
-from lightning_sensitivity.reference.groups import count_groups, group_means, group_numbers, known_share, stderr_of_mean
+from lightning_sensitivity.reference.observations import (
+    count_groups,
+    group_means,
+    group_numbers,
+    known_share,
+    stderr_of_mean,
+)
 from tests.reference.conftest import generator
 
 NAMES: dict[str, tuple[Any, Any]] = {  # of the same groups, in two forms

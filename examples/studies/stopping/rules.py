@@ -19,8 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from lightning_sensitivity.functional import draw_labels, expected_metric, refined_score
-from lightning_sensitivity.functional.estimates import Estimate, combine
-from lightning_sensitivity.functional.expected import WORTH
+from lightning_sensitivity.functional.expected import WORTH, Estimate, combine
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
 

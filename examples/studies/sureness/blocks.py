@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lightning_sensitivity.functional.estimates import SURE_AS, SURE_OF_PART
+from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 FOUND = pd.read_csv(Path(__file__).with_name("results.csv"))

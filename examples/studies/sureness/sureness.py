@@ -31,8 +31,15 @@ from rules import Recorded, lowest
 from said import Said
 
 from lightning_sensitivity.functional import draw_labels
-from lightning_sensitivity.functional.estimates import VALIDATIONS, Estimate, jackknife, one_draw, worth_beside
-from lightning_sensitivity.functional.expected import WORTH, metric_value
+from lightning_sensitivity.functional.expected import (
+    VALIDATIONS,
+    WORTH,
+    Estimate,
+    jackknife,
+    metric_value,
+    one_draw,
+    worth_beside,
+)
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import Reference
 
