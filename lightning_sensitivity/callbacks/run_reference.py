@@ -20,7 +20,7 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, take
+from lightning_sensitivity.reference.kinds import Seen, are_finite, rows_of
 from lightning_sensitivity.reference.observations import Observations, count_groups, projection
 from lightning_sensitivity.running.isolation import same_streams
 
@@ -268,7 +268,7 @@ class RunReference:
         indices = self._finite_samples(unseen.seen, f"validation samples of dataloader {dataloader_idx}")
         if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
-        indices = indices[projection(take(unseen.seen, indices)).argsort()]
+        indices = indices[projection(rows_of(unseen.seen, indices)).argsort()]
         new = unseen.take(indices)
         q = self.predict(new.seen)
         if self._task.has_class_shares and self._class_shares is None:

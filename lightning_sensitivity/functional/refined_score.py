@@ -120,15 +120,10 @@ def refined_score(logits: Numbers, targets: Numbers, task: str = "multiclass") -
     check_scored(logits, targets, kind)
     if kind.look_like_probabilities(logits):
         raise ValueError("Expected `logits`, but got probabilities: take what comes before softmax or sigmoid.")
-    found = lowest_score(logits, targets, kind)
+    found = Refined.lowest(ScoreSums(*score_sums(logits, targets, kind).T).scores)
     if math.isnan(found.score):
         raise ValueError("Expected a sample with a label and finite `logits`, but got none.")
     return found
-
-
-def lowest_score(outputs: Tensor, targets: Tensor, task: Task) -> Refined:
-    """Compute the score after the best temperature; nan if no sample counts."""
-    return Refined.lowest(ScoreSums(*score_sums(outputs, targets, task).T).scores)
 
 
 def check_scored(logits: Tensor, targets: Tensor, task: Task) -> None:

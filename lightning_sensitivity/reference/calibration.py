@@ -1,24 +1,23 @@
-"""What is fitted to left-out predictions: temperature, class shares, errors, and how many labels can't be explained."""
+"""What left-out predictions need, and how good they are: temperature, errors, class shares, skill, labels in doubt."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from operator import attrgetter
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, classification_of, find_task
+from lightning_sensitivity.functional.expected import metric_value
+from lightning_sensitivity.functional.tasks import FLOOR, NUM_DRAWS, Task, find_task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.kinds import Array
-from lightning_sensitivity.reference.observations import stderr_of_mean
+from lightning_sensitivity.reference.observations import count_groups, stderr_of_mean
 
 _POWERS = tuple(2 ** (quarter / 4) for quarter in range(-3, 15))  # inverse temperatures, 0.6 to 11
 _MIN_ROWS, _MAX_NUMBERS = 1000, 2_000_000  # of left-out predictions that it is fitted to
-_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _ERRORS, _MAX_SMOOTHING = 2.0, 0.9  # standard errors of the accuracy, from which on there is smoothing
 
 _FEW, _MANY = torch.tensor([0, 0.01, 0.02, 0.03, 0.05]), torch.arange(0.075, 0.86, 0.025)
@@ -31,6 +30,11 @@ _ROUNDS = 100  # of expectation maximization
 
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
+
+_NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
+_CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well
+_ROUNDING = 1e-12  # of scores that are 0
+_FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Calibration:
 def _logarithms(p: Tensor) -> Tensor:
     """Return the logarithms of numbers near probabilities."""
     p = p.clamp(0, 1)
-    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
+    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) -> Calibration:
@@ -115,8 +119,8 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
         groups: The number of the group of each sample, ``(N,)``; None without groups.
     """
     parts = []
-    for indices, q, answers in task.classifications(p, y):
-        parts.append(_sharpen(q, answers, None if groups is None else groups[indices]))
+    for rows, q, answers in task.classifications(p, y):
+        parts.append(_sharpen(q, answers, None if groups is None else groups[rows]))
     return Calibration(task, parts)
 
 
@@ -133,40 +137,27 @@ def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
     if not excess > _ERRORS * by_chance:  # also without a label
         return Sharpening(power, unsmoothed=power)
-    found = min((_smoothed(logarithms, y, each) for each in _POWERS), key=attrgetter("score")).sharpening
-    if not _are_redrawn(p, y, found):
-        share = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
-        found = Sharpening(power, share, y.mean(0))  # the least that makes it as sure as it is right
-    return replace(found, unsmoothed=power)
-
-
-class _Fit(NamedTuple):
-    """What makes probabilities, and its Brier score."""
-
-    score: float
-    sharpening: Sharpening
-
-
-def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> _Fit:
-    """Fit the share that is spread, at a temperature; its Brier score is lowest in closed form."""
     shares = y.mean(0)
+    _, best, smoothing = min(_smoothed(logarithms, y, each) for each in _POWERS)
+    found = Sharpening(best, smoothing, shares, unsmoothed=power)
+    # Redrawn labels are everywhere: samples that look like none of a class have its label as often as smoothing says.
+    # Without this, most of a few positives would be random samples.
+    q = found(p)
+    looks_unlike = (q < 2 * smoothing * shares).double()
+    expected, hits = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
+    if bool((hits >= expected - _ERRORS * expected.sqrt()).all()):
+        return found
+    smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
+    return Sharpening(power, smoothing, shares, unsmoothed=power)  # the least that makes it as sure as it is right
+
+
+def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, float, float]:
+    """Fit the share that is spread, in closed form, at a temperature; the Brier score comes first, to compare."""
     q = (power * logarithms).softmax(1)
-    towards = shares - q
+    towards = y.mean(0) - q
     share = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
     share = min(max(share, 0.0), _MAX_SMOOTHING)
-    return _Fit(float((q + share * towards - y).square().sum()), Sharpening(power, share, shares))
-
-
-def _are_redrawn(p: Tensor, y: Tensor, sharpening: Sharpening) -> bool:
-    """Return whether samples that look like none of a class have its label as often as smoothing says.
-
-    Redrawn labels are everywhere. Without this, most of a few positives would be random samples.
-    """
-    assert sharpening.shares is not None
-    q, least = sharpening(p), sharpening.smoothing * sharpening.shares
-    looks_unlike = (q < 2 * least).double()
-    wanted, found = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
-    return bool((found >= wanted - _ERRORS * wanted.sqrt()).all())
+    return float((q + share * towards - y).square().sum()), power, share
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
@@ -248,21 +239,16 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
         >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
         [0.0, 0.2]
     """
-    rules = classification_of(num_outputs(as_tensor(predictions))) if task is None else find_task(task)
-    q, y = _checked(as_tensor(predictions).cpu(), as_tensor(labels).cpu(), rules)
+    q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
+    rules = find_task(task or ("binary" if num_outputs(q) == 1 else "multiclass"))
+    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
+    rules.check(q, y)
+    q, y = rules.label_matrix(q).double(), rules.label_matrix(y, rules.num_columns(tuple(q.shape[1:]))).double()
+    are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
+    if not are_probabilities or not bool(rules.has_label(y).all()):
+        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
     found = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
     return sum(found) / len(found) if found else math.nan
-
-
-def _checked(q: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """Return probabilities and labels as matrices, ``(N, C)``, or raise ValueError if they are none."""
-    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    task.check(q, y)
-    q, y = task.label_matrix(q).double(), task.label_matrix(y, task.num_columns(tuple(q.shape[1:]))).double()
-    are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
-    if not are_probabilities or not bool(task.has_label(y).all()):
-        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
-    return q, y
 
 
 def _unexplained(q: Tensor, y: Tensor) -> float:
@@ -309,3 +295,107 @@ def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> 
     order = left_out.argsort(kind="stable")
     first = (np.searchsorted(left_out[order], predictions) - number // 2).clip(0, len(order) - number)
     return error_quantiles((labels - left_out)[order[np.arange(number)[:, None] + first]])
+
+
+# How good left-out predictions are
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good left-out predictions are; of several labels, of those that they can tell.
+
+    Attributes:
+        score: Their Brier score, or the mean squared error.
+        skill: How much lower it is than that of the mean label, up to 1.
+        accuracy: The share of labels that they hit, or nan.
+        majority: That of the most frequent class, or nan.
+        unexplained: The share of labels that can't be explained, or nan.
+        auroc: The area under the ROC curve, mean over classes, or nan.
+        blind_labels: Which of several labels they can't tell.
+        tells_none: Whether they are no better than the mean label, of several labels for none of them.
+    """
+
+    score: float
+    skill: float
+    accuracy: float
+    majority: float
+    unexplained: float
+    auroc: float
+    blind_labels: list[int]
+    tells_none: bool
+
+
+def measure_quality(p: Tensor, unsmoothed: Tensor, y: Tensor, task: Task, blind: list[int] | None = None) -> Quality:
+    """Measure left-out predictions; of all labels, if they can tell none of several.
+
+    Args:
+        p: The predictions, ``(N, C)``.
+        unsmoothed: The same without smoothing, which would explain redrawn labels.
+        y: Labels, ``(N, C)``, nan where they are unknown.
+        task: The task.
+        blind: Which of several labels they can't tell, if that is known.
+    """
+    if blind is None:
+        questions = task.classifications(p, y) if task.is_by_column else []
+        blind = [label for label, (_, q, answers) in enumerate(questions) if _is_blind(q, answers)]
+    tells_none = len(blind) == y.shape[1]
+    if not tells_none:
+        y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
+    score = float(task.distances(p, y).nanmean())
+    chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
+    pairs = zip(task.classifications(p, y), task.classifications(unsmoothed, y), strict=True)
+    found = [_describe_answers(q, answers, others) for (_, q, answers), (_, others, _) in pairs]
+    columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    accuracy, majority, unexplained = columns.nanmean(0).tolist()
+    auroc = math.nan
+    if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
+        auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
+    skill = _skill(score, chance)
+    return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, tells_none or skill <= 0)
+
+
+def unclear_labels(y: Tensor, groups: Tensor | None, task: Task) -> list[int]:
+    """Return the columns of labels that are too few, or all alike, to say that inputs tell nothing of them.
+
+    A task of a single question has one such column, and so has a regression.
+    """
+    questions = [(rows, answers) for rows, _, answers in task.classifications(y, y)] or [(torch.arange(len(y)), y)]
+    sizes = [count_groups(None if groups is None else groups[rows], len(rows)) for rows, _ in questions]
+    is_alike = [bool((answers == answers[:1]).all()) for _, answers in questions]
+    return [column for column, size in enumerate(sizes) if size < _FEWEST or is_alike[column]]
+
+
+def _describe_answers(q: Tensor, y: Tensor, unsmoothed: Tensor) -> tuple[float, float, float]:
+    """Return the accuracy, the share of the most frequent class, and the unexplained share, of one question.
+
+    Args:
+        q: Left-out predictions, ``(N, K)``.
+        y: Labels, ``(N, K)``.
+        unsmoothed: Predictions without smoothing, which would explain redrawn labels.
+    """
+    if len(y) == 0:
+        return math.nan, math.nan, math.nan
+    classes = y.argmax(1)
+    accuracy = float((q.argmax(1) == classes).double().mean())
+    majority = float(classes.bincount().max()) / len(y)
+    has_skill = _skill_of(q, y) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
+    return accuracy, majority, unexplained_share(unsmoothed, y) if has_skill else math.nan
+
+
+def _skill_of(q: Tensor, y: Tensor) -> float:
+    """Return the skill of predictions of one question."""
+    score, chance = ((each - y).square().sum(1).mean() for each in (q, y.mean(0)))
+    return _skill(float(score), float(chance))
+
+
+def _skill(score: float, chance: float) -> float:
+    """Return how much lower a score is than that of the mean label."""
+    return 1 - score / chance if chance > _ROUNDING else 0.0
+
+
+def _is_blind(q: Tensor, y: Tensor) -> bool:
+    """Return whether predictions ``(N, 2)`` of no and yes say no more than chance, by their score or their order."""
+    no, yes = (q[y.argmax(1) == each, 1].numpy() for each in (0, 1))
+    if len(no) == 0 or len(yes) == 0 or not _skill_of(q, y) > 0:
+        return True
+    return not mannwhitneyu(yes, no, alternative="greater").pvalue < _CHANCE

@@ -162,7 +162,7 @@ def _averaged(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return in_parts(lambda part: F.interpolate(part.float(), sizes, mode="area"), x)
 
 
-def take(seen: Seen, rows: Tensor) -> Seen:
+def rows_of(seen: Seen, rows: Tensor | slice) -> Seen:
     """Return what a reference sees of some of the samples."""
     return {kind: x[rows] for kind, x in seen.items()}
 

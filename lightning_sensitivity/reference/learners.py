@@ -25,14 +25,12 @@ from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Features, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import (
-    FEWEST,
     ByColumns,
     Folds,
     KnownTargets,
     column_means,
     have_several,
     same_samples,
-    within,
 )
 
 _PART = 1000  # samples on which a learner is chosen
@@ -138,17 +136,18 @@ class _Choice(NamedTuple):
     fit: Callable[[Matrix, Array, Folds], tuple[Any, Array]]
 
 
-def folds_of(known: Observations) -> Folds:
-    """Return at most five folds that leave out whole groups; None without groups, or of a single one."""
-    if known.groups is None or (number := count_groups(known.groups, 0)) == 1:
+def _folds_of(known: Observations, are_all: bool = False) -> Folds:
+    """Return at most five folds that leave out whole groups; None without groups.
+
+    Of a part of a single group there are none, either; if these are all samples, ValueError is raised.
+    """
+    if known.groups is None:
         return None
-    return list(GroupKFold(min(FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
-
-
-def check_groups(known: Observations) -> None:
-    """Raise ValueError if there is but one group, so that none can be left out."""
-    if known.groups is not None and count_groups(known.groups, 0) == 1:
+    if (number := count_groups(known.groups, 0)) > 1:
+        return list(GroupKFold(min(FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
+    if are_all:
         raise ValueError("Expected samples of two or more groups, but all are of one: leave `groups` out.")
+    return None
 
 
 def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
@@ -172,8 +171,7 @@ def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
         indices = spread(len(known), most)
         known = known.take(indices)
         features = Features(best.blocks, known.seen)
-        check_groups(known)
-        model, left_out = best.fit(features(known.seen), known.labels.numpy(), folds_of(known))
+        model, left_out = best.fit(features(known.seen), known.labels.numpy(), _folds_of(known, are_all=True))
     return Learner(best.name, features, model, left_out, known, task), indices
 
 
@@ -205,7 +203,7 @@ def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
 
     Of many columns, which take long, there is no more than a first try if that is above the limit.
     """
-    blocks, y, folds = _blocks_of_forest(part.seen), KnownTargets(part.labels.numpy()), folds_of(part)
+    blocks, y, folds = _blocks_of_forest(part.seen), KnownTargets(part.labels.numpy()), _folds_of(part)
     matrix = Features(blocks, part.seen)(part.seen)
 
     def score(num_columns: int, leaf: int) -> float:
@@ -244,11 +242,11 @@ def _leave_out(forest: RandomForestRegressor, matrix: Matrix, known: KnownTarget
 def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, leaf: int) -> tuple[Any, Array]:
     """Fit a forest, and predict the samples that it leaves out."""
     known = KnownTargets(y)
-    forest = _forest(known.targets, num_columns, leaf, _TREES)
-    left_out = _leave_out(forest, matrix, known, folds)
+    known.forest = _forest(known.targets, num_columns, leaf, _TREES)
+    left_out = _leave_out(known.forest, matrix, known, folds)
     if folds is not None:
-        forest.fit(matrix, known.targets.squeeze())
-    return known.model(forest), left_out
+        known.forest.fit(matrix, known.targets.squeeze())
+    return known, left_out
 
 
 # Ridge regression on features of a kernel
@@ -256,7 +254,7 @@ def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, lea
 
 def _choose_ridge(part: Observations, task: Task) -> _Choice:
     """Try all features, with several widths of the kernel."""
-    y, folds, found = part.labels.numpy(), folds_of(part), []
+    y, folds, found = part.labels.numpy(), _folds_of(part), []
     centres = _CENTRES if [*part.seen] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part.seen):
         matrix = Features(blocks, part.seen)(part.seen)
@@ -272,20 +270,18 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
-    groups = [*same_samples(y)]
+    groups = [*same_samples(y, folds)]
     found = [np.full_like(y, np.nan) for _ in _ALPHAS]
-    for samples, which in groups:
+    for samples, which, own_folds in groups:
         places = np.ix_(samples, which)
-        own_folds = within(folds, samples, len(y))
         leave_out = _leave_one_out if own_folds is None else partial(_leave_folds_out, folds=own_folds)
-        parts = leave_out(features[samples], y[places])
-        for left_out, part in zip(found, parts, strict=True):
+        for left_out, part in zip(found, leave_out(features[samples], y[places]), strict=True):
             left_out[places] = part
     best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
-    model = ByColumns(column_means(y))
-    for samples, which in groups:
+    model = ByColumns(column_means(y), [])
+    for samples, which, _ in groups:
         ridge = Ridge(_ALPHAS[best]).fit(features[samples], y[np.ix_(samples, which)])
-        model.add(which, make_pipeline(kernel, ridge))
+        model.parts.append((which, make_pipeline(kernel, ridge)))
     return model, model.filled(found[best], matrix)
 
 
@@ -334,10 +330,9 @@ def fit_estimator(estimator: BaseEstimator, known: Observations, task: Task) -> 
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    check_groups(known)
     fit = _fit_by_columns if task.is_by_column or known.labels.isnan().any() else _fit_folds
     with quiet():
-        model, left_out = fit(model, matrix, labels, task, folds_of(known))
+        model, left_out = fit(model, matrix, labels, task, _folds_of(known, are_all=True))
     learner = Learner(type(estimator).__name__, features, model, left_out, known, task)
     return learner, torch.arange(len(known))
 
@@ -359,16 +354,16 @@ def _fit_by_columns(
     model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
 ) -> tuple[ByColumns, Array]:
     """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    found, left_out = ByColumns(column_means(labels)), np.full_like(labels, np.nan)
-    for column, known in enumerate(~np.isnan(labels.T)):
-        samples = known.nonzero()[0]
-        own, own_folds, number = labels[samples, column], within(folds, samples, len(labels)), FOLDS
-        if not task.is_regression:
-            own = own.astype(int)
-            counts = np.unique(own, return_counts=True)[1]
-            number = min(FOLDS, counts.min(initial=FOLDS))  # of a class that occurs once, no fold could know anything
-        if len(samples) >= FEWEST and number > 1 and have_several(own, own_folds):
-            one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
-            left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
-            found.add(np.array([column]), one)
+    found, left_out = ByColumns(column_means(labels), []), np.full_like(labels, np.nan)
+    for samples, which, own_folds in same_samples(labels, folds):
+        for column in which:
+            own, number = labels[samples, column], FOLDS
+            if not task.is_regression:
+                own = own.astype(int)
+                number = min(FOLDS, np.unique(own, return_counts=True)[1].min())
+            # Of a class that occurs once, no fold could know anything.
+            if number > 1 and have_several(own, own_folds):
+                one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
+                left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
+                found.parts.append((np.array([column]), one))
     return found, found.filled(left_out, matrix)

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.blocks import spread
-from lightning_sensitivity.reference.kinds import KINDS, Array, Kind, Seen, join_seen, take
+from lightning_sensitivity.reference.kinds import KINDS, Array, Kind, Seen, join_seen, rows_of
 
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
@@ -55,7 +55,7 @@ class Observations:
     def take(self, indices: Tensor) -> "Observations":
         """Return some of the samples, by their indices, or a flag for each."""
         groups = None if self.groups is None else self.groups[indices]
-        return Observations(take(self.seen, indices), self.labels[indices], groups)
+        return Observations(rows_of(self.seen, indices), self.labels[indices], groups)
 
     @staticmethod
     def join(parts: "Sequence[Observations]") -> "Observations":
@@ -117,9 +117,7 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     if not has_few_values(seen, labels_differ=differ):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
-    indices = order[chosen]
-    groups = None if known.groups is None else known.groups[indices]
-    return indices, Observations(take(seen, indices), y[chosen], groups)
+    return order[chosen], replace(known.take(order[chosen]), labels=y[chosen])
 
 
 def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:

@@ -13,18 +13,21 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near
-from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, shrunk
+from lightning_sensitivity.reference.calibration import (
+    error_quantiles,
+    error_quantiles_near,
+    measure_quality,
+    unclear_labels,
+)
+from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, rows_of, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
-from lightning_sensitivity.reference.quality import measure_quality, unclear_labels
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
 _MIN_SAMPLES = 4
 _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = 0.02  # up to it, a reference is blind, unless it sees all inputs as columns
 _FEW_SAMPLES = 250  # up to which it needs more, as chance makes more
-_MEASURES = {"classifier": accuracy_score, "regressor": r2_score}  # as scikit-learn scores them
 
 
 class Reference(BaseEstimator):  # type: ignore[misc]
@@ -143,8 +146,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
 
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
         """Set what is known of the learner, and of the samples that it knows."""
-        quality, unclear = measure_quality(learner, task), unclear_labels(learner, task)
-        is_clear = len(unclear) < len(task.questions(learner.labels) or [learner.labels])
+        y, groups = learner.labels, learner.groups
+        quality = measure_quality(learner.left_out, learner.unsmoothed, y, task)
+        unclear = unclear_labels(y, groups, task)
+        is_clear = len(unclear) < len(task.questions(y) or [y])
         self._learner = learner
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         # Of the rows of a table a forest and ridge regression were both tried.
@@ -152,10 +157,11 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.inputs_tell_nothing_ = quality.tells_none and is_clear and is_table
         if self.inputs_tell_nothing_:
             learner.forget()
-            quality = measure_quality(learner, task, unclear if task.is_by_column else [])
+            blind = unclear if task.is_by_column else []
+            quality = measure_quality(learner.left_out, learner.unsmoothed, y, task, blind)
         self.learner_ = learner.name
-        self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), learner.labels.numpy(), indices.numpy()
-        self.groups_ = None if learner.groups is None else learner.groups.numpy()
+        self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), y.numpy(), indices.numpy()
+        self.groups_ = None if groups is None else groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
         self.score_, self.skill_ = quality.score, quality.skill
         self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
@@ -259,9 +265,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             x: As for :meth:`predict_proba`.
             y: Classes ``(M,)``, or targets.
         """
-        measure = _MEASURES[self._estimator_type]
-        predicted, labels = find_task(self.task).comparable(self.predict(x), np.asarray(y))
-        return float(measure(labels, predicted))
+        task = find_task(self.task)
+        predicted, labels = task.comparable(self.predict(x), np.asarray(y))
+        return float((r2_score if task.is_regression else accuracy_score)(labels, predicted))
 
     def predict_matrix(self, x: Samples) -> Array:
         """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.
@@ -277,11 +283,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         kind = self.kind_ if len(features.shapes) == 1 else ""
         seen = read_samples(x, getattr(self, "feature_names_in_", None), kind)
         features.check(seen)
-        found = []
-        for start in range(0, len(next(iter(seen.values()))), _CHUNK):
-            part = {kind: values[start : start + _CHUNK] for kind, values in seen.items()}
-            found.append(self._learner.predict(shrunk(part)).numpy())
-        return np.concatenate(found)
+        starts = range(0, len(next(iter(seen.values()))), _CHUNK)
+        parts = [rows_of(seen, slice(start, start + _CHUNK)) for start in starts]
+        return np.concatenate([self._learner.predict(shrunk(part)).numpy() for part in parts])
 
 
 def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:

@@ -1,6 +1,7 @@
 """Labels of which some are unknown, column by column, for learners that need them all."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,13 +12,13 @@ from lightning_sensitivity.reference.kinds import Array
 # Which samples to learn from, and which to predict then; None where each is left out by itself.
 Folds: TypeAlias = list[tuple[Array, Array]] | None
 
-FEWEST = 4  # known labels of a column, from which on there is something to learn
+_FEWEST = 4  # known labels of a column, from which on there is something to learn
 _SMALL = 1e-3  # weight of what is known among the targets of a forest, too small for it to split by
 _LEAST = 1e-6  # share of known labels around a sample
 
 
 class KnownTargets:
-    """What a forest learns in place of labels of which some are unknown.
+    """What a forest learns in place of labels of which some are unknown, and predicts by it.
 
     A tree predicts means over the labels in a leaf. So it gets the label's difference from its mean, 0 where it
     is unknown, and beside it a small number where it is known: the ratio of both is the mean of known labels.
@@ -27,9 +28,11 @@ class KnownTargets:
 
     Attributes:
         targets: What to learn, ``(N, C)`` or ``(N, 2 C)``.
+        forest: The forest that has learned it.
     """
 
     def __init__(self, y: Array) -> None:
+        self.forest: Any = None
         known = ~np.isnan(y)
         self._are_all_known = bool(known.all())
         self._means = column_means(y)
@@ -43,40 +46,27 @@ class KnownTargets:
         differences, known = np.split(found, 2, axis=1)
         return self._means + differences / np.maximum(known / _SMALL, _LEAST)
 
-    def model(self, forest: Any) -> Any:
-        """Return what predicts labels by a forest of the targets."""
-        return forest if self._are_all_known else _OfTargets(forest, self)
-
-
-class _OfTargets:
-    def __init__(self, forest: Any, targets: KnownTargets) -> None:
-        self._forest = forest
-        self._targets = targets
-
     def predict(self, matrix: Matrix) -> Array:
         """Predict labels, ``(M, C)``."""
-        return self._targets.labels(self._forest.predict(matrix))
+        return self.labels(self.forest.predict(matrix))
 
 
+@dataclass
 class ByColumns:
     """Models of some columns each, which were fitted to other samples; a column without one has a constant.
 
-    Args:
+    Attributes:
         constants: What is predicted of a column without a model, ``(C,)``.
+        parts: The columns, and their model: a classifier of one, or a regressor.
     """
 
-    def __init__(self, constants: Array) -> None:
-        self._constants = constants
-        self._parts: list[tuple[Array, Any]] = []
-
-    def add(self, columns: Array, model: Any) -> None:
-        """Add a model of some columns: a classifier of one, or a regressor."""
-        self._parts.append((columns, model))
+    constants: Array
+    parts: list[tuple[Array, Any]]
 
     def predict(self, matrix: Matrix) -> Array:
         """Predict all columns, ``(M, C)``."""
-        found = np.tile(self._constants, (matrix.shape[0], 1))
-        for columns, model in self._parts:
+        found = np.tile(self.constants, (matrix.shape[0], 1))
+        for columns, model in self.parts:
             is_classifier = hasattr(model, "classes_")
             part = model.predict_proba(matrix)[:, 1:] if is_classifier else model.predict(matrix)
             found[:, columns] = part.reshape(len(found), -1)
@@ -94,15 +84,16 @@ def column_means(y: Array) -> Array:
     return np.where(known.any(0), np.nansum(y, 0) / np.maximum(known.sum(0), 1), 0.5)
 
 
-def same_samples(y: Array) -> Iterator[tuple[Array, Array]]:
-    """List the samples with a label, ``(N,)``, and the columns, of columns that are known for the same samples."""
+def same_samples(y: Array, folds: Folds) -> Iterator[tuple[Array, Array, Folds]]:
+    """List columns that are known for the same samples: these samples, ``(M,)``, the columns, and folds of them."""
     masks, which = np.unique(~np.isnan(y), axis=1, return_inverse=True)
     for place, known in enumerate(masks.T):
-        if known.sum() >= FEWEST:
-            yield known.nonzero()[0], (which.ravel() == place).nonzero()[0]
+        if known.sum() >= _FEWEST:
+            samples = known.nonzero()[0]
+            yield samples, (which.ravel() == place).nonzero()[0], _within(folds, samples, len(y))
 
 
-def within(folds: Folds, samples: Array, number: int) -> Folds:
+def _within(folds: Folds, samples: Array, number: int) -> Folds:
     """Return folds of some samples, by their places among these; none that has nothing to learn from.
 
     Args:

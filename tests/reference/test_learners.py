@@ -63,8 +63,10 @@ def test_a_forest_leaves_out_as_the_classifier_of_sklearn_does(num_classes: int)
     forest = RandomForestClassifier(40, **options).fit(x, y.numpy())
     np.testing.assert_allclose(left_out, forest.oob_decision_function_, atol=1e-6)
     np.testing.assert_allclose(model.predict(x[:9]), forest.predict_proba(x[:9]), atol=1e-6)
-    drawn = [np.random.RandomState(tree.random_state).randint(0, 90, 90) for tree in model.estimators_]
-    votes = [tree.predict(x[:1])[0] for tree, rows in zip(model.estimators_, drawn, strict=True) if 0 not in rows]
+    drawn = [np.random.RandomState(tree.random_state).randint(0, 90, 90) for tree in model.forest.estimators_]
+    votes = [
+        tree.predict(x[:1])[0] for tree, rows in zip(model.forest.estimators_, drawn, strict=True) if 0 not in rows
+    ]
     np.testing.assert_allclose(left_out[0], np.mean(votes, axis=0))
 
 

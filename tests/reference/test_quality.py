@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sensitivity import Reference
 from lightning_sensitivity.reference import reference
-from lightning_sensitivity.reference.quality import _FEWEST
+from lightning_sensitivity.reference.calibration import _FEWEST
 from tests.reference.conftest import generator
 
 SIZE = 2 * _FEWEST

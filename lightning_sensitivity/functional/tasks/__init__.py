@@ -14,21 +14,7 @@ Task = Multiclass | Multilabel | Regression
 TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), Multilabel(), Regression())}
 TASK_NAMES = ", ".join(map(repr, TASKS))
 
-__all__ = [
-    "FLOOR",
-    "IGNORED",
-    "NUM_DRAWS",
-    "TASKS",
-    "TASK_NAMES",
-    "Binary",
-    "Multiclass",
-    "Multilabel",
-    "OfKnownLabels",
-    "Regression",
-    "Task",
-    "classification_of",
-    "find_task",
-]
+__all__ = ["FLOOR", "IGNORED", "NUM_DRAWS", "TASKS", "TASK_NAMES", "OfKnownLabels", "Task", "find_task"]
 
 
 def find_task(name: str) -> Task:
@@ -36,8 +22,3 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"Expected `task` to be one of {TASK_NAMES}, but got {name!r}.")
     return TASKS[name]
-
-
-def classification_of(num_outputs: int) -> Task:
-    """Return the task of a number of probabilities for each sample, of which one may stand for two classes."""
-    return TASKS["binary" if num_outputs == 1 else "multiclass"]
