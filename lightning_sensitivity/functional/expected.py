@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from lightning_sensitivity.compat import stay_alone
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.functional.tensors import Numbers, as_tensor
+from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_units
 
 WORTH = 1000  # labels that count as much as a reference
 SURE_AS = 1000  # labels that err as a reference does of a network that errs elsewhere
@@ -299,12 +299,7 @@ def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:
     """
     samples = torch.arange(draws.shape[1])
     which = torch.randint(len(draws), samples.shape, generator=torch.Generator().manual_seed(0))
-    return draws[which[_units(len(samples), groups)], samples][None]
-
-
-def _units(num_samples: int, groups: Tensor | None) -> Tensor:
-    """Number what is independent: groups, or samples."""
-    return torch.arange(num_samples) if groups is None else torch.unique(groups, return_inverse=True)[1]
+    return draws[which[number_units(groups, len(samples))], samples][None]
 
 
 def jackknife(
@@ -322,7 +317,7 @@ def jackknife(
     Returns:
         The variances by name, of the values that are there whichever block is left out.
     """
-    units = _units(num_samples, groups)
+    units = number_units(groups, num_samples)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(torch.unique(units)), generator=generator)  # since data may have a period
     blocks = order[units] % _BLOCKS

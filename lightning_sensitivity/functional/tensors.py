@@ -78,6 +78,11 @@ def may_be_probabilities(outputs: Tensor) -> bool:
     return 0 <= lowest < highest <= 1 and (len(outputs) >= _MANY or lowest < 0.5 < highest)
 
 
+def number_units(groups: Tensor | None, number: int) -> Tensor:
+    """Number what is independent, for each sample, ``(N,)``: groups, or, without any, a number of samples."""
+    return torch.arange(number) if groups is None else torch.unique(groups, return_inverse=True)[1]
+
+
 def are_close(first: Tensor, second: Tensor) -> bool:
     """Check whether two tensors of one shape are equal within 1 % of the first one's mean size."""
     first, second = first.to(wide_dtype(first.device)), second.to(wide_dtype(second.device))

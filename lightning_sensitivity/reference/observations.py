@@ -13,7 +13,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import in_32_bits
+from lightning_sensitivity.functional.tensors import in_32_bits, number_units
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.kinds import KINDS, Array, Kind, Seen, join_seen, rows_of
 
@@ -293,13 +293,12 @@ def group_means(values: Tensor, groups: Tensor | None) -> Tensor:
         values: Values ``(N, D)``.
         groups: The number of the group of each, ``(N,)``; None without groups.
     """
-    if groups is None:
-        return values
-    which = torch.unique(groups, return_inverse=True)[1]
-    counts = which.bincount()
-    sums = values.new_zeros(len(counts), values.shape[1]).index_add_(0, which, values)
-    means: Tensor = sums / counts[:, None]
-    return means
+    return values if groups is None else _sums(values, groups) / _sums(torch.ones_like(values[:, :1]), groups)
+
+
+def _sums(values: Tensor, groups: Tensor) -> Tensor:
+    """Return the sum of the values of each group, ``(G, ...)``."""
+    return values.new_zeros(count_groups(groups, 0), *values.shape[1:]).index_add_(0, number_units(groups, 0), values)
 
 
 def known_share(new: Tensor | None, known: Tensor | None) -> float:
@@ -319,6 +318,5 @@ def stderr_of_mean(values: Tensor, groups: Tensor | None) -> float:
         return math.nan
     if groups is None:
         return float(values.std() / math.sqrt(number))
-    which = torch.unique(groups, return_inverse=True)[1]
-    sums = values.new_zeros(number).index_add_(0, which, values - values.mean())
+    sums = _sums(values - values.mean(), groups)
     return float((sums.square().sum() * number / (number - 1)).sqrt() / len(values))

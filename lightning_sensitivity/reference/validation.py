@@ -104,7 +104,7 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
         known = torch.from_numpy(~np.isnan(numbers))
         labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(known, torch.nan)
         shape = tuple(labels.shape[1:])
-        task.check(torch.zeros(len(labels), *task.sample_shape(shape)), labels)
+        task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
         task.check_learnable(labels)
         classes = np.arange(task.num_columns(shape))
     if not bool(task.has_label(labels).any()):

@@ -35,6 +35,7 @@ class TaskBase:
     Attributes:
         is_regression: Whether labels are numbers, which are drawn by errors, and not classes.
         link: What makes predictions of outputs: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
+        has_one_output: Whether outputs have the shape of a number for each sample, also where labels have two columns.
         has_indices: Whether labels ``(N,)`` that a user gives a reference are classes, as integers or names.
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
         is_by_column: Whether each column of a matrix is the answer to a question of its own.
@@ -43,6 +44,7 @@ class TaskBase:
 
     is_regression = False
     link = "softmax"
+    has_one_output = False
     has_indices = False
     has_class_shares = True
     is_by_column = False
@@ -55,10 +57,6 @@ class TaskBase:
     def output_matrix(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network into a matrix ``(N, C)``, in 32 bits or more; a matrix stays."""
         return in_32_bits(outputs)[:, None].flatten(1)
-
-    def sample_shape(self, label_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the outputs for a sample, for that of its label where both are alike."""
-        return label_shape
 
     def has_any_outputs(self, loss: object) -> bool:
         """Return whether outputs may be, say, quantiles, since nothing but the loss of a user reads them."""

@@ -140,12 +140,9 @@ class Binary(Multiclass):
 
     name = "binary"
     link = "sigmoid"
+    has_one_output = True
     has_indices = False
     scale = 0.5
-
-    def sample_shape(self, label_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of one output, also for probabilities of both classes."""
-        return ()
 
     def num_columns(self, output_shape: tuple[int, ...]) -> int:
         """Return 2."""
