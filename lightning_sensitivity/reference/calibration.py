@@ -140,7 +140,7 @@ def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
     shares = y.mean(0)
     _, best, smoothing = min(_smoothed(logarithms, y, each) for each in _POWERS)
     found = Sharpening(best, smoothing, shares, unsmoothed=power)
-    # Redrawn labels are everywhere: samples that look like none of a class have its label as often as smoothing says.
+    # Redrawn labels are everywhere: samples that look like none of a class have its label as often as that says.
     # Without this, most of a few positives would be random samples.
     q = found(p)
     looks_unlike = (q < 2 * smoothing * shares).double()

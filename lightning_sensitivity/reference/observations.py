@@ -110,8 +110,7 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     is_other = torch.stack([key[order].diff() != 0 for key in keys]).any(0)  # than the one before
     first = torch.cat([is_other.new_ones(1), is_other])
     which = first.cumsum(0) - 1
-    sums = torch.zeros(int(first.sum()), num_columns, dtype=y.dtype)
-    means = sums.index_add(0, which, y.nan_to_num()) / sums.index_add(0, which, (~y.isnan()).to(y))  # nan of none
+    means = _sums(y.nan_to_num(), which) / _sums((~y.isnan()).to(y), which)  # nan of none
     within, total = (means[which] - y).square().nansum(), (y - y.nanmean(0)).square().nansum()
     differ = [*seen] == ["columns"] and bool(within > _CONTRADICTORY * total)
     if not has_few_values(seen, labels_differ=differ):
@@ -176,7 +175,7 @@ def repeated_share(new: Tensor, known: Tensor) -> float:
         known: That of known ones, ``(N,)``, which are equal by chance as often as they recur among
             themselves.
     """
-    share = float(torch.isin(new, known).double().mean())
+    share = known_share(new, known)
     counts = torch.unique(known, return_counts=True)[1]
     by_chance = int(counts[counts > 1].sum()) / len(known)
     return share if share > by_chance + _REPEATED else 0.0
@@ -298,7 +297,8 @@ def group_means(values: Tensor, groups: Tensor | None) -> Tensor:
 
 def _sums(values: Tensor, groups: Tensor) -> Tensor:
     """Return the sum of the values of each group, ``(G, ...)``."""
-    return values.new_zeros(count_groups(groups, 0), *values.shape[1:]).index_add_(0, number_units(groups, 0), values)
+    zeros = values.new_zeros(count_groups(groups, 0), *values.shape[1:])
+    return zeros.index_add_(0, number_units(groups, 0), values)
 
 
 def known_share(new: Tensor | None, known: Tensor | None) -> float:
