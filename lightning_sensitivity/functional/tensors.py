@@ -1,17 +1,19 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
 Numbers: TypeAlias = Any  # a tensor, an array, a table or a list
+Place = TypeVar("Place", float, Tensor)
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 _MANY = 50  # samples; fewer may lie on one side of ½ by chance
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -81,6 +83,15 @@ def may_be_probabilities(outputs: Tensor) -> bool:
 def number_units(groups: Tensor | None, number: int) -> Tensor:
     """Number what is independent, for each sample, ``(N,)``: groups, or, without any, a number of samples."""
     return torch.arange(number) if groups is None else torch.unique(groups, return_inverse=True)[1]
+
+
+def spaced_fraction(place: Place) -> Place:
+    """Return the fraction of a multiple of the golden ratio.
+
+    Those of successive numbers are evenly spaced, and so are the numbers of the lowest ones, whatever the period of the
+    data, such as that of a stream whose workers read one part of it each.
+    """
+    return place * _GOLDEN_RATIO % 1
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:

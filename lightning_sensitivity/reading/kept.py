@@ -6,22 +6,19 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lightning_sensitivity.functional.tensors import spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
 from lightning_sensitivity.running.batches import has_samples, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 
-Place = TypeVar("Place", float, Tensor)
-
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
 _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 
 
@@ -58,15 +55,6 @@ class KeptBatch:
 def num_bytes(value: object) -> int:
     """Return the memory of the tensors in a value."""
     return sum(x.numel() * x.element_size() for x in tensors_in(value))
-
-
-def _priority(place: Place) -> Place:
-    """Return the fraction of a multiple of the golden ratio; batches and samples with the lowest ones are kept.
-
-    These are evenly spaced, whatever the period of the data, such as that of a stream whose workers read one
-    part of it each.
-    """
-    return place * _GOLDEN_RATIO % 1
 
 
 class KeptSamples:
@@ -121,13 +109,13 @@ class KeptSamples:
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        return not self.is_complete and _priority(batch_idx) < self._threshold
+        return not self.is_complete and spaced_fraction(batch_idx) < self._threshold
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty, and as few others as hold the wanted number of samples."""
         if batch.size == 0:
             return
-        insort(self._by_priority, batch, key=lambda each: _priority(each.index))
+        insort(self._by_priority, batch, key=lambda each: spaced_fraction(each.index))
         self.size += batch.size
         self.is_truncated |= batch.is_truncated
         self._num_bytes += batch.num_bytes
@@ -145,7 +133,7 @@ class KeptSamples:
         batch = self._by_priority.pop()
         self.size -= batch.size
         self._num_bytes -= batch.num_bytes
-        self._threshold = _priority(batch.index)
+        self._threshold = spaced_fraction(batch.index)
 
 
 class KeptObservations:
@@ -200,7 +188,7 @@ class KeptObservations:
             num_samples: How many have come.
             read: Reads some of them, by their indices ``(R,)``: on the CPU, each with a label.
         """
-        priorities = _priority(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
+        priorities = spaced_fraction(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_calls += 1
         self.num_seen += num_samples
         self._num_expected = self.num_seen * self._num_batches / self._num_calls

@@ -13,6 +13,7 @@ from lightning_sensitivity.functional.tensors import (
     in_32_bits,
     may_be_probabilities,
     num_outputs,
+    spaced_fraction,
     without_ones,
 )
 
@@ -20,12 +21,11 @@ IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 BY_CLASS = "Leave `task` out if labels are class indices"
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 NUM_DRAWS = 20  # of labels for each sample
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def quantiles(num_samples: int) -> Tensor:
     """Return evenly spaced quantiles, which begin at an offset of their own for each sample, ``(20, N)``."""
-    offsets = torch.arange(1, num_samples + 1, dtype=torch.float64) * _GOLDEN_RATIO % 1
+    offsets = spaced_fraction(torch.arange(1, num_samples + 1, dtype=torch.float64))
     return (torch.arange(NUM_DRAWS)[:, None] + offsets) / NUM_DRAWS
 
 
