@@ -108,9 +108,7 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
         tensor(2.4849, dtype=torch.float64)
     """
     rules, outputs, q = _of_same_samples(task, outputs, q, residuals)
-    y = rules.label_matrix(q)
-    draws = rules.draw(y, None if residuals is None else as_tensor(residuals))
-    return rules.losses(outputs, y, draws).double().nanmean()
+    return rules.losses(outputs, rules.label_matrix(q), draw_labels(q, task, residuals)).double().nanmean()
 
 
 def expected_metric(
