@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks import monitor as monitor_module
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference import learners
 from lightning_sensitivity.running import noise_generator
 
@@ -33,6 +34,12 @@ NUM_FEATURES, NUM_CLASSES = 12, 4
 
 def inputs(num_samples: int, seed: int = 0) -> Tensor:
     return torch.rand(num_samples, NUM_FEATURES, generator=torch.Generator().manual_seed(seed))
+
+
+def see(reader: BatchReader, model: nn.Module, batch: Any, rows: Any = None, size: int = 0) -> dict[str, Tensor]:
+    """What a reference sees of a batch."""
+    call = reader.call(model, batch)
+    return reader.see(model, batch, call, size or reader.size(model, call), rows)
 
 
 def labelled(num_samples: int, seed: int = 0) -> TensorDataset:

@@ -22,7 +22,7 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, device_of, place_of, take
+from lightning_sensitivity.running.batches import clone_tensors, device_of, places, take
 from lightning_sensitivity.running.call import (
     Function,
     FunctionCall,
@@ -140,7 +140,8 @@ class BatchReader:
         try:
             self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            reason = describe_error(error).replace("batch[1]", place_of(batch, found))
+            place = next((path for path, _, x in places(batch) if x is found), "batch[...]")
+            reason = describe_error(error).replace("batch[1]", place)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
@@ -184,21 +185,14 @@ class BatchReader:
         with isolated(model) as run:
             return len(run(call))
 
-    def see(
-        self,
-        model: nn.Module,
-        batch: object,
-        call: ModelCall | None = None,
-        size: int = 0,
-        indices: Tensor | None = None,
-    ) -> Seen:
+    def see(self, model: nn.Module, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
 
         Args:
             model: The model, which the function ``features`` may use.
-            batch: The batch; only that function needs it, if there is a call.
-            call: The call of the model on it; by default it is made.
-            size: N, the number of its samples; 0 to count them.
+            batch: The batch; only that function needs it.
+            call: The call of the model on it.
+            size: N, the number of its samples.
             indices: Which of them are wanted; None for all.
 
         Returns:
@@ -207,8 +201,6 @@ class BatchReader:
         Raises:
             MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
         """
-        call = call or self.call(model, batch)
-        size = size or self.size(model, call)
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:

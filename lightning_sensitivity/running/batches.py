@@ -204,11 +204,6 @@ def places(value: object, path: str = "batch", name: str = "") -> Iterator[tuple
             yield from places(item, f"{path}.{field}" if field else f"{path}[{index}]", field)
 
 
-def place_of(batch: object, x: Tensor) -> str:
-    """Return the code that selects a tensor from a batch."""
-    return next((path for path, _, each in places(batch) if each is x), "batch[...]")
-
-
 def inputs_hint(batch: object) -> str:
     """Say how to select the inputs of a mapping: its floating tensors, or the whole; of another batch nothing."""
     if not isinstance(batch, Mapping):

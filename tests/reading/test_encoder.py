@@ -17,7 +17,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reading import reader as reader_module
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
-from tests.helpers import labelled
+from tests.helpers import labelled, see
 
 X, Y = labelled(300).tensors
 TENTHS = [*zip(X.split(30), Y.split(30), strict=True)]
@@ -46,7 +46,7 @@ def reader(features: Any, **options: Any) -> BatchReader:
 
 
 def seen(features: Any, model: Any, batch: Any, rows: Tensor | None = None, **options: Any) -> Tensor:
-    return reader(features, **options).see(model, batch, indices=rows)["columns"]
+    return see(reader(features, **options), model, batch, rows)["columns"]
 
 
 # What it gets, and what is made of what it returns
@@ -86,7 +86,7 @@ def test_an_encoder_gets_what_the_model_gets_and_features_are_a_matrix(what: str
     forward, model, batch, expected = GETS[what]
     rows = torch.tensor([5, 200, 7])
     for chosen, wanted in ((None, expected), (rows, expected[rows])):
-        features = reader(net(forward)).see(model, batch, size=300, indices=chosen)["columns"]
+        features = see(reader(net(forward)), model, batch, chosen, size=300)["columns"]
         torch.testing.assert_close(features, wanted)
 
 
@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Forward, nn.Module, Any, str]] = {
 def test_a_failure_says_what_came_and_what_was_expected(what: str) -> None:
     forward, model, batch, match = REFUSED[what]
     with pytest.raises(MisconfigurationException, match=match):
-        reader(net(forward)).see(model, batch, size=300)
+        see(reader(net(forward)), model, batch, size=300)
 
 
 # How it runs

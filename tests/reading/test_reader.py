@@ -15,7 +15,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import KINDS
-from tests.helpers import labelled
+from tests.helpers import labelled, see
 
 MODEL = nn.Linear(12, 4)
 X, Y = labelled(60).tensors
@@ -37,7 +37,7 @@ def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
     kept = reader.keep(MODEL, (X, Y), 0)
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
-    assert kept.seen is None and torch.equal(reader.see(MODEL, (X, Y))["columns"], X)
+    assert kept.seen is None and torch.equal(see(reader, MODEL, (X, Y))["columns"], X)
     assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
 
 
@@ -54,7 +54,7 @@ def test_beside_a_function_in_place_of_forward_inputs_say_what_a_reference_sees(
     batch = {"x": X, "label": Y, "names": ["a"]}
     reader = BatchReader(inputs=inputs, call=lambda model, batch: model(batch["x"]))
     kept = reader.keep(MODEL, batch, 0)
-    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.see(MODEL, batch)["columns"], expected)
+    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(see(reader, MODEL, batch)["columns"], expected)
     samples = KeptSamples(60)
     samples.add(kept)
     assert torch.equal(reader.join(MODEL, samples.batches).seen["columns"], expected)
@@ -67,12 +67,12 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
         return model.train()(batch[0]) + torch.rand(1)
 
     reader = BatchReader(inputs=lambda batch: batch[0] + torch.rand(1), targets=select, features=select)
-    reader.labels(model, (X, Y)), reader.see(model, (X, Y))
+    reader.labels(model, (X, Y)), see(reader, model, (X, Y))
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
 def of_user(result: Any) -> Any:
-    return BatchReader(features=lambda batch: result).see(MODEL, X)
+    return see(BatchReader(features=lambda batch: result), MODEL, X)
 
 
 @pytest.mark.parametrize(("read", "match"), [
@@ -109,7 +109,7 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 def test_a_graph_is_seen_by_features_alone() -> None:
     graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
     reader = BatchReader()
-    assert reader.see(model, graph) == {} and reader.unread == ["data"]
+    assert see(reader, model, graph) == {} and reader.unread == ["data"]
     reader.reset()
     assert reader.unread == []
     kept = BatchReader(features=lambda batch: batch.x).keep(model, graph, 0)
@@ -118,7 +118,7 @@ def test_a_graph_is_seen_by_features_alone() -> None:
 
 def test_of_a_whole_batch_labels_are_not_seen() -> None:
     reader, model = BatchReader(inputs=lambda batch: (batch,)), nn.ModuleDict()
-    assert torch.equal(reader.see(model, {"image": X, "label": Y}, size=60)["columns"], X)
+    assert torch.equal(see(reader, model, {"image": X, "label": Y})["columns"], X)
 
 
 def test_inputs_by_position_are_seen_whatever_their_names() -> None:
@@ -126,7 +126,7 @@ def test_inputs_by_position_are_seen_whatever_their_names() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    assert torch.equal(BatchReader().see(Two(), (X, X + 1, Y), size=60)["columns"], torch.cat([X, X + 1], 1))
+    assert torch.equal(see(BatchReader(), Two(), (X, X + 1, Y))["columns"], torch.cat([X, X + 1], 1))
 
 
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
