@@ -84,14 +84,6 @@ def check_bool(name: str, value: object) -> None:
     check_argument(name, value, isinstance(value, bool), "a bool")
 
 
-def check_selectors(**selectors: object) -> None:
-    """Require functions that select a part of a batch or output, or None; ``features`` may be a module."""
-    for name, value in selectors.items():
-        is_selector = value is None or callable(value)
-        kind = "a module, a function" if name == "features" else "a function"
-        check_argument(name, value, is_selector, f"{kind}, such as `lambda x: x[0]`, or None")
-
-
 def check_estimator(name: str, estimator: object, task: Task) -> None:
     """Require an estimator of scikit-learn, not its class, that can do a task, or None."""
     method = task.estimator_method

@@ -13,16 +13,7 @@ from torch.nn.functional import one_hot
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
-from lightning_sensitivity.running.batches import (
-    cast,
-    entry,
-    has_samples,
-    is_constant,
-    is_empty,
-    places,
-    take,
-    tensors_in,
-)
+from lightning_sensitivity.running.batches import cast, entry, has_samples, is_constant, places, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall, parameters_of
 from lightning_sensitivity.running.isolation import isolated
 
@@ -83,7 +74,7 @@ def _readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, T
     for name, value in (named if whole is None else {"graphs": whole}).items():
         sums = sum_graphs(value, size)
         tensors = tensors_in(value if sums is None else sums)
-        parts = [x for x in tensors if x.ndim > 0 and not is_empty(x)]
+        parts = [x for x in tensors if x.ndim > 0 and not is_constant(x)]
         readable = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
         found += [(name, x) for x in readable]
         if len(readable) < len(parts) or not (tensors or is_constant(value)):

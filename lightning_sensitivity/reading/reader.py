@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import in_floats
-from lightning_sensitivity.messages import (
-    Refused,
-    Selector,
-    check_argument,
-    check_selectors,
-    describe,
-    describe_error,
-    refuse_on_error,
-)
+from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer, see_inputs
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen
@@ -72,7 +64,11 @@ class BatchReader:
         task: Task = TASKS["multiclass"],
         call: Function | None = None,
     ) -> None:
-        check_selectors(inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups)
+        selectors = {"inputs": inputs, "outputs": outputs, "targets": targets, "features": features, "groups": groups}
+        for name, value in selectors.items():
+            kind = "a module, a function" if name == "features" else "a function"
+            expected = f"{kind}, such as `lambda x: x[0]`, or None"
+            check_argument(name, value, value is None or callable(value), expected)
         check_argument("call", call, call is None or callable(call), "a function (module, batch) -> outputs, or None")
         self.function = call
         self._inputs = inputs
