@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import (
     Refused,
     Selector,
     check_argument,
-    check_estimator,
+    check_task,
     link_to,
     refuse_on_error,
     say_unused,
@@ -137,9 +136,7 @@ def compare_models(
     check_argument("models", models, are_models and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
-    check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
-    check_estimator("reference", reference, rules := TASKS[task])
-    check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
+    rules = check_task(task, loss, reference)
     reader = BatchReader(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )

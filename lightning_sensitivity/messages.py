@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
 
 _FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
@@ -84,13 +84,16 @@ def check_bool(name: str, value: object) -> None:
     check_argument(name, value, isinstance(value, bool), "a bool")
 
 
-def check_estimator(name: str, estimator: object, task: Task) -> None:
-    """Require an estimator of scikit-learn, not its class, that can do a task, or None."""
-    method = task.estimator_method
+def check_task(task: str, loss: object, reference: object) -> Task:
+    """Return the task of a name; require a loss, and an estimator of scikit-learn that can do the task, or None."""
+    check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
+    check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
+    method = TASKS[task].estimator_method
     needed = ("get_params", "fit", "predict", method)  # `cross_val_predict` wants `predict` in any case
-    is_estimator = all(hasattr(estimator, each) for each in needed) and not isinstance(estimator, type)
+    is_estimator = all(hasattr(reference, each) for each in needed) and not isinstance(reference, type)
     expected = f"an estimator of scikit-learn with `{method}`, or None"
-    check_argument(name, estimator, estimator is None or is_estimator, expected)
+    check_argument("reference", reference, reference is None or is_estimator, expected)
+    return TASKS[task]
 
 
 def describe(value: object) -> str:

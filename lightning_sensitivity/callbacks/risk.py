@@ -31,14 +31,12 @@ from lightning_sensitivity.expected.predictions import Predictions, predict_both
 from lightning_sensitivity.expected.record import EXPECTED, History, Predicted, Values, of_state, plot_history, state_of
 from lightning_sensitivity.expected.summary import CONSTANT, PROBABILITIES, Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
-from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS
 from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import (
     BLIND,
     Selector,
-    check_argument,
     check_bool,
-    check_estimator,
+    check_task,
     describe_error,
     say_unused,
 )
@@ -124,11 +122,8 @@ class RiskMonitor(Monitor):
         call: Function | None = None,
         prog_bar: bool = False,
     ) -> None:
-        check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
-        check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
+        rules = check_task(task, loss, reference)
         check_bool("validation_labels", validation_labels)
-        rules = TASKS[task]
-        check_estimator("reference", reference, rules)
         check_class_shares(class_shares, rules)
         selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
         reader = BatchReader(**selectors, features=features, groups=groups, task=rules)

@@ -282,8 +282,10 @@ def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments
     """Return the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
     if not isinstance(chosen, Mapping):
         return False, by_position(model, as_tuple(chosen))
+    if takes_only_keywords(model):
+        return True, dict(chosen)
     unknown = [name for name in chosen if name not in parameters_of(model)]
-    if len(unknown) == len(chosen) and not takes_only_keywords(model):
+    if len(unknown) == len(chosen):
         return False, by_position(model, (chosen,))
     if unknown and _KEYWORDS not in _kinds(model):
         names = ", ".join(map(repr, unknown))
@@ -292,10 +294,7 @@ def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments
 
 
 def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
-    """Return what a ``forward`` of one argument that names no entry takes: the only tensor, or all.
-
-    Its annotation says which, if there is one.
-    """
+    """Return the only tensor of a mapping, or all of it, as the only argument of a ``forward`` says that it takes."""
     required, beside = required_names(model), [*beside_labels(batch).values()]
     has_one = len(required) == 1
     annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
