@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.callbacks.checks import LastSigmoid, check_repeatable, check_run
-from lightning_sensitivity.callbacks.processes import agree, gather_tensors, raise_in_all
-from lightning_sensitivity.callbacks.run import Phase, Run, Validation, is_fitting
+from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, gather_tensors, is_fitting, raise_in_all
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptSamples

@@ -22,8 +22,7 @@ from lightning_sensitivity.callbacks.checks import (
     try_values,
 )
 from lightning_sensitivity.callbacks.monitor import Monitor
-from lightning_sensitivity.callbacks.processes import agree
-from lightning_sensitivity.callbacks.run import is_fitting
+from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.expected.expectation import Expectation

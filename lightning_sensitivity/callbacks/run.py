@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,9 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
-from lightning_sensitivity.callbacks.first_step import FirstStep
+from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_monitor
 from lightning_sensitivity.messages import LOGITS, Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.running.batches import inputs_hint
@@ -214,3 +215,39 @@ class MissingValues:
         """Remove what stands in for values, so that nobody takes it for a value of the fit."""
         for name in self._given:
             trainer.callback_metrics.pop(name, None)
+
+
+def agree(trainer: Trainer, condition: bool) -> bool:
+    """Return whether a condition holds in all processes."""
+    return bool(trainer.strategy.reduce_boolean_decision(condition))
+
+
+@contextmanager
+def raise_in_all(trainer: Trainer) -> Iterator[None]:
+    """Raise in all processes if one fails inside, so that none waits for another in vain."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    is_fine = agree(trainer, failure is None)
+    if failure is not None:
+        raise failure
+    if not is_fine:
+        raise Refused("Another process has refused this run before its first step, and says why.")
+
+
+def gather_tensors(trainer: Trainer, rows: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, ``(N, ...)``, on the CPU; their numbers may differ."""
+    if trainer.world_size == 1:
+        return rows
+    return torch.cat([part.cpu() for part in gather_all_tensors(rows.to(trainer.strategy.root_device))])
+
+
+def gather_objects(trainer: Trainer, value: object) -> list[Any]:
+    """Collect an object of each process in the first process; the others get none."""
+    if trainer.world_size == 1:
+        return [value]
+    found = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(value, found)
+    return found or []

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.processes import agree, gather_objects, gather_tensors
-from lightning_sensitivity.callbacks.run import Run
+from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gather_tensors
 from lightning_sensitivity.expected.differences import Differences
 from lightning_sensitivity.expected.record import Predicted, Unseen, Verdict
 from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART, draw_labels

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
-from lightning_sensitivity.callbacks.first_step import FirstStep
+from lightning_sensitivity.callbacks.checks import FirstStep
 from lightning_sensitivity.reading.reader import BatchReader
 from tests.helpers import Linear, fitted_and_said, labelled, loader, quick_risk
 
