@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.expected.differences import Differences
+from lightning_sensitivity.expected.doubts import say_differences, say_unused
 from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import (
@@ -18,7 +18,6 @@ from lightning_sensitivity.messages import (
     check_task,
     link_to,
     refuse_on_error,
-    say_unused,
 )
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.observations import Observations, count_groups, stderr_of_mean
@@ -240,7 +239,7 @@ class _Judge:
             warn("outputs", unused)
         if fitted.inputs_tell_nothing_ and reader.sees_all:
             warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
-        Differences(known, not reader.has_features, warn).say("`dataloader`", new)
+        say_differences(known, new, "`dataloader`", not reader.has_features, warn)
         may_choose = fitted.may_choose(reader.sees_all)
         if is_alone and not may_choose:
             skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"

@@ -1,6 +1,6 @@
 """Check arguments: one clear exception names the argument, what was expected and what it got."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -9,8 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import TASK_NAMES, TASKS, Task
-
-_FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
 BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
@@ -108,27 +106,6 @@ def describe(value: object) -> str:
         more = ", ..." if len(value) > 5 else ""
         return f"{type(value).__name__} of {len(value)}: {items}{more}"
     return type(value).__name__
-
-
-def say_unused(shares: Sequence[float], num_labels: int) -> str:
-    """Say that most outputs are the class of no training label, though there are many; nothing if that is not so.
-
-    Args:
-        shares: The shares of the classes among training labels.
-        num_labels: How many of these there are.
-    """
-    num_unused = sum(share == 0 for share in shares)
-    num_used = len(shares) - num_unused
-    are_many = num_labels >= max(_LABELS_OF_EACH * num_used, min(_LABELS_OF_EACH * len(shares), _MANY))
-    if (
-        len(shares) < _FEWEST_OUTPUTS or not are_many or not len(shares) / 2 < num_unused < len(shares) - 1
-    ):  # one class alone is said elsewhere
-        return ""
-    return (
-        f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training labels. "
-        "If `forward` returns features, say where logits are: `outputs=module.head`, or `call=lambda module, batch: "
-        "module.head(module(batch[0]))`."
-    )
 
 
 def link_to(entry: str) -> str:

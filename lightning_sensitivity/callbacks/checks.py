@@ -1,9 +1,8 @@
-"""What is refused, or said, before the first training step."""
+"""What is refused before the first training step, and said of it."""
 
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,10 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import are_close, are_probabilities, in_32_bits, without_ones
+from lightning_sensitivity.functional.tensors import (
+    are_close,
+    in_32_bits,
+)
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.batches import is_dense, tensors_in, without_labels
@@ -30,6 +32,7 @@ _REPEATED = 1e-5  # difference of a loss that is called again
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
 _ENDED = 0.01  # of the first learning rate
+_ROWS = 100  # of an input that are compared in the first step
 _SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -116,33 +119,6 @@ def has_ended(trainer: Trainer) -> bool:
     return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
 
 
-def check_repeatable(first: Tensor, second: Tensor) -> None:
-    """Refuse a model whose second pass gives other outputs, though we restored all that we can.
-
-    Raises:
-        MisconfigurationException: If outputs differ.
-    """
-    if first.shape != second.shape or not are_close(first, second):
-        raise Refused(
-            "`forward` gives other outputs when it is called again on the same batch, in eval mode and with the same "
-            "random numbers of torch: it keeps something that is not restored. Change it only `if self.training`, and "
-            "draw random numbers by torch.",
-            entry="state",
-        )
-
-
-def check_logits(outputs: Tensor) -> None:
-    """Refuse outputs that have another sensitivity than logits.
-
-    Raises:
-        MisconfigurationException: If they are probabilities or their logarithms.
-    """
-    if are_probabilities(outputs) or are_probabilities(outputs.exp()):
-        raise Refused(
-            "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
-        )
-
-
 class LastSigmoid(TorchFunctionMode):
     """Notes what the last sigmoid gave that was called inside: if outputs are that, they can't be logits."""
 
@@ -161,29 +137,6 @@ class LastSigmoid(TorchFunctionMode):
         """Return whether outputs are what it gave, in any shape and precision."""
         values = self._values
         return values is not None and torch.equal(values.flatten().to(outputs), outputs.flatten())
-
-
-def check_outputs(outputs: Tensor, task: Task, are_of_sigmoid: bool = False) -> None:
-    """Refuse outputs for which there is nothing to expect.
-
-    Args:
-        outputs: Outputs of a training batch.
-        task: The task.
-        are_of_sigmoid: Whether they are what a sigmoid gave.
-
-    Raises:
-        MisconfigurationException: If they are dense, or probabilities.
-    """
-    outputs = without_ones(outputs)
-    if outputs.ndim > 2:
-        raise Refused(
-            f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {task.advice_on_dense(outputs.shape)}.",
-            entry="outputs",
-        )
-    is_by_sigmoid = are_of_sigmoid and task.link == "sigmoid"  # a softmax may follow in the loss
-    if is_by_sigmoid or (task.link != "identity" and are_probabilities(outputs)):
-        select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
-        raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
@@ -226,12 +179,16 @@ def try_values(
     if not bool(counts.any()):
         return True
     x, y = in_32_bits(outputs)[counts], labels[counts]
-    matrix = task.label_matrix(y, num_columns)
-    with isolated(module) as run:
-        run(_try_metrics, metrics, x.cpu(), matrix, task)
+    p, drawn = task.predictions(task.output_matrix(x.cpu())), task.hard_labels(task.label_matrix(y, num_columns))
+    for name, metric in metrics.items():
+        what = f"`metrics[{name!r}]` fails on outputs {tuple(x.shape)}"
+        with refuse_on_error(what, entry="metrics"), isolated(module) as run:
+            value = run(metric_value, metric, p, torch.stack([drawn, drawn]), task)  # a few need two samples
+            is_number = isinstance(value, Tensor) and value.numel() == 1
+            check_argument(f"metrics[{name!r}]", value, is_number, "one number")
     if loss is None:
         return True
-    y = task.as_labels(task.hard_labels(matrix).nan_to_num(), in_32_bits(y).to(x.device))
+    y = task.as_labels(drawn.nan_to_num(), in_32_bits(y).to(x.device))
     tried = []
     for _ in range(2):  # with the same random numbers
         with isolated_with(module, loss) as run:
@@ -247,16 +204,6 @@ def try_values(
         return True  # shapes tell
     with isolated_with(module, loss) as run:
         return run(_is_lowest_at, loss, y.reshape(x.shape).to(x), y)
-
-
-def _try_metrics(metrics: Mapping[str, Metric], outputs: Tensor, labels: Tensor, task: Task) -> None:
-    """Refuse a metric that fails, or does not return one number."""
-    p, y = task.predictions(task.output_matrix(outputs)), task.hard_labels(labels)
-    for name, metric in metrics.items():
-        with refuse_on_error(f"`metrics[{name!r}]` fails on outputs {tuple(outputs.shape)}", entry="metrics"):
-            value = metric_value(metric, p, torch.stack([y, y]), task)  # a few need two samples
-            is_number = isinstance(value, Tensor) and value.numel() == 1
-            check_argument(f"metrics[{name!r}]", value, is_number, "one number")
 
 
 def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
@@ -306,31 +253,7 @@ def check_class_shares(class_shares: object, task: Task, num_classes: int | None
     check_argument("class_shares", class_shares, has_shares, f"None for {task.name!r}")
 
 
-_ROWS = 100  # of an input that are compared
-
-
-@dataclass
-class _Input:
-    """A tensor that ``forward`` gets.
-
-    Attributes:
-        shape: Its shape.
-        rows: Its first rows, or all of a scalar.
-    """
-
-    shape: tuple[int, ...]
-    rows: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Input":
-        rows = x.detach() if x.ndim == 0 else x.detach()[:_ROWS]
-        return cls(tuple(x.shape), rows.clone())
-
-    def has_values_of(self, other: "_Input") -> bool:
-        return are_close(self.rows, other.rows)
-
-
-Inputs = dict[str, list[_Input]]  # by the names of the arguments
+Inputs = dict[str, list[tuple[str, Tensor]]]  # the shape of each tensor, and its first rows, by name of the argument
 
 
 class FirstStep:
@@ -376,7 +299,8 @@ def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
     for name, value in without_labels(arguments).items():
-        found[name] = [_Input.of(x) for x in tensors_in(without_labels(value)) if is_dense(x)]
+        tensors = [x.detach() for x in tensors_in(without_labels(value)) if is_dense(x)]
+        found[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
     return {name: tensors for name, tensors in found.items() if tensors}
 
 
@@ -387,9 +311,9 @@ def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
         return f"`forward` gets `{name}` {where}"
     for name, got in theirs.items():
         sent = ours[name][: len(got)]  # of several, such as two views, a step may send one after the other
-        step, us = (", ".join(str(each.shape) for each in tensors) for tensors in (got, sent))
+        step, us = (", ".join(shape for shape, _ in tensors) for tensors in (got, sent))
         if step != us:
             return f"`forward` gets an input of shape {step} in the step, and {us} from us"
-        if not has_drawn and not all(map(_Input.has_values_of, sent, got)):
+        if not has_drawn and not all(are_close(x, y) for (_, x), (_, y) in zip(sent, got, strict=True)):
             return "`forward` gets other values in the step, though it draws no random numbers"
     return None

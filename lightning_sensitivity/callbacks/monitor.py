@@ -8,11 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.checks import LastSigmoid, check_repeatable, check_run
+from lightning_sensitivity.callbacks.checks import LastSigmoid, check_run
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, gather_tensors, is_fitting, raise_in_all
 from lightning_sensitivity.expected.record import Values
+from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
-from lightning_sensitivity.reading.kept import MAX_BYTES, KeptSamples
+from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
 from lightning_sensitivity.running.isolation import RunIsolated
@@ -87,9 +88,8 @@ class Monitor(Callback, ABC):
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Remember the values of a loader, if any, at the end of a validation."""
 
-    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch."""
-        samples.add(self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes))
+    def keep_labels(self, module: LightningModule, batch: object, kept: KeptBatch) -> None:
+        """Keep the labels of a validation batch, too."""
 
     # Before a run
 
@@ -99,7 +99,7 @@ class Monitor(Callback, ABC):
             return
         check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
         monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        names = [name for each in monitors for name in each.prefixed_names()]
+        names = [each.prefix + name for each in monitors for name in each.names]
         are_unique = len(names) == len({*names})
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
@@ -162,7 +162,9 @@ class Monitor(Callback, ABC):
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            self.keep(pl_module, batch, batch_idx, samples)
+            kept = self.reader.keep(pl_module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
+            self.keep_labels(pl_module, batch, kept)
+            samples.add(kept)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: object) -> None:
         """Measure the samples after the last batch: in this hook averaged weights are still in place."""
@@ -209,7 +211,7 @@ class Monitor(Callback, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what only the end of a run tells, and free the samples."""
-        self.run.finish()
+        self.run.doubts.finish()
         self.free()
 
     # Helpers
@@ -222,10 +224,6 @@ class Monitor(Callback, ABC):
     def names(self) -> tuple[str, ...]:
         """The names of all values that may be logged, without the prefix."""
         return tuple(self.directions)
-
-    def prefixed_names(self) -> set[str]:
-        """Return the logged names with the prefix."""
-        return {self.prefix + name for name in self.names}
 
     def num_loaders(self, trainer: Trainer) -> int:
         """Count the loaders whose samples are kept; before there are any, those of the validation."""
@@ -259,7 +257,14 @@ class Monitor(Callback, ABC):
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
         outputs: Tensor = run(call)
         with LastSigmoid() as sigmoid:
-            check_repeatable(outputs, run(call))
+            again = run(call)
+        if outputs.shape != again.shape or not are_close(outputs, again):  # though we restore all that we can
+            raise Refused(
+                "`forward` gives other outputs when it is called again on the same batch, in eval mode and with the "
+                "same random numbers of torch: it keeps something that is not restored. Change it only `if "
+                "self.training`, and draw random numbers by torch.",
+                entry="state",
+            )
         if len(outputs) < call.size:
             raise Refused(
                 f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {len(outputs)} "

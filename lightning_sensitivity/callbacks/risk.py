@@ -17,29 +17,36 @@ from lightning_sensitivity.callbacks.checks import (
     check_class_shares,
     check_metrics,
     check_monitored,
-    check_outputs,
     has_ended,
     try_values,
 )
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.run import agree, is_fitting
-from lightning_sensitivity.callbacks.run_reference import RunReference
+from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.expected.expectation import Expectation
-from lightning_sensitivity.expected.predictions import Predictions, predict_both
-from lightning_sensitivity.expected.record import EXPECTED, History, Predicted, Values, of_state, plot_history, state_of
-from lightning_sensitivity.expected.summary import CONSTANT, PROBABILITIES, Curve, summarize
+from lightning_sensitivity.expected.record import (
+    EXPECTED,
+    History,
+    Predicted,
+    Predictions,
+    Values,
+    of_state,
+    plot_history,
+    state_of,
+)
+from lightning_sensitivity.expected.summary import Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
-from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
+from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
 from lightning_sensitivity.messages import (
     BLIND,
+    Refused,
     Selector,
     check_bool,
     check_task,
     describe_error,
-    say_unused,
 )
-from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count
 from lightning_sensitivity.running.call import Function
 from lightning_sensitivity.running.isolation import RunIsolated, isolated, isolated_with
@@ -131,19 +138,16 @@ class RiskMonitor(Monitor):
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
         self.task = rules
         self.loss = loss
-        own_metrics = None if metrics is None else check_metrics(metrics)
-        self.metrics = rules.default_metrics(2) if own_metrics is None else own_metrics
         self.validation_labels = validation_labels
         self.history: History = []
         self.summary: dict[str, Any] = {}
-        self._own_metrics = own_metrics
+        self._own_metrics = None if metrics is None else check_metrics(metrics)
         self._estimator = reference
         self._class_shares = class_shares
-        self._saved: Predicted | None = None  # what an earlier part of this fit has predicted
+        self._predicted: Predicted | None = None  # by the reference, also that of an earlier part of this fit
         # Of the last fit, from its first training batch on:
         self._reference: RunReference | None = None
         self._expectation: Expectation | None = None
-        self._of_reference: dict[int, Values] = {}  # what is expected of the reference itself, by loader
         self._model_id = 0  # of the model of the last fit
 
     @property
@@ -173,7 +177,7 @@ class RiskMonitor(Monitor):
         """
         if self._reference is None or self._expectation is None or self.reference is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return predict_both(self.reader, model, self._reference, dataloader, self._expectation.are_predictions)
+        return self._reference.predict_both(model, dataloader, self._expectation.are_predictions)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch, with 90 % intervals.
@@ -194,33 +198,23 @@ class RiskMonitor(Monitor):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self._own_metrics is None:  # of the classes of the last fit
-            self.metrics = self.task.default_metrics(2)
         has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
         goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
-        if goes_on:
-            self._restore(self.history, self._predicted())
-        else:
-            self._restore([], None)
         self._model_id = id(pl_module)
         self._reference = None
         self._expectation = None
-        self._of_reference = {}
+        self._restore(self.history if goes_on else [], self._predicted if goes_on else None)
         self.summary = {}
         self.reader.reset()
 
-    def _predicted(self) -> Predicted | None:
-        """Return what the reference of this fit has predicted, also in an earlier part of it."""
-        return self._saved if self._reference is None else self._reference.known
-
     def _restore(self, history: History, predicted: Predicted | None) -> None:
         """Go on with what is known of an earlier part of this fit."""
-        self.history, self._saved = history, predicted
+        self.history, self._predicted, names = history, predicted, {*self.names}
         for row in history:
-            known = {name: value for name, value in row.items() if name in self.names and value is not None}
+            known = {name: value for name, value in row.items() if name in names and value is not None}
             self.run.missing.remember(row["dataloader_idx"], known)
-        lacking = [row for row in history if not row.keys() >= {*self.names}]
-        self.run.missing.resume(len({(row["epoch"], row["step"]) for row in lacking}))
+        lacking = [row for row in history if not row.keys() >= names]
+        self.run.missing.num_incomplete = len({(row["epoch"], row["step"]) for row in lacking})
 
     @property
     def state_key(self) -> str:
@@ -231,7 +225,7 @@ class RiskMonitor(Monitor):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the history, and what the reference predicts of the kept samples, with which a resumed fit goes on."""
-        checkpoint["callbacks"][self.state_key] = state_of(self.history, self._predicted())
+        checkpoint["callbacks"][self.state_key] = state_of(self.history, self._predicted)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything, in a fit."""
@@ -269,13 +263,9 @@ class RiskMonitor(Monitor):
             self.run.warn("samples", message)
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
-            predicted = self._saved if self._reference is None else self._reference.predicted
-            verdict = None if predicted is None else predicted.verdict
-            is_worse = self._expectation is not None and self._expectation.is_worse_than_constant
-            doubts = [CONSTANT] * is_worse + [PROBABILITIES] * self.run.may_be_probabilities
-            watched = callbacks_that_monitor(trainer)
-            known = self._curves(trainer), self.history, verdict, doubts
-            self.summary, line = summarize(watched, has_ended(trainer), *known)
+            verdict = None if self._predicted is None else self._predicted.verdict
+            known = self._curves(trainer), self.history, verdict, self.run.doubts.found
+            self.summary, line = summarize(callbacks_that_monitor(trainer), has_ended(trainer), *known)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
 
@@ -297,43 +287,43 @@ class RiskMonitor(Monitor):
         """Check the first batch of a run."""
         self.run.look_at(batch)
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
-            self._begin(trainer, module, batch)
+            self.reader.check_encoder(module)
+            call = self.reader.call(module, batch)
+            with isolated(module) as run, trainer.precision_plugin.val_step_context():
+                outputs = self.check_model(run, call)
+            any_outputs = self.task.has_any_outputs(self.loss)
+            shape = tuple(without_ones(outputs).shape[1:])
+            labels = self.reader.labels(module, batch, None if any_outputs else shape)
+            is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
+            shape = tuple(labels.shape[1:]) if any_outputs else shape
+            check_count(labels, len(outputs))
+            self.reader.check_labels(module, batch, call, labels)
+            self.reader.groups(module, batch, len(outputs))
+            num_columns = self.task.num_columns(shape)
+            check_class_shares(self._class_shares, self.task, num_columns)
+            metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
+            may_predict = try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
+            self._expectation = Expectation(
+                self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
+            )
+            self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape, is_local)
         check_monitored(trainer, self.prefix, self.directions)
-
-    def _begin(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
-        """Check that the model can be measured, and that labels, loss and metrics fit."""
-        self.reader.check_encoder(module)
-        call = self.reader.call(module, batch)
-        with isolated(module) as run, trainer.precision_plugin.val_step_context():
-            outputs = self.check_model(run, call)
-        any_outputs = self.task.has_any_outputs(self.loss)
-        shape = tuple(without_ones(outputs).shape[1:])
-        labels = self.reader.labels(module, batch, None if any_outputs else shape)
-        is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
-        shape = tuple(labels.shape[1:]) if any_outputs else shape
-        check_count(labels, len(outputs))
-        self.reader.check_labels(module, batch, call, labels)
-        self.reader.groups(module, batch, len(outputs))
-        num_columns = self.task.num_columns(shape)
-        check_class_shares(self._class_shares, self.task, num_columns)
-        self.metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
-        may_predict = try_values(module, self.metrics, self.loss, outputs, labels, self.task, num_columns)
-        self._expectation = Expectation(self.task, self.loss, self.metrics, outputs, labels, self.run.warn, may_predict)
-        self._reference = RunReference(
-            self.task, self.reader, self._estimator, self._class_shares, self.run, shape, is_local, self._saved
-        )
 
     def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep training samples."""
-        if self._reference is None:
-            return
-        with (
-            self.run.report_failure("could not keep a training batch", "It is left out."),
-            trainer.precision_plugin.val_step_context(),
-        ):
-            self._reference.add(trainer, module, batch, batch_idx)
+        what = "could not keep a training batch", "It is left out."
+        with self.run.report_failure(*what), trainer.precision_plugin.val_step_context():
+            if self._reference is not None:
+                self._reference.add(trainer, module, batch, batch_idx)
 
     # A validation
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics by name: yours, or the default, which are those of two classes until a batch tells how many."""
+        if self._expectation is not None:
+            return self._expectation.metrics
+        return self.task.default_metrics(2) if self._own_metrics is None else self._own_metrics
 
     @property
     def directions(self) -> dict[str, bool]:
@@ -342,20 +332,29 @@ class RiskMonitor(Monitor):
         return of_metrics | {f"{EXPECTED}loss": False}
 
     def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
-        """Refuse outputs of which nothing can be expected."""
-        if not self.task.has_any_outputs(self.loss):
-            check_outputs(outputs, self.task, are_of_sigmoid)
+        """Refuse outputs for which there is nothing to expect: if they are dense, or probabilities."""
+        if self.task.has_any_outputs(self.loss):
+            return
+        outputs = without_ones(outputs)
+        if outputs.ndim > 2:
+            advice = self.task.advice_on_dense(outputs.shape)
+            raise Refused(f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {advice}.", "outputs")
+        is_by_sigmoid = are_of_sigmoid and self.task.link == "sigmoid"  # a softmax may follow in the loss
+        if is_by_sigmoid or (self.task.link != "identity" and are_probabilities(outputs)):
+            select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
+            raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether every process has its training samples; a sanity check needs none."""
         if not is_fitting(trainer):
             return bool(trainer.sanity_checking)
-        can_read = agree(trainer, self._reference is not None)
-        return can_read and self._reference is not None and self._reference.is_ready(trainer)
+        reference = self._reference
+        if not agree(trainer, reference is not None) or reference is None:
+            return False
+        return reference.can_be_made(trainer) or reference.stage is Stage.OVER or self._predicted is not None
 
-    def keep(self, module: LightningModule, batch: object, batch_idx: int, samples: KeptSamples) -> None:
-        """Keep a validation batch, with its labels if they are wanted."""
-        kept = self.reader.keep(module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
+    def keep_labels(self, module: LightningModule, batch: object, kept: KeptBatch) -> None:
+        """Keep the labels of a validation batch, if they are wanted."""
         if self.validation_labels and self.reader.may_have_labels(module, batch):
             try:
                 shape = None if self._reference is None else self._reference.output_shape
@@ -363,7 +362,6 @@ class RiskMonitor(Monitor):
             except MisconfigurationException as error:
                 message = f"treats some validation batches as unlabelled: {describe_error(error)}"
                 self.run.warn("labels", message)
-        samples.add(kept)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Run the model on the kept samples of a loader.
@@ -375,7 +373,7 @@ class RiskMonitor(Monitor):
         found = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
         if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
             return tuple(found)
-        num_columns = self.task.num_columns(self._reference.output_shape)
+        num_columns = self._reference.num_columns
         labels = [torch.zeros(0, num_columns, dtype=torch.float64)]  # no other default
         for batch in samples.batches:
             unknown = torch.full((batch.size, num_columns), math.nan)
@@ -388,43 +386,37 @@ class RiskMonitor(Monitor):
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
         assert self._reference is not None
-        self._reference.prepare(trainer, self.run.samples)
-        made = None if self.task.link != "softmax" else self.reference
-        if made is not None and (message := say_unused(list(made.shares_), made.num_samples_)):
-            self.run.warn("outputs", message)
+        self._predicted = self._reference.prepare(trainer, self.run.samples, self._predicted)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
-        assert self._reference is not None and self._expectation is not None
+        assert self._expectation is not None
         outputs, labels, numbers = rows
         groups = numbers if self.reader.has_groups else None
+        unseen = None if self._predicted is None else self._predicted.unseen.get(dataloader_idx)
         if self.validation_labels and bool(labels.isnan().all()):
             message = (
                 f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
                 "some, set `targets=`."
             )
             self.run.warn("labels", message, kind="none")
-        unseen = self._reference.unseen.get(dataloader_idx)
-        may_be_probabilities = self._expectation.may_be_probabilities(outputs)
-        if dataloader_idx == 0 and may_be_probabilities is not None:  # once in a validation
-            self.run.note_outputs(may_be_probabilities)
-        self._expectation.warn_of(dataloader_idx, outputs, unseen)
-        earlier = [row for row in self.history if row["dataloader_idx"] == dataloader_idx]
+        known = dataloader_idx, outputs, labels, groups, unseen
         # Losses and metrics may be parts of the module, or draw numbers.
         with isolated_with(trainer.lightning_module, self.loss) as run:
-            values: Values = run(self._expectation.values, outputs, labels, groups, unseen, earlier)
-            if unseen is not None and dataloader_idx not in self._of_reference:  # once: the samples stay the same
-                self._of_reference[dataloader_idx] = {}
+            values: Values = run(self._expectation.values, *known, self.history)
+            if values and unseen is not None:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
-                    own = run(self._expectation.values_of_reference, outputs, labels, groups, unseen)
-                    self._of_reference[dataloader_idx] = own
-        if values:
-            return values | self._of_reference.get(dataloader_idx, {})
-        verdict = self._reference.verdict
+                    values |= run(self._expectation.values_of_reference, *known)
+        if not values:
+            self._say_blind(trainer)
+        return values
+
+    def _say_blind(self, trainer: Trainer) -> None:
+        """Say that nothing is logged, if the reference may not choose."""
+        verdict = None if self._predicted is None else self._predicted.verdict
         if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
             self.run.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
-        return {}
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""

@@ -18,11 +18,10 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_monitor
-from lightning_sensitivity.messages import LOGITS, Refused, describe_error, link_to
+from lightning_sensitivity.expected.doubts import Doubts
+from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.running.batches import inputs_hint
-
-_SOME_VALIDATIONS = 3  # after which logits of a classifier have left [0, 1]
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
@@ -61,6 +60,7 @@ class Run:
         validation: What is done with the current validation.
         first_step: Watches the first training step.
         missing: What other callbacks get in place of values.
+        doubts: What makes all values doubtful.
         samples: The kept validation samples, by loader.
         measured: What was measured of them, by loader; None where that failed.
         logged: What was logged in the current validation, by name.
@@ -71,13 +71,13 @@ class Run:
         self.validation = Validation.SKIPPED
         self.first_step = FirstStep()
         self.missing = MissingValues()
+        self.doubts = Doubts(self.warn)
         self.samples: list[KeptSamples] = []
         self.measured: list[tuple[Tensor, ...] | None] = []
         self.logged: dict[str, float] = {}
         self._monitor = monitor
         self._prefix = prefix
         self._said: set[str] = set()
-        self._outputs_may_be: list[bool] = []  # probabilities, by validation
         self._hint = ""  # how to select the inputs of the batch that is read
 
     @property
@@ -132,22 +132,6 @@ class Run:
             if self._is_new(what):  # in the process where it happens
                 warnings.warn(self._text(entry, f"{what}: {describe_error(error)} {consequence}"), stacklevel=3)
 
-    def note_outputs(self, may_be_probabilities: bool) -> None:
-        """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
-        self._outputs_may_be.append(may_be_probabilities)
-        if len(self._outputs_may_be) >= _SOME_VALIDATIONS:
-            self.finish()
-
-    @property
-    def may_be_probabilities(self) -> bool:
-        """Whether outputs of all validations so far may be probabilities."""
-        return len(self._outputs_may_be) > 0 and all(self._outputs_may_be)
-
-    def finish(self) -> None:
-        """Warn of what only the end of a run, or some validations, can tell."""
-        if self.may_be_probabilities:
-            self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
-
     def _is_new(self, kind: str) -> bool:
         """Return whether something has not been said yet, and remember it."""
         is_new = kind not in self._said
@@ -174,12 +158,15 @@ class MissingValues:
 
     After a first value they get the last one again. Before it they get the worst one, a little better in each
     further validation, so that waiting uses up no patience, and the last one is the best if no value comes.
+
+    Attributes:
+        num_incomplete: How many validations lacked a value, also in an earlier part of a fit.
     """
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int], float] = {}  # values by name and loader
         self._given: dict[str, Tensor] = {}  # what stands in for a value in the last validation, by logged name
-        self._num_incomplete = 0  # validations that lacked a value
+        self.num_incomplete = 0
 
     def begin(self) -> None:
         """Forget what the last validation lacked."""
@@ -188,10 +175,6 @@ class MissingValues:
     def remember(self, dataloader_idx: int, values: Mapping[str, float]) -> None:
         """Remember the values of a loader, but for nan and inf."""
         self._last |= {(name, dataloader_idx): value for name, value in values.items() if math.isfinite(value)}
-
-    def resume(self, num_incomplete: int) -> None:
-        """Go on after as many validations that lacked a value, in an earlier part of a fit."""
-        self._num_incomplete = num_incomplete
 
     def add(self, trainer: Trainer, logged_name: str, name: str, dataloader_idx: int, is_highest: bool) -> None:
         """Note that a value is missing; it is best where it is highest or lowest."""
@@ -202,14 +185,14 @@ class MissingValues:
                 bound = getattr(callback, "divergence_threshold", None)
                 if monitored == logged_name and bound is not None:
                     value = nearer(value, bound)
-            gain = (1 - _BETTER**self._num_incomplete) * abs(value)
+            gain = (1 - _BETTER**self.num_incomplete) * abs(value)
             value += gain if is_highest else -gain
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits
 
     def hand_out(self, trainer: Trainer) -> None:
         """Give other callbacks what stands in for the values that are missing."""
         trainer.callback_metrics.update(self._given)
-        self._num_incomplete += bool(self._given)
+        self.num_incomplete += bool(self._given)
 
     def take_back(self, trainer: Trainer) -> None:
         """Remove what stands in for values, so that nobody takes it for a value of the fit."""

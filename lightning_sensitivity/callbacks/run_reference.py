@@ -1,7 +1,7 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gather_tensors
-from lightning_sensitivity.expected.differences import Differences
-from lightning_sensitivity.expected.record import Predicted, Unseen, Verdict
+from lightning_sensitivity.expected.doubts import say_differences, say_shares, say_unused
+from lightning_sensitivity.expected.record import Predicted, Predictions, Unseen, Verdict
 from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART, draw_labels
-from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, rows_of
+from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, rows_of
 from lightning_sensitivity.reference.observations import Observations, count_groups, projection
-from lightning_sensitivity.running.isolation import same_streams
+from lightning_sensitivity.running.batches import move_batch
+from lightning_sensitivity.running.isolation import isolated, same_streams
 
 _SORTED = 5.0  # standard errors between the labels of two halves
 
@@ -62,162 +62,150 @@ class RunReference:
     same; its reference is made again beside these.
 
     Args:
-        task: The task.
         reader: Reads batches, and their labels.
+        run: Says what is doubtful.
         estimator: What is fitted; None for the reference's own learners.
         class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
-        run: Says what is doubtful.
         output_shape: The shape of the network's outputs for a sample, or of its label where outputs have another.
         is_local: Whether errors of a regression are drawn near each prediction.
-        saved: What an earlier part of this fit has predicted; None without one.
 
     Attributes:
         output_shape: The same.
+        num_columns: C of its predictions and of label matrices.
         stage: Where it is on its way.
         was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
-        predicted: What is known of it, and what it predicts; None without one.
     """
 
     def __init__(
         self,
-        task: Task,
         reader: BatchReader,
+        run: Run,
         estimator: Any,
         class_shares: Any,
-        run: Run,
         output_shape: tuple[int, ...],
         is_local: bool,
-        saved: Predicted | None,
     ) -> None:
         self.stage = Stage.WAITING
         self.was_tried = False
         self.fitted: Any = None
-        self.predicted: Predicted | None = None
-        self._task = task
+        self.output_shape = output_shape
+        self.num_columns = reader.task.num_columns(output_shape)
         self._reader = reader
         self._estimator = estimator
         self._class_shares = class_shares
         self._run = run
-        self.output_shape = output_shape
         self._is_local = is_local
-        self._saved = saved  # until it is compared with the kept samples
+        self._is_compared = False  # what a checkpoint holds, with the kept samples
         self._kept: KeptObservations | None = None  # training samples of this process
 
-    @property
-    def verdict(self) -> Verdict | None:
-        """What is known of it; None without one."""
-        return None if self.predicted is None else self.predicted.verdict
-
-    @property
-    def unseen(self) -> dict[int, Unseen]:
-        """What it predicts, by loader; empty without a reference that may choose."""
-        return {} if self.predicted is None else self.predicted.unseen
-
-    @property
-    def known(self) -> Predicted | None:
-        """What is known by now, also by an earlier part of this fit."""
-        return self.predicted or self._saved
-
-    # Training samples
+    # Keep training samples
 
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
-        if self.stage is Stage.KEEPING_EPOCH and batch_idx == 0 and self._kept is not None:  # the next epoch
-            self.stage = Stage.KEPT if self._kept.num_seen > 0 else Stage.WAITING
+        is_next_epoch = self.stage is Stage.KEEPING_EPOCH and batch_idx == 0
+        if is_next_epoch and self._kept is not None and self._kept.num_seen > 0:
+            self.stage = Stage.KEPT
         if self.stage in (Stage.KEPT, Stage.OVER):
             return
         if self._kept is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
-            self.stage = Stage.KEEPING_EPOCH if batch_idx == 0 else Stage.KEEPING_REST
-            # Where no validation comes earlier, samples are spread over a whole epoch.
-            is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches and batch_idx == 0
-            num_batches = trainer.num_training_batches if is_whole else 0
-            num_columns = self._task.num_columns(self.output_shape)
-            self._kept = self._reader.make_kept(num_columns, trainer.world_size, num_batches)
+            self.stage, num_batches = Stage.KEEPING_REST, 0.0
+            if batch_idx == 0:
+                self.stage = Stage.KEEPING_EPOCH
+                # Where no validation comes earlier, samples are spread over a whole epoch.
+                is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
+                num_batches = trainer.num_training_batches if is_whole else 0
+            self._kept = self._reader.make_kept(self.num_columns, trainer.world_size, num_batches)
         self._reader.keep_observations(self._kept, module, batch, self.output_shape)
 
-    def is_ready(self, trainer: Trainer) -> bool:
-        """Return whether there is, or can be made, what a validation needs; every process must call it."""
-        return self._can_be_made(trainer) or self.stage is Stage.OVER or self.known is not None
+    def free(self) -> None:
+        """Free the samples at the end of a run."""
+        self._kept = None
 
-    def _can_be_made(self, trainer: Trainer) -> bool:
+    # Until there are enough
+
+    def can_be_made(self, trainer: Trainer) -> bool:
         """Return whether every process has kept what a reference needs; every process must call it."""
         if self.stage is Stage.OVER:
             return False
         is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
         return agree(trainer, is_whole or (self._kept is not None and _are_enough(self._kept)))
 
-    # The reference
+    def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
+        """Make the reference, once that is possible, and predict the kept samples; every process must call it.
 
-    def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
-        """Go on with what is saved, and make the reference once that is possible; every process must call it."""
-        if self._saved is not None:
-            self._go_on(trainer, kept, self._saved)
-        if self._can_be_made(trainer):
-            self._make(trainer, kept)
+        Args:
+            trainer: The Trainer.
+            kept: The validation samples of this process, by loader.
+            predicted: What is predicted by now, also by an earlier part of this fit; None if that is nothing.
 
-    def _go_on(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> None:
-        """Go on with the predictions of a checkpoint, if the kept samples are the same."""
-        own = self._fingerprints(kept)
+        Returns:
+            What is predicted of these samples by now.
+        """
+        if predicted is not None and not self._is_compared:
+            predicted = self._matched(trainer, kept, predicted)
+        self._is_compared = True
+        return self._make(trainer, kept, predicted) if self.can_be_made(trainer) else predicted
+
+    def _matched(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> Predicted | None:
+        """Return the predictions of a checkpoint, if the kept samples are the same."""
+        own = _fingerprints(kept)
         found: dict[int, Tensor] = {}
         if agree(trainer, own.keys() == saved.fingerprints.keys()):
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
-        self.predicted = saved.matched(found, self._task.num_columns(self.output_shape))
-        self._saved = None
-        if self.predicted is None:
+        matched = saved.matched(found, self.num_columns)
+        if matched is None:
             message = (
                 "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
                 "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
                 "their patience. Validate on the same samples."
             )
             self._run.warn("checkpoint", message, kind="samples")
+        return matched
 
-    def _make(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
+    # Join what all processes have kept, fit the reference, predict, and send the predictions
+
+    def _make(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
         """Make the reference; without any label, try again after a later epoch."""
         self.was_tried = True
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         own: _Part | None = None
         with self._run.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
-            known = None if self._kept is None or self._kept.size == 0 else self._kept.joined()
-            unseen: dict[int, Observations | None] = {}
-            for samples in kept:
-                if samples.size > 0:
-                    unseen[samples.dataloader_idx] = None
-                    what = f"expects nothing of dataloader {samples.dataloader_idx}"
-                    with self._run.report_failure(what, "Set `features=`."):
-                        unseen[samples.dataloader_idx] = self._reader.join(trainer.lightning_module, samples.batches)
-            own = _Part(known, unseen, self._fingerprints(kept))
+            own = self._join(trainer.lightning_module, kept)
         parts = gather_objects(trainer, own)
         is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with same_streams(), self._run.report_failure(*failure):
-                self._fit(parts)
-        is_over, self.predicted = trainer.strategy.broadcast((is_over, self.predicted))
+                known = self._fit([part.known for part in parts if part.known is not None])
+                predicted = predicted or self._predict_all(parts, known)
+        is_over, predicted = trainer.strategy.broadcast((is_over, predicted))
         self.stage = Stage.OVER if is_over else Stage.WAITING
         self._kept = None
+        return predicted
 
-    def free(self) -> None:
-        """Free the samples at the end of a run."""
-        self._kept = None
+    def _join(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
+        """Join the samples that this process has kept."""
+        known = None if self._kept is None or self._kept.size == 0 else self._kept.joined()
+        unseen: dict[int, Observations | None] = {}
+        for samples in kept:
+            if samples.size > 0:
+                index = samples.dataloader_idx
+                unseen[index] = None
+                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                    unseen[index] = self._reader.join(module, samples.batches)
+        return _Part(known, unseen, _fingerprints(kept))
 
-    def _fingerprints(self, kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
-        """Return those of the kept samples of this process, by loader; none at all if some have none."""
-        with suppress(Exception):  # then a resumed fit makes its reference anew
-            return {samples.dataloader_idx: samples.fingerprints() for samples in kept}
-        return {}
-
-    def _fit(self, parts: Sequence[_Part]) -> None:
-        """Fit the reference to the training samples of all processes, and predict the kept samples."""
+    def _fit(self, parts: Sequence[Observations]) -> Observations:
+        """Fit the reference to the training samples of all processes, and return these."""
         from lightning_sensitivity.reference import Reference
 
-        found = [part.known for part in parts if part.known is not None]
-        if not found:
+        if not parts:
             raise ValueError("No training sample has a label")
-        known = Observations.join(found)
+        known, task = Observations.join(parts), self._reader.task
         finite = self._finite_samples(known.seen, "training samples")
         known = known if len(finite) == len(known) else known.take(finite)  # no copy
-        fitted = Reference(self._task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
+        fitted = Reference(task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
         has_shares = self._class_shares is not None and not isinstance(self._class_shares, str)
         if has_shares and not fitted.shares_.all():
             missing = int(fitted.shares_.argmin())
@@ -227,28 +215,44 @@ class RunReference:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._run.warn("features", message, kind="unread")
-        if self.predicted is not None:  # by an earlier part of this fit
-            return
-        verdict = Verdict.of(fitted, self._reader.sees_all, self._reader.has_features)
-        unseen = self._predict_all(parts, known) if verdict.is_trusted else {}
+        if task.link == "softmax" and (message := say_unused(list(fitted.shares_), fitted.num_samples_)):
+            self._run.warn("outputs", message)
+        return known
+
+    def _predict_all(self, parts: Sequence[_Part], known: Observations) -> Predicted:
+        """Predict the kept samples of each loader, if it may choose; of those that can't be read, expect nothing."""
+        verdict = Verdict.of(self.fitted, self._reader.sees_all, self._reader.has_features)
+        unseen: dict[int, Unseen] = {}
+        for index in sorted({index for part in parts for index in part.unseen if verdict.is_trusted}):
+            found = [part.unseen[index] for part in parts if index in part.unseen]
+            can_read = [each for each in found if each is not None]
+            if len(can_read) == len(found):  # else it has been said where it happened
+                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                    unseen[index] = self._predict(index, known, Observations.join(can_read))
         fingerprints: dict[int, Tensor] = {}
         if all(part.fingerprints for part in parts):
             indices = parts[0].fingerprints
             fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
-        self.predicted = Predicted(verdict, unseen, fingerprints)
+        return Predicted(verdict, unseen, fingerprints)
 
-    def _predict_all(self, parts: Sequence[_Part], known: Observations) -> dict[int, Unseen]:
-        """Predict the kept samples of each loader; of those that can't be read, nothing is expected."""
-        found: dict[int, Unseen] = {}
-        differences = Differences(known, not self._reader.has_features, self._run.warn)
-        for index in sorted({index for part in parts for index in part.unseen}):
-            unseen = [part.unseen[index] for part in parts if index in part.unseen]
-            if None in unseen:  # which has been said where it happened
-                continue
-            with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
-                joined = Observations.join([each for each in unseen if each is not None])
-                found[index] = self._predict(index, differences, joined)
-        return found
+    def _predict(self, dataloader_idx: int, known: Observations, unseen: Observations) -> Unseen:
+        """Predict the kept samples of a loader, and draw labels for them."""
+        where, fitted = f"dataloader {dataloader_idx}", self.fitted
+        indices = self._finite_samples(unseen.seen, f"validation samples of {where}")
+        if len(indices) == 0:
+            raise ValueError("No sample has finite inputs and features")
+        indices = indices[projection(rows_of(unseen.seen, indices)).argsort()]
+        new = unseen.take(indices)
+        q = self.predict(new.seen)
+        if self._reader.task.has_class_shares and self._class_shares is None:
+            say_shares(where, fitted, q, new.groups, self._run.warn)
+        say_differences(known, new, where, not self._reader.has_features, self._run.warn)
+        draws = draw_labels(q, fitted.task, fitted.residuals_near(q) if self._is_local else fitted.residuals_)
+        q = q.float().index_fill(1, torch.from_numpy(fitted.blind_labels_), math.nan)
+        groups = None if fitted.groups_ is None else torch.from_numpy(fitted.groups_)
+        sees_part = not self._reader.has_features and "columns" not in (fitted.kind_, fitted.features_)
+        sure_as = SURE_OF_PART if sees_part else SURE_AS
+        return Unseen(indices, q, draws, fitted.score_, count_groups(groups, fitted.num_samples_), sure_as)
 
     def _finite_samples(self, seen: Seen, what: str) -> Tensor:
         """Return the samples without nan and inf, ``(N,)``."""
@@ -262,35 +266,45 @@ class RunReference:
             self._run.warn("nan", message, kind=what)
         return is_finite.nonzero()[:, 0]
 
-    def _predict(self, dataloader_idx: int, differences: Differences, unseen: Observations) -> Unseen:
-        """Predict the kept samples of a loader, and draw labels for them."""
-        indices = self._finite_samples(unseen.seen, f"validation samples of dataloader {dataloader_idx}")
-        if len(indices) == 0:
-            raise ValueError("No sample has finite inputs and features")
-        indices = indices[projection(rows_of(unseen.seen, indices)).argsort()]
-        new = unseen.take(indices)
-        q = self.predict(new.seen)
-        if self._task.has_class_shares and self._class_shares is None:
-            differences.say_shares(f"dataloader {dataloader_idx}", self.fitted, q, new.groups)
-        differences.say(f"dataloader {dataloader_idx}", new)
-        errors = self.fitted.residuals_near(q) if self._is_local else self.fitted.residuals_
-        draws = draw_labels(q, self._task.name, errors)
-        q = q.float().index_fill(1, torch.from_numpy(self.fitted.blind_labels_), math.nan)
-        groups = self.fitted.groups_
-        num_training = count_groups(None if groups is None else torch.from_numpy(groups), self.fitted.num_samples_)
-        sees_part = not self._reader.has_features and "columns" not in (self.fitted.kind_, self.fitted.features_)
-        sure_as = SURE_OF_PART if sees_part else SURE_AS
-        return Unseen(indices, q, draws, self.fitted.score_, num_training, sure_as)
-
     def predict(self, seen: Seen) -> Tensor:
         """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
         q = torch.from_numpy(self.fitted.predict_matrix(seen))
         if self._class_shares is None:
             return q
         of_training = torch.from_numpy(self.fitted.shares_)
-        if isinstance(self._class_shares, str):
-            return reweigh(q, of_training, estimate_class_shares(q, of_training))
-        return reweigh(q, of_training, torch.as_tensor(self._class_shares))
+        is_unknown = isinstance(self._class_shares, str)
+        shares = estimate_class_shares(q, of_training) if is_unknown else torch.as_tensor(self._class_shares)
+        return reweigh(q, of_training, shares)
+
+    def predict_both(self, model: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
+        """Predict samples by a network and by the reference.
+
+        Args:
+            model: The network.
+            dataloader: Batches.
+            are_alike: Whether outputs of the network may be predictions of labels.
+
+        Raises:
+            ValueError: If there is no batch, or the reference can't read them.
+        """
+        outputs, seen = [], []
+        for batch in dataloader:
+            moved = move_batch(model, batch)
+            call = self._reader.call(model, moved)
+            with isolated(model) as run:
+                outputs.append(self._reader.task.predictions(run(call).cpu()))
+            seen.append(self._reader.see(model, moved, call, len(outputs[-1])))
+        if not outputs:
+            raise ValueError("Expected batches in `dataloader`, but got none.")
+        of_network, of_reference = torch.cat(outputs), self.predict(join_seen(seen)).to(outputs[0].dtype)
+        return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
+
+
+def _fingerprints(kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
+    """Return those of the kept samples of this process, by loader; none at all if some have none."""
+    with suppress(Exception):  # then a resumed fit makes its reference anew
+        return {samples.dataloader_idx: samples.fingerprints() for samples in kept}
+    return {}
 
 
 def _are_enough(kept: KeptObservations) -> bool:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, check_logits
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
@@ -17,7 +17,13 @@ from lightning_sensitivity.functional.sensitivity import (
     sensitivity_from_sums,
     sensitivity_sums,
 )
-from lightning_sensitivity.functional.tensors import by_position, may_be_probabilities, num_outputs, wide_dtype
+from lightning_sensitivity.functional.tensors import (
+    are_probabilities,
+    by_position,
+    may_be_probabilities,
+    num_outputs,
+    wide_dtype,
+)
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
@@ -152,8 +158,10 @@ class SensitivityMonitor(Monitor):
                 "`outputs=lambda logits: logits.masked_fill(logits.isneginf(), 0)`.",
                 entry="nan",
             )
-        if not self.per_output:
-            check_logits(outputs)
+        if not self.per_output and (are_probabilities(outputs) or are_probabilities(outputs.exp())):
+            raise Refused(
+                "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
+            )
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, Tensor]:
         """Run the model on the kept samples of a loader, clean and with noise.
@@ -207,4 +215,4 @@ class SensitivityMonitor(Monitor):
         for entry, message in messages.items():
             self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
-            self.run.note_outputs(may_be_probabilities(extremes))
+            self.run.doubts.note_outputs(may_be_probabilities(extremes))

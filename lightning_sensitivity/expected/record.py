@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,34 @@ State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of the
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
 
+class Predictions(NamedTuple):
+    """What two models predict for the same samples: probabilities ``(N, C)``, or the numbers of a regression.
+
+    Attributes:
+        network: Those of the network.
+        reference: Those of the reference.
+        are_alike: Whether both are predictions of labels, and not one of them, say, quantiles or logarithms of rates.
+    """
+
+    network: Tensor
+    reference: Tensor
+    are_alike: bool = True
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of both, which is often better than either.
+
+        Raises:
+            ValueError: If outputs of the network are no predictions of labels.
+        """
+        if not self.are_alike:
+            raise ValueError(
+                "Expected outputs that predict targets, but those of the network are something else, such as quantiles "
+                "or logarithms of rates: turn them into targets, then take the mean with `reference`."
+            )
+        return (self.network + self.reference) / 2
+
+
 @dataclass
 class Verdict:
     """What is known of a reference, as a summary has it.
@@ -30,7 +58,7 @@ class Verdict:
         majority: The share of the most frequent class; nan for a regression.
         unexplained: The share of training labels that can't be explained; nan if it is unknown.
         is_trusted: Whether it may choose.
-        sees_all: Whether it sees all that the network sees, as columns.
+        is_whole_table: Whether it sees all that the network sees, as columns.
         inputs_tell_nothing: Whether the mean label is what to expect, since a table tells no more.
         blind_labels: Which of several labels it can't tell.
     """
@@ -42,7 +70,7 @@ class Verdict:
     majority: float
     unexplained: float
     is_trusted: bool
-    sees_all: bool = True
+    is_whole_table: bool = True
     inputs_tell_nothing: bool = False
     blind_labels: list[int] = field(default_factory=list)
 
@@ -65,7 +93,7 @@ class Verdict:
             unexplained=reference.unexplained_,
             blind_labels=reference.blind_labels_.tolist(),
             is_trusted=is_trusted,
-            sees_all=sees_all and "columns" in (reference.kind_, reference.features_),
+            is_whole_table=sees_all and "columns" in (reference.kind_, reference.features_),
             inputs_tell_nothing=is_trusted and reference.inputs_tell_nothing_,
         )
 
@@ -97,10 +125,6 @@ class Unseen:
     num_training: int
     sure_as: int
 
-    def moved(self, places: Tensor) -> "Unseen":
-        """Return it for the same samples in another order, by the new place of each."""
-        return replace(self, indices=places[self.indices])
-
 
 @dataclass
 class Predicted:
@@ -116,33 +140,6 @@ class Predicted:
     verdict: Verdict
     unseen: dict[int, Unseen]
     fingerprints: dict[int, Tensor]
-
-    def state(self) -> State | None:
-        """Return it as a checkpoint holds it, which ``torch.load`` reads without pickle; None if that is of no use."""
-        if not self.unseen or not self.fingerprints:
-            return None
-        unseen = {}
-        for index, each in self.unseen.items():
-            draws, most = each.draws, torch.iinfo(torch.int16).max
-            if not draws.is_floating_point() and draws.numel() > 0 and int(draws.max()) <= most:
-                draws = draws.short()
-            unseen[index] = {**vars(each), "draws": draws}
-        return {"verdict": asdict(self.verdict), "unseen": unseen, "fingerprints": self.fingerprints}
-
-    @classmethod
-    def of_state(cls, state: Any) -> "Predicted":
-        """Return what a checkpoint holds.
-
-        Raises:
-            Exception: Of any kind, if that is something else.
-        """
-        unseen = {}
-        for index, each in state["unseen"].items():
-            draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
-            tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws}
-            unseen[int(index)] = Unseen(**{**each, **tensors})
-        fingerprints = {int(index): each.double() for index, each in state["fingerprints"].items()}
-        return cls(Verdict(**state["verdict"]), unseen, fingerprints)
 
     def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int) -> "Predicted | None":
         """Return it for the same samples, which may have come in another order; None if they are others.
@@ -161,15 +158,8 @@ class Predicted:
                 return None
             places = torch.empty_like(before)
             places[before] = after
-            unseen[index] = known.moved(places)
+            unseen[index] = replace(known, indices=places[known.indices])
         return Predicted(self.verdict, unseen, dict(fingerprints))
-
-
-def is_same(first: float | None, second: float | None) -> bool:
-    """Return whether two left-out scores are those of one reference."""
-    if first is None or second is None:
-        return first is second
-    return math.isclose(first, second, rel_tol=1e-6)
 
 
 # Validations
@@ -181,28 +171,44 @@ History = list[Row]
 
 
 def state_of(history: History, predicted: Predicted | None) -> State:
-    """Return what a checkpoint holds: the history, and what the reference predicts of the kept samples."""
-    return {"history": history, "predicted": None if predicted is None else predicted.state()}
+    """Return what a checkpoint holds, which ``torch.load`` reads without pickle.
+
+    Args:
+        history: A row for each validation and loader.
+        predicted: What the reference predicts of the kept samples; not saved if samples can't be known again.
+    """
+    if predicted is None or not predicted.unseen or not predicted.fingerprints:
+        return {"history": history, "predicted": None}
+    unseen = {index: {**vars(each), "draws": _shortened(each.draws)} for index, each in predicted.unseen.items()}
+    state = {"verdict": asdict(predicted.verdict), "unseen": unseen, "fingerprints": predicted.fingerprints}
+    return {"history": history, "predicted": state}
+
+
+def _shortened(draws: Tensor) -> Tensor:
+    """Return labels in 16 bits, if they are integers that fit."""
+    short = draws.short()
+    return short if not draws.is_floating_point() and torch.equal(short.long(), draws) else draws
 
 
 def of_state(state: Any) -> tuple[History, Predicted | None]:
     """Return what a checkpoint holds.
 
     Raises:
-        ValueError: If that is something else.
+        Exception: Of any kind, if that is something else.
     """
-    rows = state.get("history") if isinstance(state, Mapping) else None
-    if not isinstance(rows, list) or not all(map(_is_row, rows)):
-        raise ValueError("no history")
-    saved = state.get("predicted")
-    return [dict(row) for row in rows], None if saved is None else Predicted.of_state(saved)
-
-
-def _is_row(row: object) -> bool:
-    """Return whether a value is a row of a history: of numbers, or None, by name."""
-    if not isinstance(row, Mapping) or not row.keys() >= _KEYS:
-        return False
-    return all(isinstance(value, int | float | None) for value in row.values())
+    history, saved = [dict(row) for row in state["history"]], state.get("predicted")
+    for row in history:
+        if not row.keys() >= _KEYS or not all(isinstance(value, int | float | None) for value in row.values()):
+            raise ValueError("no history")
+    if saved is None:
+        return history, None
+    unseen = {}
+    for index, each in saved["unseen"].items():
+        draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
+        tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws}
+        unseen[int(index)] = Unseen(**{**each, **tensors})
+    fingerprints = {int(index): each.double() for index, each in saved["fingerprints"].items()}
+    return history, Predicted(Verdict(**saved["verdict"]), unseen, fingerprints)
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

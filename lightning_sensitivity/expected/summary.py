@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_sensitivity.expected.record import EXPECTED, QUANTILE, Row, Verdict, is_same
+from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
+from lightning_sensitivity.expected.record import EXPECTED, QUANTILE, Row, Verdict
 from lightning_sensitivity.messages import BLIND, LOGITS
 
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
@@ -14,7 +15,7 @@ _SAID = 0.05  # share of labels that is worth a sentence
 _MEAN_IS_BETTER = 0.5  # standard errors by which a reference leads, from which on the mean of both is better; it from 1
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
-CONSTANT, PROBABILITIES, ANSWER = "worse than a constant", "probabilities", "knows the answer"
+ANSWER = "knows the answer"
 _DOUBTS = {  # what makes numbers doubtful, so that there is no advice
     CONSTANT: "The network is worse than a constant prediction: if your step scales targets or takes logarithms, do "
     "the same in `targets=`.",
@@ -88,7 +89,14 @@ def _rows_of(curve: Curve, history: Sequence[Row]) -> tuple[list[Row], list[Row]
     """Return the rows of a loader, those with a value, and those of them by the same reference as the last one."""
     rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-    return rows, finite, [row for row in finite if is_same(row["reference"], finite[-1]["reference"])]
+    return rows, finite, [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]
+
+
+def _is_same(first: float | None, second: float | None) -> bool:
+    """Return whether two left-out scores are those of one reference."""
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=1e-6)
 
 
 def _best_row(rows: Sequence[Row], curve: Curve) -> Row:
@@ -192,6 +200,6 @@ def _advice(s: Summary, stderr: float) -> str:
     gain = s["reference"] - s["network"] if s["direction"] == "highest" else s["network"] - s["reference"]
     if gain < _MEAN_IS_BETTER * stderr:
         return ""
-    if not s.get("sees_all"):
+    if not s.get("is_whole_table"):
         return ". Which of both is better it can't tell, since the network may know more than it sees"
     return ": consider it, or the mean of both" if gain >= stderr else ": consider the mean of both"

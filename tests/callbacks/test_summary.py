@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, has_ended
+from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
 from lightning_sensitivity.expected.record import Verdict
-from lightning_sensitivity.expected.summary import ANSWER, CONSTANT, PROBABILITIES, Curve, summarize
+from lightning_sensitivity.expected.summary import ANSWER, Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
@@ -95,8 +96,8 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
         f"{BEST}. {CHOSE} {REACH.replace('0.05,', '0.1,')}: consider the mean of both."),
     "without a standard error": (verdict(), validations(expected_loss_stderr=None),
         f"{BEST}. {CHOSE} {REACH.replace(' ± 0.05', '')}."),
-    "a reference that may see less": (verdict(features="features", sees_all=False), validations(), f"{BEST}. {CHOSE} "
-        f"{CANT_TELL}"),
+    "a reference that may see less": (verdict(features="features", is_whole_table=False), validations(),
+        f"{BEST}. {CHOSE} {CANT_TELL}"),
     "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs tell "
         f"nothing of the labels: the mean label is what to expect of any network. {REACH}."),
     "labels that contradict": (verdict(), validations(num_labels=70, expected_loss_by_labels=0.16,

@@ -22,7 +22,7 @@ from torch.nn.functional import (
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.messages import say_unused
+from lightning_sensitivity.expected.doubts import say_unused
 from lightning_sensitivity.running import isolated
 from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused
 

@@ -1,0 +1,158 @@
+"""What makes values doubtful: samples that differ or don't, and outputs that are hardly logits of the classes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_sensitivity.messages import LOGITS
+from lightning_sensitivity.reference.observations import (
+    Observations,
+    farther_share,
+    group_means,
+    known_share,
+    largest_difference,
+    projection,
+    repeated_share,
+)
+
+_SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
+_COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
+_SOME_VALIDATIONS = 3  # after which logits have left [0, 1], and a network is better than a constant prediction
+_FALLING = 0.9  # of the last score: below, a network is still learning
+_FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
+
+CONSTANT, PROBABILITIES = "worse than a constant", "probabilities"  # as a summary has them
+Warn: TypeAlias = Callable[..., None]  # by an entry of the page on troubleshooting, a message, and what is special
+
+
+class Doubts:
+    """What several validations of a run tell of its outputs, and what is said of it.
+
+    Args:
+        warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
+    """
+
+    def __init__(self, warn: Warn) -> None:
+        self.warn = warn
+        self._may_be_probabilities: list[bool] = []  # by validation
+        self._is_worse_than_constant = False
+        self._num_bad = 0  # validations in a row in which a regression was worse than a constant prediction
+        self._last_score = 0.0  # of it
+
+    @property
+    def found(self) -> list[str]:
+        """What makes all values doubtful, as a summary has it."""
+        are_probabilities = len(self._may_be_probabilities) > 0 and all(self._may_be_probabilities)
+        return [CONSTANT] * self._is_worse_than_constant + [PROBABILITIES] * are_probabilities
+
+    def note_outputs(self, may_be_probabilities: bool) -> None:
+        """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
+        self._may_be_probabilities.append(may_be_probabilities)
+        if len(self._may_be_probabilities) >= _SOME_VALIDATIONS:
+            self.finish()
+
+    def note_score(self, score: float, by_mean: float) -> None:
+        """Note the error of a regression, and that of a constant; warn if it stays worse, and does not improve."""
+        is_bad = score > max(by_mean, _FALLING * self._last_score)
+        self._last_score = score
+        self._num_bad = self._num_bad + 1 if is_bad else 0
+        if self._num_bad == _SOME_VALIDATIONS:
+            self._is_worse_than_constant = True
+            message = (
+                f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
+                "scales targets or takes logarithms, do the same in `targets=`."
+            )
+            self.warn("targets", message)
+
+    def finish(self) -> None:
+        """Warn of what only the end of a run, or some validations, can tell."""
+        if PROBABILITIES in self.found:
+            self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
+
+
+def say_unused(shares: Sequence[float], num_labels: int) -> str:
+    """Say that most outputs are the class of no training label, though there are many; nothing if that is not so.
+
+    Args:
+        shares: The shares of the classes among training labels.
+        num_labels: How many of these there are.
+    """
+    num_unused = sum(share == 0 for share in shares)
+    num_used = len(shares) - num_unused
+    are_many = num_labels >= max(_LABELS_OF_EACH * num_used, min(_LABELS_OF_EACH * len(shares), _MANY))
+    are_most = len(shares) / 2 < num_unused < len(shares) - 1  # one class alone is said elsewhere
+    if len(shares) < _FEWEST_OUTPUTS or not are_many or not are_most:
+        return ""
+    return (
+        f"gets {len(shares)} outputs, of which {num_unused} are the class of none of {num_labels:,} training labels. "
+        "If `forward` returns features, say where logits are: `outputs=module.head`, or `call=lambda module, batch: "
+        "module.head(module(batch[0]))`."
+    )
+
+
+def say_differences(known: Observations, new: Observations, where: str, are_inputs: bool, warn: Warn) -> None:
+    """Warn of columns with another mean, of samples or groups that training has, and of groups without a name.
+
+    Args:
+        known: Training samples.
+        new: New samples.
+        where: What these are called, such as ``"dataloader 0"``.
+        are_inputs: Whether columns are those of inputs, and not of ``features=``.
+        warn: As for :class:`Doubts`.
+    """
+    has_columns = are_inputs and "columns" in known.seen
+    column, size = 0, 0.0
+    if has_columns:
+        means = group_means(known.seen["columns"], known.groups), group_means(new.seen["columns"], new.groups)
+        column, size = largest_difference(*means)
+    if size > _COLUMNS_DIFFER:
+        message = (
+            f"finds that column {column} of the inputs has another mean in {where} than in training, by "
+            f"{size:.0f} standard errors: scale both alike, and leave out what is known only afterwards."
+        )
+        warn("columns", message, where)
+    if share := repeated_share(projection(new.seen), projection(known.seen)):
+        message = (
+            f"finds that {share:.0%} of the samples of {where} are training samples: a network knows their labels, "
+            "and the values say nothing of others. Take others."
+        )
+        warn("repeated", message, where)
+    if share := known_share(new.groups, known.groups):
+        number = f"{round(share * len(new))} of {len(new)}"
+        message = (
+            f"finds that {number} samples of {where} are of groups that training has seen: the values hold for "
+            "these groups alone. Take other ones."
+        )
+        warn("groups", message, where)
+    may_have_groups = has_columns and known.groups is None and not size > _COLUMNS_DIFFER
+    if may_have_groups and (share := farther_share(known, new)):
+        message = (
+            f"finds that training samples are nearer to each other than those of {where} are to them ({share:.0%} "
+            "are farther from the nearest one; by chance half are). If several are of one patient, household or "
+            "machine, set `groups=`: without it, too much is expected."
+        )
+        warn("groups", message, f"likely {where}")
+
+
+def say_shares(where: str, fitted: Any, q: Tensor, groups: Tensor | None, warn: Warn) -> None:
+    """Warn if classes seem to have other shares among new samples than among training samples.
+
+    Args:
+        where: As for :func:`say_differences`.
+        fitted: The reference.
+        q: What it predicts for new samples, ``(N, C)``.
+        groups: The group of each new sample, ``(N,)``; None without groups.
+        warn: As for :class:`Doubts`.
+    """
+    left_out = torch.from_numpy(fitted.left_out_)
+    known_groups = None if groups is None else torch.from_numpy(fitted.groups_)
+    gap, size = largest_difference(group_means(left_out, known_groups), group_means(q, groups))
+    if size > _SHARES_DIFFER:
+        message = (
+            f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
+            f"{q[:, gap].mean():.0%} of {where}. If a sampler or undersampling changes the shares of classes, set "
+            "`class_shares=`."
+        )
+        warn("class-shares", message, where)
