@@ -154,7 +154,7 @@ class RunReference:
         if agree(trainer, own.keys() == saved.fingerprints.keys()):
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
         matched = saved.matched(found, self.num_columns)
-        if matched is None:
+        if matched is None and saved.fingerprints:  # without these nobody can tell
             message = (
                 "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
                 "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "

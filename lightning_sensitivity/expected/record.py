@@ -148,7 +148,7 @@ class Predicted:
             fingerprints: Those of the samples that are kept now, by loader.
             num_columns: C.
         """
-        if self.fingerprints.keys() != fingerprints.keys():
+        if self.fingerprints.keys() != fingerprints.keys() or not self.unseen.keys() <= fingerprints.keys():
             return None
         unseen: dict[int, Unseen] = {}
         for index, known in self.unseen.items():

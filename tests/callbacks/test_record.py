@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.reading import kept
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, LOSS, NOISY, Plain, X, batches_of, fit
-from tests.helpers import fitted_and_said, labelled, quick_risk
+from tests.helpers import fitted_and_said, labelled, quick_risk, said
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")
 KEY = "RiskMonitor{'prefix': 'val/'}"
@@ -210,6 +210,18 @@ def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on_with_its_model(
     assert [row["epoch"] for row in monitor.history] == [2]
     fit(kind(), monitor, train=batches_of(X, CORRECT), max_epochs=1)  # also one Trainer on other data
     assert [row["epoch"] for row in monitor.history] == [0] and monitor.summary["skill"] > first["skill"]
+
+
+def test_a_fit_goes_on_by_a_new_reference_where_samples_can_not_be_known_again(monkeypatch: Any) -> None:
+    def none(samples: Any) -> Any:
+        raise ValueError("No input has a row for each sample")  # as of graphs
+
+    monkeypatch.setattr(kept.KeptSamples, "fingerprints", none)
+    run = fit(model := Still(), monitor := quick_risk(), max_epochs=1)
+    run.fit_loop.max_epochs = 2
+    with said() as texts:
+        run.fit(model, batches_of(X, NOISY), DataLoader(HOLDOUT, 16))
+    assert texts == [] and ["expected_loss" in row for row in monitor.history] == [True, True]
 
 
 # The checkpoint
