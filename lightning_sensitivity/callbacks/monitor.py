@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -16,6 +15,7 @@ from lightning_sensitivity.messages import Refused, check_argument, check_bool, 
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
+from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import RunIsolated
 
 NO_VALUE = (
@@ -207,18 +207,14 @@ class Monitor(Callback, ABC):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end, for which Lightning does not call us after an exception."""
         Monitor.on_train_end(self, trainer, pl_module)
-        self.free()
+        self.run.free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what only the end of a run tells, and free the samples."""
         self.run.doubts.finish()
-        self.free()
+        self.run.free()
 
     # Helpers
-
-    def free(self) -> None:
-        """Free the samples."""
-        self.run.free()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -253,9 +249,9 @@ class Monitor(Callback, ABC):
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 
-    def check_model(self, run: RunIsolated, call: Any) -> Tensor:
+    def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
-        outputs: Tensor = run(call)
+        outputs = run(call)
         with LastSigmoid() as sigmoid:
             again = run(call)
         if outputs.shape != again.shape or not are_close(outputs, again):  # though we restore all that we can

@@ -24,7 +24,7 @@ from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
 from lightning_sensitivity.compat import PlotType
-from lightning_sensitivity.expected.expectation import Expectation
+from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.record import (
     EXPECTED,
     History,
@@ -392,7 +392,6 @@ class RiskMonitor(Monitor):
         """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
         assert self._expectation is not None
         outputs, labels, numbers = rows
-        groups = numbers if self.reader.has_groups else None
         unseen = None if self._predicted is None else self._predicted.unseen.get(dataloader_idx)
         if self.validation_labels and bool(labels.isnan().all()):
             message = (
@@ -400,13 +399,13 @@ class RiskMonitor(Monitor):
                 "some, set `targets=`."
             )
             self.run.warn("labels", message, kind="none")
-        known = dataloader_idx, outputs, labels, groups, unseen
+        known = Known(labels, numbers if self.reader.has_groups else None, unseen)
         # Losses and metrics may be parts of the module, or draw numbers.
         with isolated_with(trainer.lightning_module, self.loss) as run:
-            values: Values = run(self._expectation.values, *known, self.history)
-            if values and unseen is not None:
+            values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
+            if values:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
-                    values |= run(self._expectation.values_of_reference, *known)
+                    values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
         if not values:
             self._say_blind(trainer)
         return values
@@ -422,9 +421,3 @@ class RiskMonitor(Monitor):
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
         self.history.append({**row, "reference": None, "num_labels": 0, **values})
-
-    def free(self) -> None:
-        """Free the samples, those of training included."""
-        super().free()
-        if self._reference is not None:
-            self._reference.free()

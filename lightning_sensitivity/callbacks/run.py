@@ -20,7 +20,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_monitor
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.messages import Refused, describe_error, link_to
-from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.running.batches import inputs_hint
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
@@ -62,6 +62,7 @@ class Run:
         missing: What other callbacks get in place of values.
         doubts: What makes all values doubtful.
         samples: The kept validation samples, by loader.
+        training: The kept training samples, of which a reference is made; None if there are none, or no more needed.
         measured: What was measured of them, by loader; None where that failed.
         logged: What was logged in the current validation, by name.
     """
@@ -73,6 +74,7 @@ class Run:
         self.missing = MissingValues()
         self.doubts = Doubts(self.warn)
         self.samples: list[KeptSamples] = []
+        self.training: KeptObservations | None = None
         self.measured: list[tuple[Tensor, ...] | None] = []
         self.logged: dict[str, float] = {}
         self._monitor = monitor
@@ -89,6 +91,7 @@ class Run:
         """Free the samples, and stop watching."""
         self.validation = Validation.SKIPPED
         self.samples = []
+        self.training = None
         self.measured = []
         self.first_step.stop()
 

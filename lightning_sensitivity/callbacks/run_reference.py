@@ -63,7 +63,7 @@ class RunReference:
 
     Args:
         reader: Reads batches, and their labels.
-        run: Says what is doubtful.
+        run: Keeps the training samples of this process, and says what is doubtful.
         estimator: What is fitted; None for the reference's own learners.
         class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
         output_shape: The shape of the network's outputs for a sample, or of its label where outputs have another.
@@ -81,8 +81,8 @@ class RunReference:
         self,
         reader: BatchReader,
         run: Run,
-        estimator: Any,
-        class_shares: Any,
+        estimator: object,
+        class_shares: Sequence[float] | str | None,
         output_shape: tuple[int, ...],
         is_local: bool,
     ) -> None:
@@ -97,30 +97,25 @@ class RunReference:
         self._run = run
         self._is_local = is_local
         self._is_compared = False  # what a checkpoint holds, with the kept samples
-        self._kept: KeptObservations | None = None  # training samples of this process
 
     # Keep training samples
 
     def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
         is_next_epoch = self.stage is Stage.KEEPING_EPOCH and batch_idx == 0
-        if is_next_epoch and self._kept is not None and self._kept.num_seen > 0:
+        if is_next_epoch and self._run.training is not None and self._run.training.num_seen > 0:
             self.stage = Stage.KEPT
         if self.stage in (Stage.KEPT, Stage.OVER):
             return
-        if self._kept is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
+        if self._run.training is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
             self.stage, num_batches = Stage.KEEPING_REST, 0.0
             if batch_idx == 0:
                 self.stage = Stage.KEEPING_EPOCH
                 # Where no validation comes earlier, samples are spread over a whole epoch.
                 is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
                 num_batches = trainer.num_training_batches if is_whole else 0
-            self._kept = self._reader.make_kept(self.num_columns, trainer.world_size, num_batches)
-        self._reader.keep_observations(self._kept, module, batch, self.output_shape)
-
-    def free(self) -> None:
-        """Free the samples at the end of a run."""
-        self._kept = None
+            self._run.training = self._reader.make_kept(self.num_columns, trainer.world_size, num_batches)
+        self._reader.keep_observations(self._run.training, module, batch, self.output_shape)
 
     # Until there are enough
 
@@ -129,7 +124,7 @@ class RunReference:
         if self.stage is Stage.OVER:
             return False
         is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
-        return agree(trainer, is_whole or (self._kept is not None and _are_enough(self._kept)))
+        return agree(trainer, is_whole or (self._run.training is not None and _are_enough(self._run.training)))
 
     def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
         """Make the reference, once that is possible, and predict the kept samples; every process must call it.
@@ -181,12 +176,12 @@ class RunReference:
                 predicted = predicted or self._predict_all(parts, known)
         is_over, predicted = trainer.strategy.broadcast((is_over, predicted))
         self.stage = Stage.OVER if is_over else Stage.WAITING
-        self._kept = None
+        self._run.training = None
         return predicted
 
     def _join(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
         """Join the samples that this process has kept."""
-        known = None if self._kept is None or self._kept.size == 0 else self._kept.joined()
+        known = None if self._run.training is None or self._run.training.size == 0 else self._run.training.joined()
         unseen: dict[int, Observations | None] = {}
         for samples in kept:
             if samples.size > 0:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,20 @@ from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabil
 from lightning_sensitivity.reference.observations import count_groups
 
 _ROUNDING = 1e-6  # of a number of labels
+
+
+class Known(NamedTuple):
+    """What is known of the samples of a loader.
+
+    Attributes:
+        labels: Their labels, ``(N, C)``, nan where a sample has none.
+        groups: The number of the group of each, ``(N,)``, whose labels count as one; None without groups.
+        unseen: What the reference predicts for them; None if that is nothing.
+    """
+
+    labels: Tensor
+    groups: Tensor | None
+    unseen: Unseen | None
 
 
 class Expectation:
@@ -63,23 +78,13 @@ class Expectation:
         self.are_predictions = are_predictions
         self._of_reference: dict[int, Values] = {}  # what to expect of the reference itself, by loader
 
-    def values(
-        self,
-        dataloader_idx: int,
-        outputs: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        unseen: Unseen | None,
-        history: Sequence[Row] = (),
-    ) -> Values:
+    def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
         """Compute what to expect on a loader, by the reference and by labels, and note what makes it doubtful.
 
         Args:
             dataloader_idx: The index of the loader.
             outputs: Outputs ``(N, ...)``.
-            labels: Labels ``(N, C)``, nan where a sample has none.
-            groups: The number of the group of each sample, ``(N,)``, whose labels count as one; None without groups.
-            unseen: What the reference predicts for them; None if that is nothing.
+            known: What is known of the samples.
             history: The values of earlier validations.
 
         Returns:
@@ -93,31 +98,30 @@ class Expectation:
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys([EXPECTED + name for name in (*self.metrics, "loss")], math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
-            self._note(outputs, is_finite, unseen)
-        expected, by_labels, num_labels = self._estimates(outputs, is_finite, labels, groups, unseen)
+            self._note(outputs, is_finite, known.unseen)
+        expected, by_labels, num_labels = self._estimates(outputs, is_finite, known)
         found: Values = {}
         earlier = [row for row in history if row["dataloader_idx"] == dataloader_idx]
         for name in expected | by_labels:
-            found |= _joined(name, expected.get(name), by_labels.get(name), unseen, earlier)
-        facts = {"num_labels": num_labels, "reference": None if unseen is None else unseen.score}
+            found |= _joined(name, expected.get(name), by_labels.get(name), known.unseen, earlier)
+        facts = {"num_labels": num_labels, "reference": None if known.unseen is None else known.unseen.score}
         return found | facts if found else {}
 
-    def values_of_reference(
-        self, dataloader_idx: int, outputs: Tensor, labels: Tensor, groups: Tensor | None, unseen: Unseen
-    ) -> Values:
+    def values_of_reference(self, dataloader_idx: int, outputs: Tensor, known: Known) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
         if dataloader_idx in self._of_reference:  # the samples stay the same
             return self._of_reference[dataloader_idx]
-        own = self._task.outputs_of(unseen.q, outputs.shape[1:]) if self.are_predictions else None
+        if known.unseen is None or not self.are_predictions:
+            return {}
+        own = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
         if own is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
-        outputs[unseen.indices] = own.to(outputs)
-        has_labels = not bool(labels.isnan().all())  # only beside these it matters how sure the values are
-        known = outputs, self._are_finite(outputs), labels, groups, unseen, has_labels
-        expected, by_labels, _ = self._estimates(*known)
+        outputs[known.unseen.indices] = own.to(outputs)
+        has_labels = not bool(known.labels.isnan().all())  # only beside these it matters how sure the values are
+        expected, by_labels, _ = self._estimates(outputs, self._are_finite(outputs), known, has_labels)
         both = {name: (expected.get(name), by_labels.get(name)) for name in expected | by_labels}
-        sureness = unseen.num_training, unseen.sure_as
+        sureness = known.unseen.num_training, known.unseen.sure_as
         values = {f"reference_{name}": combine(*each, *sureness).value for name, each in both.items()}
         self._of_reference[dataloader_idx] = values
         return values
@@ -138,15 +142,10 @@ class Expectation:
             self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
 
     def _estimates(
-        self,
-        outputs: Tensor,
-        is_finite: Tensor,
-        labels: Tensor,
-        groups: Tensor | None,
-        unseen: Unseen | None,
-        have_variances: bool = True,
+        self, outputs: Tensor, is_finite: Tensor, known: Known, have_variances: bool = True
     ) -> tuple[dict[str, Estimate], dict[str, Estimate], int]:
         """Return what the reference and what labels say, each by name, and the number of these labels."""
+        labels, groups, unseen = known
         counts = self._task.has_label(labels) & is_finite
         num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
         num_labels = math.ceil(num_known - _ROUNDING)
@@ -157,8 +156,8 @@ class Expectation:
             rows = is_finite[unseen.indices]
             indices = unseen.indices[rows]
             of_rows = None if groups is None else groups[indices]
-            known = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_rows
-            expected = self._estimate(*known, len(indices), have_variances)
+            those = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_rows, len(indices)
+            expected = self._estimate(*those, have_variances)
             y = y.where(~unseen.q.isnan().all(0), math.nan)  # without labels that the reference can't tell
         of_counted = None if groups is None else groups[counts]
         return expected, self._estimate(outputs[counts], y, drawn, of_counted, num_labels), num_labels
