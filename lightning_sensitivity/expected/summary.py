@@ -56,11 +56,10 @@ def summarize(
         The summary, and the same in sentences.
     """
     monitored = [name for _, name in watched if name in curves]
-    telling = [name for name, curve in curves.items() if _best_row(_rows_of(curve, history)[2], curve)]
+    telling = [name for name, curve in curves.items() if _choose(curve, history)[0]]
     name = [*monitored, *telling, *curves][0]
     curve = curves[name]
-    rows, finite, found = _rows_of(curve, history)
-    best = _best_row(found, curve)
+    best, found, finite, rows = _choose(curve, history)
     num_labels = int(best.get("num_labels", 0))
     chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
     knows_answer = verdict is not None and verdict.knows_too_much
@@ -85,11 +84,18 @@ def summarize(
     return known, _line(known, curve.value.removeprefix(EXPECTED))
 
 
-def _rows_of(curve: Curve, history: Sequence[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Return the rows of a loader, those with a value, and those of them by the same reference as the last one."""
+def _choose(curve: Curve, history: Sequence[Row]) -> tuple[Row, list[Row], list[Row], list[Row]]:
+    """Return the best row of a loader, those to choose from, those with a value, and all.
+
+    One chooses from those by the same reference as the last one; of none, or of several that are all equal, the best
+    one is empty.
+    """
     rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-    return rows, finite, [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]
+    found = [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]
+    if not found or (len(found) > 1 and len({row[curve.value] for row in found}) == 1):
+        return {}, found, finite, rows
+    return (max if curve.is_highest else min)(found, key=lambda row: row[curve.value]), found, finite, rows
 
 
 def _is_same(first: float | None, second: float | None) -> bool:
@@ -97,14 +103,6 @@ def _is_same(first: float | None, second: float | None) -> bool:
     if first is None or second is None:
         return first is second
     return math.isclose(first, second, rel_tol=1e-6)
-
-
-def _best_row(rows: Sequence[Row], curve: Curve) -> Row:
-    """Return the row of the best value; an empty one if there is none, or several are all equal."""
-    if not rows or (len(rows) > 1 and len({row[curve.value] for row in rows}) == 1):
-        return {}
-    best: Row = (max if curve.is_highest else min)(rows, key=lambda row: row[curve.value])
-    return best
 
 
 def _checkpoint_of(watched: Sequence[tuple[object, str]], name: str, value: float | None) -> str:
