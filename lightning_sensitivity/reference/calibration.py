@@ -312,6 +312,7 @@ class Quality:
         unexplained: The share of labels that can't be explained, or nan.
         auroc: The area under the ROC curve, mean over classes, or nan.
         blind_labels: Which of several labels they can't tell.
+        unclear_labels: Which columns of labels are too few, or all alike, to say that inputs tell nothing of them.
         tells_none: Whether they are no better than the mean label, of several labels for none of them.
     """
 
@@ -322,23 +323,27 @@ class Quality:
     unexplained: float
     auroc: float
     blind_labels: list[int]
+    unclear_labels: list[int]
     tells_none: bool
 
 
-def measure_quality(p: Tensor, unsmoothed: Tensor, y: Tensor, task: Task, blind: list[int] | None = None) -> Quality:
+def measure_quality(
+    p: Tensor, unsmoothed: Tensor, y: Tensor, groups: Tensor | None, task: Task, blind: list[int] | None = None
+) -> Quality:
     """Measure left-out predictions; of all labels, if they can tell none of several.
 
     Args:
         p: The predictions, ``(N, C)``.
         unsmoothed: The same without smoothing, which would explain redrawn labels.
         y: Labels, ``(N, C)``, nan where they are unknown.
+        groups: The number of the group of each sample, ``(N,)``; None without groups.
         task: The task.
         blind: Which of several labels they can't tell, if that is known.
     """
     if blind is None:
         questions = task.classifications(p, y) if task.is_by_column else []
         blind = [label for label, (_, q, answers) in enumerate(questions) if _is_blind(q, answers)]
-    tells_none = len(blind) == y.shape[1]
+    unclear, tells_none = _unclear_labels(y, groups, task), len(blind) == y.shape[1]
     if not tells_none:
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
@@ -351,10 +356,10 @@ def measure_quality(p: Tensor, unsmoothed: Tensor, y: Tensor, task: Task, blind:
     if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
         auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
     skill = _skill(score, chance)
-    return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, tells_none or skill <= 0)
+    return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, unclear, tells_none or skill <= 0)
 
 
-def unclear_labels(y: Tensor, groups: Tensor | None, task: Task) -> list[int]:
+def _unclear_labels(y: Tensor, groups: Tensor | None, task: Task) -> list[int]:
     """Return the columns of labels that are too few, or all alike, to say that inputs tell nothing of them.
 
     A task of a single question has one such column, and so has a regression.

@@ -24,14 +24,7 @@ from lightning_sensitivity.reference.blocks import Block, Matrix, columns, media
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Features, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
-from lightning_sensitivity.reference.unknown import (
-    ByColumns,
-    Folds,
-    KnownTargets,
-    column_means,
-    have_several,
-    same_samples,
-)
+from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
 
 _PART = 1000  # samples on which a learner is chosen
 
@@ -278,7 +271,7 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
         for left_out, part in zip(found, leave_out(features[samples], y[places]), strict=True):
             left_out[places] = part
     best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
-    model = ByColumns(column_means(y), [])
+    model = ByColumns(y)
     for samples, which, _ in groups:
         ridge = Ridge(_ALPHAS[best]).fit(features[samples], y[np.ix_(samples, which)])
         model.parts.append((which, make_pipeline(kernel, ridge)))
@@ -354,7 +347,7 @@ def _fit_by_columns(
     model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
 ) -> tuple[ByColumns, Array]:
     """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    found, left_out = ByColumns(column_means(labels), []), np.full_like(labels, np.nan)
+    found, left_out = ByColumns(labels), np.full_like(labels, np.nan)
     for samples, which, own_folds in same_samples(labels, folds):
         for column in which:
             own, number = labels[samples, column], FOLDS

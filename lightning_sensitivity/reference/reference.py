@@ -13,12 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.reference.calibration import (
-    error_quantiles,
-    error_quantiles_near,
-    measure_quality,
-    unclear_labels,
-)
+from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near, measure_quality
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, rows_of, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
@@ -147,9 +142,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
         """Set what is known of the learner, and of the samples that it knows."""
         y, groups = learner.labels, learner.groups
-        quality = measure_quality(learner.left_out, learner.unsmoothed, y, task)
-        unclear = unclear_labels(y, groups, task)
-        is_clear = len(unclear) < len(task.questions(y) or [y])
+        quality = measure_quality(learner.left_out, learner.unsmoothed, y, groups, task)
+        is_clear = len(quality.unclear_labels) < len(task.questions(y) or [y])
         self._learner = learner
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         # Of the rows of a table a forest and ridge regression were both tried.
@@ -157,8 +151,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.inputs_tell_nothing_ = quality.tells_none and is_clear and is_table
         if self.inputs_tell_nothing_:
             learner.forget()
-            blind = unclear if task.is_by_column else []
-            quality = measure_quality(learner.left_out, learner.unsmoothed, y, task, blind)
+            blind = quality.unclear_labels if task.is_by_column else []
+            quality = measure_quality(learner.left_out, learner.unsmoothed, y, groups, task, blind)
         self.learner_ = learner.name
         self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), y.numpy(), indices.numpy()
         self.groups_ = None if groups is None else groups.numpy()

@@ -1,7 +1,6 @@
 """Labels of which some are unknown, column by column, for learners that need them all."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,7 +34,7 @@ class KnownTargets:
         self.forest: Any = None
         known = ~np.isnan(y)
         self._are_all_known = bool(known.all())
-        self._means = column_means(y)
+        self._means = _column_means(y)
         differences = np.where(known, y - self._means, 0.0)
         self.targets = y if self._are_all_known else np.hstack([differences, _SMALL * known])
 
@@ -51,21 +50,23 @@ class KnownTargets:
         return self.labels(self.forest.predict(matrix))
 
 
-@dataclass
 class ByColumns:
-    """Models of some columns each, which were fitted to other samples; a column without one has a constant.
+    """Models of some columns each, which were fitted to other samples; a column without one has the mean of its labels.
+
+    Args:
+        y: Labels ``(N, C)``, nan where they are unknown.
 
     Attributes:
-        constants: What is predicted of a column without a model, ``(C,)``.
         parts: The columns, and their model: a classifier of one, or a regressor.
     """
 
-    constants: Array
-    parts: list[tuple[Array, Any]]
+    def __init__(self, y: Array) -> None:
+        self._means = _column_means(y)
+        self.parts: list[tuple[Array, Any]] = []
 
     def predict(self, matrix: Matrix) -> Array:
         """Predict all columns, ``(M, C)``."""
-        found = np.tile(self.constants, (matrix.shape[0], 1))
+        found = np.tile(self._means, (matrix.shape[0], 1))
         for columns, model in self.parts:
             is_classifier = hasattr(model, "classes_")
             part = model.predict_proba(matrix)[:, 1:] if is_classifier else model.predict(matrix)
@@ -78,7 +79,7 @@ class ByColumns:
         return np.where(is_missing, self.predict(matrix), left_out) if is_missing.any() else left_out
 
 
-def column_means(y: Array) -> Array:
+def _column_means(y: Array) -> Array:
     """Return the mean of the known labels of each column, ``(C,)``; ½ without one."""
     known = ~np.isnan(y)
     return np.where(known.any(0), np.nansum(y, 0) / np.maximum(known.sum(0), 1), 0.5)

@@ -5,8 +5,7 @@ also where one output tells two classes apart, or for each number of a regressio
 is nan there. What differs between tasks is asked here alone: of a task that is looked up once.
 """
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, NUM_DRAWS
-from lightning_sensitivity.functional.tasks.classes import Binary, Multiclass
+from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, NUM_DRAWS, Binary, Multiclass
 from lightning_sensitivity.functional.tasks.multilabel import Multilabel, OfKnownLabels
 from lightning_sensitivity.functional.tasks.regression import Regression
 

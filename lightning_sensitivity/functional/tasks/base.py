@@ -1,4 +1,4 @@
-"""What all tasks share, and whether labels fit outputs."""
+"""What all tasks share, those in which one class is correct, and whether labels fit outputs."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
@@ -18,9 +20,11 @@ from lightning_sensitivity.functional.tensors import (
 )
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
+_SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
 BY_CLASS = "Leave `task` out if labels are class indices"
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 NUM_DRAWS = 20  # of labels for each sample
+_MAX_AUROC_CLASSES = 100
 
 
 def quantiles(num_samples: int) -> Tensor:
@@ -129,6 +133,173 @@ class TaskBase:
         return outputs / temperatures[:, None, None]
 
 
+class Multiclass(TaskBase):
+    """One of C classes is correct: softmax, and the sum over classes of squared differences."""
+
+    name = "multiclass"
+    has_indices = True
+    scale = 1.0  # of the sum of squared differences
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """Turn outputs of a network, or their matrix, into probabilities ``(N, C)``."""
+        return self.output_matrix(outputs).softmax(1)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError, saying what was expected, if outputs and labels do not fit the task."""
+        if num_outputs(outputs) == 1:
+            advice = "Set `task='binary'` if they are from 0 to 1, `task='regression'` if they are measurements"
+            raise ValueError(f"Labels are {targets.dtype} for one output. {advice}")
+        if targets.is_floating_point():
+            _check_soft_labels(outputs, without_ones(targets))
+        else:
+            _check_indices(outputs, without_single_output(without_ones(targets)))
+
+    def known(self, targets: Tensor) -> Tensor:
+        """Return which samples have a label that counts, ``(N, 1)``."""
+        return super().known(targets).all(1, keepdim=True)
+
+    def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
+        """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
+
+        Args:
+            labels: Class indices ``(N,)`` or ``(N, 1)``, or probabilities ``(N, C)``.
+            num_columns: C, which class indices do not say.
+        """
+        counts, labels = self.has_label(labels), without_ones(labels)
+        if labels.is_floating_point():
+            return labels.where(counts[:, None], torch.nan)
+        indices = without_single_output(labels).long().where(counts, 0)
+        return torch.nn.functional.one_hot(indices, num_columns).float().where(counts[:, None], torch.nan)
+
+    def distances(self, p: Tensor, other: Tensor) -> Tensor:
+        """Compute the Brier score: squared differences from labels, or from other predictions."""
+        return self.scale * (p - other).square().sum(-1)
+
+    def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the cross-entropy of each sample, ``(N, 1)``, exact in the probabilities of its labels.
+
+        A class whose logit is -inf is masked: no label is one.
+
+        Args:
+            outputs: Outputs of a network.
+            y: Labels as a matrix, or predictions in their place, ``(N, C)``.
+            draws: The same as one or more labels for each sample, which are not needed.
+        """
+        logarithms = self.output_matrix(outputs).log_softmax(1)
+        return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1, keepdim=True)
+
+    def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
+        """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``; below the largest one, none overflows."""
+        return super().tempered(outputs - outputs.amax(1, keepdim=True), temperatures)
+
+    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
+        return y.double().gather(1, self.hard_labels(self.predictions(outputs))[:, None])[:, 0]
+
+    def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
+        """Turn class indices ``(N,)`` into the form of other labels: indices, or a column for each class."""
+        num_columns = like.shape[1:].numel()
+        one_hot = torch.nn.functional.one_hot(drawn, num_columns) if num_columns > 1 else drawn
+        return super().as_labels(one_hot, like)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return the outputs of a network, of a shape for each sample, that has these predictions."""
+        return p.clamp(min=FLOOR).log().reshape(len(p), *shape)
+
+    # Labels as they are drawn
+
+    def hard_labels(self, p: Tensor) -> Tensor:
+        """Return the class that predictions or labels ``(N, C)`` choose, ``(N,)``."""
+        return p.argmax(-1)
+
+    def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
+        """Draw classes by their probabilities ``(N, C)``, ``(20, N)``; there are no errors."""
+        p = p.double().cpu()
+        ends = p.cumsum(1)
+        labels = torch.searchsorted(ends / ends[:, -1:], quantiles(len(p)).T.contiguous(), right=True)
+        return labels.clamp(max=p.shape[1] - 1).T
+
+    def answers(self, p: Tensor, classes: Any) -> Any:
+        """Return what a user wants to know of predictions ``(N, C)``: their classes, an array ``(N,)``."""
+        return classes[self.hard_labels(p).numpy()]
+
+    # Metrics
+
+    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+        """Make the metrics that are expected by default, by name: there is no AUROC of many classes, which takes long.
+
+        Args:
+            num_columns: C.
+        """
+        found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
+        if num_columns <= _MAX_AUROC_CLASSES:
+            found["auroc"] = MeanAUROC(num_columns, average="none")
+        return found
+
+    def can_measure(self, draws: Tensor) -> bool:
+        """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""
+        return bool((draws != draws[0, 0]).any())
+
+
+class Binary(Multiclass):
+    """One output z is the logit of class 1: two logits, 0 and z; its score is (p - y)^2, half of the sum."""
+
+    name = "binary"
+    link = "sigmoid"
+    has_one_output = True
+    has_indices = False
+    scale = 0.5
+
+    def num_columns(self, output_shape: tuple[int, ...]) -> int:
+        """Return 2."""
+        return 2
+
+    def output_matrix(self, outputs: Tensor) -> Tensor:
+        """Turn outputs ``(N,)`` or ``(N, 1)`` into two logits; a matrix ``(N, 2)`` stays."""
+        z = super().output_matrix(outputs)
+        return torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise ValueError if outputs and labels do not fit the task."""
+        if num_outputs(outputs) != 1:
+            of_classes = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
+            advice = _SEVERAL if targets.shape == outputs.shape else of_classes
+            got = describe_both(outputs, targets)
+            raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
+        if targets.is_floating_point() and targets.shape == (len(outputs), 2):
+            _check_soft_labels(self.output_matrix(outputs), targets)
+        else:
+            check_probabilities(outputs, targets, BY_CLASS)
+
+    def label_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
+        """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
+        y = labels if labels.is_floating_point() else labels.float()
+        y = y[:, None].flatten(1)
+        if y.shape[1] == 1:
+            y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
+        return super().label_matrix(y)
+
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """Return logits of class 1."""
+        return p.clamp(min=FLOOR).log().diff(dim=1).reshape(len(p), *shape)
+
+    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+        """Make the metrics that are expected by default, by name."""
+        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+
+    def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probabilities of class 1, ``(N,)``, and classes."""
+        return p[:, 1], drawn
+
+
+class MeanAUROC(MulticlassAUROC):
+    """The mean of the AUROC of each class (``average="none"``) that occurs; others would count as 0."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """Compute it."""
+        return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
+
+
 # Checks of labels
 
 
@@ -147,7 +318,7 @@ def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
         lowest, highest = float(targets.min()), float(targets.max())
         has_two = lowest == -1 and bool((targets != 0).all())
         to_zero = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`"
-        mapping = to_zero if has_two else how_to_ignore(targets, ~is_valid)
+        mapping = to_zero if has_two else _ignoring(targets, ~is_valid)
         expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
         raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 
@@ -159,7 +330,34 @@ def check_sizes(outputs: Tensor, targets: Tensor, what: str, advice: str = "") -
         raise ValueError(f"Expected one {what} per output, but got {describe_both(outputs, targets)}{advice}")
 
 
-def how_to_ignore(targets: Tensor, is_odd: Tensor) -> str:
+def _check_indices(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are indices of the classes, or -100."""
+    if targets.shape == outputs.shape:
+        advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
+        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_SEVERAL}")
+    if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
+        raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
+    targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
+    is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
+    if not bool(is_valid.all()):
+        begins_at_1 = ". If classes begin at 1, set `targets=lambda batch: batch[1] - 1`"
+        is_one_too_high = int(targets.max()) == num_classes and bool((targets != 0).all())
+        raise ValueError(
+            f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
+            f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
+            f"{begins_at_1 if is_one_too_high else _ignoring(targets, ~is_valid)}"
+        )
+
+
+def _check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless labels are probabilities of classes that sum to 1, or -100."""
+    check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
+    sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
+    if not bool((sums_to_one | are_ignored(targets).any(1)).all()):
+        raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")
+
+
+def _ignoring(targets: Tensor, is_odd: Tensor) -> str:
     """Say what to write to ignore the labels that do not fit, if they all have one value."""
     values = torch.unique(targets[is_odd]).tolist()
     if len(values) != 1:
