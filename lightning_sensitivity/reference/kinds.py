@@ -1,30 +1,18 @@
-"""The kinds of inputs: what is seen of samples of each, how they become smaller, and one matrix of several kinds.
+"""The kinds of inputs: what is seen of samples of each, how they become smaller, and how several become one.
 
 A kind is a class. To add one, write it, and let :func:`kind_of` or the caller name it.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_sensitivity.reference.blocks import (
-    Block,
-    Matrix,
-    columns,
-    in_parts,
-    median_distance,
-    patches,
-    some,
-    values,
-    words,
-)
+from lightning_sensitivity.reference.blocks import Block, columns, in_parts, patches, values, words
 
 Seen: TypeAlias = dict[str, Tensor]  # samples (N, ...) by kind
 Array: TypeAlias = Any  # of NumPy, or what becomes one
@@ -195,45 +183,3 @@ def join_seen(parts: Sequence[Seen]) -> Seen:
 def are_finite(seen: Seen) -> Tensor:
     """Return which samples have neither nan nor inf, ``(N,)``."""
     return torch.stack([x[:, None].flatten(1).isfinite().all(1) for x in seen.values()]).all(0)
-
-
-class Features:
-    """What makes a matrix of samples: a block for each kind, side by side, scaled so that none drowns the others.
-
-    Args:
-        blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
-        seen: Training samples, no larger than ``shrunk`` makes them.
-
-    Attributes:
-        name: The names of the blocks.
-        shapes: The shape of the samples of each kind.
-    """
-
-    def __init__(self, blocks: dict[str, Block], seen: Seen) -> None:
-        self.name = " and ".join(block.__name__ for block in blocks.values())
-        self.shapes = {kind: x.shape for kind, x in seen.items()}
-        self._transforms = {kind: block(seen[kind]) for kind, block in blocks.items()}
-        self._scales = dict.fromkeys(blocks, 1.0)
-        if len(blocks) > 1:
-            for kind, transform in self._transforms.items():
-                self._scales[kind] = math.sqrt(median_distance(transform(some(seen[kind]))))
-
-    def __call__(self, seen: Seen) -> Matrix:
-        """Return the matrix of samples, of any size."""
-        from scipy.sparse import hstack, issparse
-
-        fitted = {kind: KINDS[kind].fitted(seen[kind], shape) for kind, shape in self.shapes.items()}
-        matrices = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
-        if len(matrices) == 1:
-            return matrices[0]
-        return hstack(matrices, format="csr") if any(map(issparse, matrices)) else np.hstack(matrices)
-
-    def check(self, seen: Seen) -> None:
-        """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
-        for kind, shape in self.shapes.items():
-            found = seen.get(kind, torch.empty(0)).shape
-            fixed = slice(1, KINDS[kind].num_fixed)
-            if len(found) != len(shape) or found[fixed] != shape[fixed]:
-                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
-                wanted = ", ".join(map(str, shape[1:]))
-                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")

@@ -20,9 +20,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.blocks import Block, Matrix, columns, median_distance, spread
+from lightning_sensitivity.reference.blocks import Block, Matrix, columns, median_distance, some, spread
 from lightning_sensitivity.reference.calibration import calibrate
-from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, MOST, Array, Features, Seen, possible_blocks
+from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
 
@@ -46,6 +46,48 @@ _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _MAX_RIDGE_ROWS = MOST
 _CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: columns, and all else
 FOLDS = 5  # where samples are left out by parts
+
+
+class Features:
+    """What makes a matrix of samples: a block for each kind, side by side, scaled so that none drowns the others.
+
+    Args:
+        blocks: A block for each kind: ``columns``, ``values``, ``patches`` or ``words``.
+        seen: Training samples, no larger than ``shrunk`` makes them.
+
+    Attributes:
+        name: The names of the blocks.
+        shapes: The shape of the samples of each kind.
+    """
+
+    def __init__(self, blocks: dict[str, Block], seen: Seen) -> None:
+        self.name = " and ".join(block.__name__ for block in blocks.values())
+        self.shapes = {kind: x.shape for kind, x in seen.items()}
+        self._transforms = {kind: block(seen[kind]) for kind, block in blocks.items()}
+        self._scales = dict.fromkeys(blocks, 1.0)
+        if len(blocks) > 1:
+            for kind, transform in self._transforms.items():
+                self._scales[kind] = math.sqrt(median_distance(transform(some(seen[kind]))))
+
+    def __call__(self, seen: Seen) -> Matrix:
+        """Return the matrix of samples, of any size."""
+        from scipy.sparse import hstack, issparse
+
+        fitted = {kind: KINDS[kind].fitted(seen[kind], shape) for kind, shape in self.shapes.items()}
+        matrices = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
+        if len(matrices) == 1:
+            return matrices[0]
+        return hstack(matrices, format="csr") if any(map(issparse, matrices)) else np.hstack(matrices)
+
+    def check(self, seen: Seen) -> None:
+        """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
+        for kind, shape in self.shapes.items():
+            found = seen.get(kind, torch.empty(0)).shape
+            fixed = slice(1, KINDS[kind].num_fixed)
+            if len(found) != len(shape) or found[fixed] != shape[fixed]:
+                got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
+                wanted = ", ".join(map(str, shape[1:]))
+                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
 
 
 class Learner:

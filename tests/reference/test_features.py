@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_sensitivity.reference import blocks as features
 from lightning_sensitivity.reference.kinds import KINDS as ALL
-from lightning_sensitivity.reference.kinds import Features, kind_of, possible_blocks
+from lightning_sensitivity.reference.kinds import kind_of, possible_blocks
+from lightning_sensitivity.reference.learners import Features
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

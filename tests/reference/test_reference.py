@@ -25,8 +25,8 @@ from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners, reference, unexplained_share
 from lightning_sensitivity.reference.calibration import Calibration, error_quantiles
-from lightning_sensitivity.reference.kinds import KINDS, Features
-from lightning_sensitivity.reference.learners import Learner
+from lightning_sensitivity.reference.kinds import KINDS
+from lightning_sensitivity.reference.learners import Features, Learner
 from lightning_sensitivity.reference.observations import Observations
 from tests.reference.conftest import INPUTS, generator, steps
 from tests.reference.test_learners import sample

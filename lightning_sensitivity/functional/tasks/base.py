@@ -21,7 +21,6 @@ from lightning_sensitivity.functional.tensors import (
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
-BY_CLASS = "Leave `task` out if labels are class indices"
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 NUM_DRAWS = 20  # of labels for each sample
 _MAX_AUROC_CLASSES = 100
@@ -269,7 +268,7 @@ class Binary(Multiclass):
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
             _check_soft_labels(self.output_matrix(outputs), targets)
         else:
-            check_probabilities(outputs, targets, BY_CLASS)
+            check_probabilities(outputs, targets)
 
     def label_matrix(self, labels: Tensor, num_columns: int = 2) -> Tensor:
         """Turn labels ``(N,)`` or ``(N, 1)`` into probabilities ``(N, 2)``; a matrix stays."""
@@ -309,9 +308,9 @@ def are_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def check_probabilities(outputs: Tensor, targets: Tensor, advice: str) -> None:
+def check_probabilities(outputs: Tensor, targets: Tensor, advice: str = "") -> None:
     """Raise ValueError unless there is a label from 0 to 1 for each output, or -100."""
-    check_sizes(outputs, targets, "label", advice)
+    check_sizes(outputs, targets, "label", advice or "Leave `task` out if labels are class indices")
     is_valid = (targets >= 0) & (targets <= 1)
     is_valid |= are_ignored(targets)
     if not bool(is_valid.all()):

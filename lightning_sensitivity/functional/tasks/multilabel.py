@@ -10,15 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_sensitivity.functional.tasks.base import (
-    BY_CLASS,
-    FLOOR,
-    IGNORED,
-    NUM_DRAWS,
-    TaskBase,
-    check_probabilities,
-    quantiles,
-)
+from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, TaskBase, check_probabilities, quantiles
 
 _MAX_AUROC_LABELS = 200  # of 1,000, and 2,000 validation labels, it would take seconds in each validation
 
@@ -38,7 +30,7 @@ class Multilabel(TaskBase):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
         known = targets.nan_to_num(float(IGNORED)) if targets.is_floating_point() else targets
-        check_probabilities(outputs, known, BY_CLASS)
+        check_probabilities(outputs, known)
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into a matrix ``(N, L)``, nan where they are unknown; a matrix stays."""
@@ -70,8 +62,8 @@ class Multilabel(TaskBase):
         drawn = []
         for label, column in enumerate(p.T, start=1):
             # Each label takes the same quantiles in an order of its own, which begins elsewhere in each sample.
-            order = torch.randperm(NUM_DRAWS, generator=generator)
-            places = order[(torch.arange(NUM_DRAWS)[:, None] + label * samples) % NUM_DRAWS]
+            order = torch.randperm(len(at), generator=generator)
+            places = order[(torch.arange(len(at))[:, None] + label * samples) % len(at)]
             drawn.append(at.gather(0, places) < column)
         return torch.stack(drawn, 2).to(torch.int8)  # of which there may be many
 
