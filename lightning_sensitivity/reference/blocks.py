@@ -9,7 +9,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,11 +18,10 @@ Transform: TypeAlias = Callable[[Tensor], Matrix]
 Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees training samples
 
 _CHUNK = 50  # samples of which features are made at a time
-_SOME = 500  # samples that give features their scale
+SOME = 500  # samples that give features their scale
 _MAX_COLUMNS = 4096  # of more, evenly spaced ones are seen
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
 _TINY = 1e-12  # length of a row of zeros
-_EQUAL = 1e-12  # relative squared distance of equal rows
 
 _NUM_PATCHES, _NUM_FILTERS = 20_000, 256
 _MIN_PATCH, _MAX_PATCH, _MAX_STEPS = 3, 6, 16  # pixels a side, and steps of a signal
@@ -112,16 +110,7 @@ def _responses(inputs: Tensor, mean: Tensor, scale: Tensor, filters: Tensor, off
 
 def some(inputs: Tensor) -> Tensor:
     """Return at most 500 evenly spaced samples."""
-    return inputs[spread(len(inputs), _SOME)]
-
-
-def median_distance(matrix: Matrix) -> float:
-    """Return the median of squared distances of different rows, of at most 500."""
-    from sklearn.metrics import pairwise
-
-    distances = pairwise.euclidean_distances(matrix[spread(matrix.shape[0], _SOME).numpy()], squared=True)
-    positive = distances[distances > _EQUAL * distances.max()]
-    return float(np.median(positive)) if len(positive) else 1.0
+    return inputs[spread(len(inputs), SOME)]
 
 
 def _as_images(inputs: Tensor) -> Tensor:

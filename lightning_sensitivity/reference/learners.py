@@ -10,22 +10,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import hstack, issparse
 from sklearn.base import BaseEstimator, clone
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.kernel_approximation import Nystroem
 from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.reference.blocks import Block, Matrix, columns, median_distance, some, spread
+from lightning_sensitivity.reference.blocks import SOME, Block, Matrix, columns, some, spread
 from lightning_sensitivity.reference.calibration import calibrate
 from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
 
+_EQUAL = 1e-12  # relative squared distance of equal rows
 _PART = 1000  # samples on which a learner is chosen
 
 _MAX_ID = 1000  # below, token ids may be the categories of a table
@@ -67,12 +70,10 @@ class Features:
         self._scales = dict.fromkeys(blocks, 1.0)
         if len(blocks) > 1:
             for kind, transform in self._transforms.items():
-                self._scales[kind] = math.sqrt(median_distance(transform(some(seen[kind]))))
+                self._scales[kind] = math.sqrt(_median_distance(transform(some(seen[kind]))))
 
     def __call__(self, seen: Seen) -> Matrix:
         """Return the matrix of samples, of any size."""
-        from scipy.sparse import hstack, issparse
-
         fitted = {kind: KINDS[kind].fitted(seen[kind], shape) for kind, shape in self.shapes.items()}
         matrices = [transform(fitted[kind]) / self._scales[kind] for kind, transform in self._transforms.items()]
         if len(matrices) == 1:
@@ -88,6 +89,13 @@ class Features:
                 got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
                 wanted = ", ".join(map(str, shape[1:]))
                 raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
+
+
+def _median_distance(matrix: Matrix) -> float:
+    """Return the median of squared distances of different rows, of at most 500."""
+    distances = euclidean_distances(matrix[spread(matrix.shape[0], SOME).numpy()], squared=True)
+    positive = distances[distances > _EQUAL * distances.max()]
+    return float(np.median(positive)) if len(positive) else 1.0
 
 
 class Learner:
@@ -293,7 +301,7 @@ def _choose_ridge(part: Observations, task: Task) -> _Choice:
     centres = _CENTRES if [*part.seen] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part.seen):
         matrix = Features(blocks, part.seen)(part.seen)
-        distance = median_distance(matrix)
+        distance = _median_distance(matrix)
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
             score = _score(fit(matrix, y, folds, centres=_CENTRES_OF_PART)[1], part, task)
