@@ -161,7 +161,7 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
 
 
 def test_what_is_done_for_each_training_batch_is_little() -> None:
-    """Calls of functions are counted; 410 are made, of which a third are torch's."""
+    """Calls of functions are counted; 395 are made, of which a third are torch's."""
     reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
     kept, profile = reader.make_kept(4, num_batches=400), cProfile.Profile()
     profile.enable()
