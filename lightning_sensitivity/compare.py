@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.expected.doubts import say_differences, say_unused
 from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
-from lightning_sensitivity.messages import (
-    Refused,
-    Selector,
-    check_argument,
-    check_task,
-    link_to,
-    refuse_on_error,
-)
+from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.observations import Observations, count_groups, stderr_of_mean
 from lightning_sensitivity.running.batches import move_batch

@@ -355,7 +355,7 @@ class RiskMonitor(Monitor):
 
     def keep_labels(self, module: LightningModule, batch: object, kept: KeptBatch) -> None:
         """Keep the labels of a validation batch, if they are wanted."""
-        if self.validation_labels and self.reader.may_have_labels(module, batch):
+        if self.validation_labels:
             try:
                 shape = None if self._reference is None else self._reference.output_shape
                 kept.labels = self.reader.kept_labels(module, batch, kept, shape)

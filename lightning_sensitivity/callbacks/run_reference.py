@@ -15,15 +15,13 @@ from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gath
 from lightning_sensitivity.expected.doubts import say_differences, say_shares, say_unused
 from lightning_sensitivity.expected.record import Predicted, Predictions, Unseen, Verdict
 from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART, draw_labels
-from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
+from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, rows_of
 from lightning_sensitivity.reference.observations import Observations, count_groups, projection
 from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.isolation import isolated, same_streams
-
-_SORTED = 5.0  # standard errors between the labels of two halves
 
 
 @dataclass
@@ -124,7 +122,7 @@ class RunReference:
         if self.stage is Stage.OVER:
             return False
         is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
-        return agree(trainer, is_whole or (self._run.training is not None and _are_enough(self._run.training)))
+        return agree(trainer, is_whole or (self._run.training is not None and self._run.training.are_enough()))
 
     def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
         """Make the reference, once that is possible, and predict the kept samples; every process must call it.
@@ -300,14 +298,3 @@ def _fingerprints(kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
     with suppress(Exception):  # then a resumed fit makes its reference anew
         return {samples.dataloader_idx: samples.fingerprints() for samples in kept}
     return {}
-
-
-def _are_enough(kept: KeptObservations) -> bool:
-    """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
-    if kept.size == 0 or not kept.is_full:
-        return False
-    y = kept.labels.double()
-    first, second = y.tensor_split(2)
-    sizes = [(~half.isnan()).sum(0).clamp(min=1) for half in (first, second)]
-    variances = (y - y.nanmean(0)).square().nanmean(0) * (1 / sizes[0] + 1 / sizes[1])
-    return not bool(((first.nanmean(0) - second.nanmean(0)).square() > _SORTED**2 * variances).any())

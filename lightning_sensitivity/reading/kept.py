@@ -19,6 +19,7 @@ from lightning_sensitivity.running.call import ModelCall
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
 _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
+_SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 
 
@@ -216,10 +217,15 @@ class KeptObservations:
                 self._parts.append((priorities[is_wanted], samples.take(is_wanted)))
         self.size = sum(len(samples) for _, samples in self._parts)
 
-    @property
-    def labels(self) -> Tensor:
-        """The labels of the samples, in the order in which they came."""
-        return torch.cat([samples.labels for _, samples in self._parts])
+    def are_enough(self) -> bool:
+        """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
+        if self.size == 0 or not self.is_full:
+            return False
+        y = torch.cat([samples.labels for _, samples in self._parts]).double()  # in the order in which they came
+        first, second = y.tensor_split(2)
+        sizes = [(~half.isnan()).sum(0).clamp(min=1) for half in (first, second)]
+        variances = (y - y.nanmean(0)).square().nanmean(0) * (1 / sizes[0] + 1 / sizes[1])
+        return not bool(((first.nanmean(0) - second.nanmean(0)).square() > _SORTED**2 * variances).any())
 
     def joined(self) -> Observations:
         """Return the samples, in the order in which they came.

@@ -110,10 +110,6 @@ class BatchReader:
                 return run(ModelCall, model, batch, self._inputs, self._outputs)
             return run(FunctionCall, model, batch, self.function, self._inputs, self._outputs)
 
-    def may_have_labels(self, model: nn.Module, batch: object) -> bool:
-        """Return whether it is clear where the labels of a batch would be."""
-        return self._targets is not None or isinstance(find_targets(model, batch), Tensor)
-
     def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
@@ -162,12 +158,14 @@ class BatchReader:
 
     def kept_labels(
         self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
-    ) -> Tensor:
-        """Copy the labels of those samples of a batch that are kept.
+    ) -> Tensor | None:
+        """Copy the labels of those samples of a batch that are kept; None if it is not clear where they would be.
 
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
+        if self._targets is None and not isinstance(find_targets(model, batch), Tensor):
+            return None
         labels = self.labels(model, batch, output_shape)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]

@@ -29,7 +29,8 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
     assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen["columns"], 3 * X[:, :2])
     labels = reader.labels(MODEL, batch)
-    assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr() and reader.may_have_labels(MODEL, X)
+    assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr()
+    assert torch.equal(reader.kept_labels(MODEL, batch, kept), Y)
     assert torch.equal(batch["image"], X)
 
 
@@ -38,7 +39,7 @@ def test_without_functions_it_takes_what_is_usual() -> None:
     kept = reader.keep(MODEL, (X, Y), 0)
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
     assert kept.seen is None and torch.equal(see(reader, MODEL, (X, Y))["columns"], X)
-    assert reader.may_have_labels(MODEL, (X, Y)) and not reader.may_have_labels(MODEL, X)
+    assert torch.equal(reader.kept_labels(MODEL, (X, Y), kept), Y) and reader.kept_labels(MODEL, X, kept) is None
 
 
 SHOWN: dict[str, tuple[Any, Tensor]] = {
