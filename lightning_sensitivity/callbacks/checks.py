@@ -16,10 +16,7 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, metric_value
 from lightning_sensitivity.functional.tasks import Task
-from lightning_sensitivity.functional.tensors import (
-    are_close,
-    in_32_bits,
-)
+from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.batches import is_dense, tensors_in, without_labels

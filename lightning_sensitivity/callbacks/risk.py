@@ -38,14 +38,7 @@ from lightning_sensitivity.expected.record import (
 from lightning_sensitivity.expected.summary import Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
-from lightning_sensitivity.messages import (
-    BLIND,
-    Refused,
-    Selector,
-    check_bool,
-    check_task,
-    describe_error,
-)
+from lightning_sensitivity.messages import BLIND, Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count
 from lightning_sensitivity.running.call import Function
