@@ -86,6 +86,7 @@ class ModelCall:
     ) -> None:
         self._model = model
         self._outputs = outputs
+        # The code that selects an argument has a place for its name or number; there is none if the user has chosen.
         self.by_name, self.arguments, self._place = _find_arguments(model, batch, inputs)
         self.size = _num_samples(self.arguments)
 
@@ -168,13 +169,18 @@ class ModelCall:
                 "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
             )
 
-    def _argument_to_perturb(self) -> str:
-        """Find the name of the argument to perturb, which is the first one by position."""
-        floating: list[tuple[str, str]] = []  # the name of its argument, and the code that selects each
+    def _floating(self) -> list[tuple[str, str]]:
+        """List what noise can be added to: the name of its argument, and the code that selects it there."""
+        floating = []
         for name in self.inputs() if self.by_name else [*self.arguments][:1]:
             value = self.arguments[name]
             found = places(beside_labels(value) if isinstance(value, Mapping) else value, name)
             floating += [(name, place) for place, _, x in found if is_floating(x) and not is_empty(x)]
+        return floating
+
+    def _argument_to_perturb(self) -> str:
+        """Find the name of the argument to perturb, which is the first one by position."""
+        floating = self._floating()
         has_choice = len(floating) > 1 and self._place != ""
         if len({name for name, _ in floating}) == 1 and not has_choice:
             return floating[0][0]
@@ -256,12 +262,7 @@ def _has_samples(value: object) -> bool:
 
 
 def _find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tuple[bool, Arguments, str]:
-    """Find the arguments of a model; see :class:`ModelCall`.
-
-    Returns:
-        Whether it gets them by name, the arguments, and the code that selects one, with a place for name or number;
-        no code if the user has chosen.
-    """
+    """Return whether a model gets its arguments by name, these, and the code that selects one; see ModelCall."""
     if inputs is not None:
         return *_chosen_arguments(model, inputs(clone_tensors(batch))), ""  # it may write to the batch
     parameters, required = parameters_of(model), {*required_names(model)}
@@ -282,10 +283,8 @@ def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments
     """Return the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
     if not isinstance(chosen, Mapping):
         return False, by_position(model, as_tuple(chosen))
-    if takes_only_keywords(model):
-        return True, dict(chosen)
     unknown = [name for name in chosen if name not in parameters_of(model)]
-    if len(unknown) == len(chosen):
+    if len(unknown) == len(chosen) and not takes_only_keywords(model):
         return False, by_position(model, (chosen,))
     if unknown and _KEYWORDS not in _kinds(model):
         names = ", ".join(map(repr, unknown))
