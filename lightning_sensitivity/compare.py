@@ -12,7 +12,7 @@ from lightning_sensitivity.expected.doubts import say_differences, say_unused
 from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
-from lightning_sensitivity.reading.reader import BatchReader
+from lightning_sensitivity.reading.reader import BatchReader, check_count
 from lightning_sensitivity.reference.observations import Observations, count_groups, stderr_of_mean
 from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.call import Function
@@ -189,7 +189,7 @@ class _Judge:
     """
 
     def __init__(self, model: nn.Module, reader: BatchReader, loss: Loss | None, outputs: Tensor) -> None:
-        self.is_highest_best = not reader.task.is_regression and loss is None
+        self.is_highest_best = reader.task.is_highest_best and loss is None
         self._model = model
         self._reader = reader
         self._loss = loss
@@ -246,13 +246,17 @@ class _Judge:
         """Let labels of new samples answer, too, of which those of one group count as one; what they lack is drawn."""
         task, (_, q, draws) = self._reader.task, self._answers[0]
         found = [self._reader.labels(self._model, move_batch(self._model, batch), self._shape) for batch in batches]
-        y = task.label_matrix(torch.cat(found), q.shape[1])
+        labels = torch.cat(found)
+        check_count(labels, len(q))
+        y = task.label_matrix(labels, q.shape[1])
         drawn = complete_labels(task.hard_labels(y), draws)
         y = y.where(~q.isnan().all(0), torch.nan)
         known, has_label = task.known(y).double().mean(1), task.has_label(y)
         num_labels = int(has_label.sum())
         number = count_groups(None if groups is None else groups[has_label], num_labels)
         self._answers.append((known * (number / max(1, num_labels)), y, drawn))
+        if not any(bool(weights.any()) for weights, _, _ in self._answers):
+            raise Refused("no sample of `dataloader` has one, and the reference sees too little: set `features=`.")
 
     def worth(self, outputs: Tensor) -> Tensor:
         """Return the loss of each sample, or the chance to be right, by all answers, ``(N,)``."""

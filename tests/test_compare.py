@@ -156,6 +156,8 @@ def test_a_blind_reference_is_refused_with_advice() -> None:
     message = "no reference .*: it is only -?[0-9]+% better than chance on .* Set `features=`, or `validation_labels"
     with pytest.raises(MisconfigurationException, match=message):
         compare(training=[(NOISE_X, Y)])
+    with pytest.raises(MisconfigurationException, match="no sample of `dataloader` has one, and the reference sees"):
+        compare(batches=[(V, 0 * L - 100)], training=[(NOISE_X, Y)], validation_labels=True)
 
 
 class Noted(Linear):
@@ -360,6 +362,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("inputs of another size", {"training": [(X[:, :7], Y)]}, r"no reference \(`features=.* to have columns \(M, 7\)"),
     ("inputs that can't be seen", {"features": lambda batch: None}, "`features` should be a module, or a function"),
     ("labels only in training", {"validation_labels": True}, "`validation_labels` can't be read.*`targets` should ret"),
+    (
+        "a label too few",
+        {"validation_labels": True, "dataloader": [(V, L[:-1])]},
+        "`validation_labels` can't be read: `targets` should return a label for each of 50 samples, got 49",
+    ),
     ("logits of another task", {"task": "binary"}, "Expected one output"),
     ("no estimator", {"reference": "forest"}, "`reference` should be"),
     ("no predict", {"reference": Mock(["get_params", "fit", "predict_proba"])}, "`reference` should be"),

@@ -271,8 +271,9 @@ class RiskMonitor(Monitor):
         }
 
     def num_loaders(self, trainer: Trainer) -> int:
-        """Count the loaders, those of the history at least, since a fit that has ended has no others."""
-        return max([super().num_loaders(trainer), *(int(row["dataloader_idx"]) + 1 for row in self.history)])
+        """Count the loaders; without samples those of the history at least, which a fit that has ended lacks."""
+        known = [] if self.run.samples else [int(row["dataloader_idx"]) + 1 for row in self.history]
+        return max([super().num_loaders(trainer), *known])
 
     # Training samples
 

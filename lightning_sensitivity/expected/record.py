@@ -177,17 +177,18 @@ def state_of(history: History, predicted: Predicted | None) -> State:
         history: A row for each validation and loader.
         predicted: What the reference predicts of the kept samples; not saved if samples can't be known again.
     """
+    rows = [dict(row) for row in history]
     if predicted is None or not predicted.unseen or not predicted.fingerprints:
-        return {"history": history, "predicted": None}
+        return {"history": rows, "predicted": None}
     unseen = {index: {**vars(each), "draws": _shortened(each.draws)} for index, each in predicted.unseen.items()}
     state = {"verdict": asdict(predicted.verdict), "unseen": unseen, "fingerprints": predicted.fingerprints}
-    return {"history": history, "predicted": state}
+    return {"history": rows, "predicted": state}
 
 
 def _shortened(draws: Tensor) -> Tensor:
-    """Return labels in 16 bits, if they are integers that fit."""
-    short = draws.short()
-    return short if not draws.is_floating_point() and torch.equal(short.long(), draws) else draws
+    """Return class indices in 16 bits, if they fit."""
+    fits = draws.dtype == torch.int64 and torch.equal(draws.short().long(), draws)
+    return draws.short() if fits else draws
 
 
 def of_state(state: Any) -> tuple[History, Predicted | None]:

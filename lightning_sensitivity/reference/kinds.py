@@ -47,7 +47,7 @@ class Kind:
         return x
 
     def shrunk(self, x: Tensor) -> Tensor:
-        """Make samples as small as a reference sees them."""
+        """Make samples as small as a reference sees them; those that are so small already stay as they are."""
         return x
 
     def fitted(self, x: Tensor, shape: torch.Size) -> Tensor:

@@ -37,6 +37,7 @@ class TaskBase:
 
     Attributes:
         is_regression: Whether labels are numbers, which are drawn by errors, and not classes.
+        is_highest_best: Whether the best network is that of the highest :meth:`scores`.
         link: What makes predictions of outputs: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
         has_one_output: Whether outputs have the shape of a number for each sample, also where labels have two columns.
         has_indices: Whether labels ``(N,)`` that a user gives a reference are classes, as integers or names.
@@ -46,6 +47,7 @@ class TaskBase:
     """
 
     is_regression = False
+    is_highest_best = True
     link = "softmax"
     has_one_output = False
     has_indices = False

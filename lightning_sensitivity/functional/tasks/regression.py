@@ -16,6 +16,7 @@ class Regression(TaskBase):
 
     name = "regression"
     is_regression = True
+    is_highest_best = False
     link = "identity"
     has_class_shares = False
     estimator_method = "predict"
