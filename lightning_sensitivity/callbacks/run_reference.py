@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gather_tensors
 from lightning_sensitivity.expected.doubts import say_differences, say_shares, say_unused
 from lightning_sensitivity.expected.record import Predicted, Predictions, Unseen, Verdict
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART, draw_labels
+from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART, draw_labels
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
@@ -243,8 +243,8 @@ class RunReference:
         draws = draw_labels(q, fitted.task, fitted.residuals_near(q) if self._is_local else fitted.residuals_)
         q = q.float().index_fill(1, torch.from_numpy(fitted.blind_labels_), math.nan)
         groups = None if fitted.groups_ is None else torch.from_numpy(fitted.groups_)
-        sees_part = not self._reader.has_features and "columns" not in (fitted.kind_, fitted.features_)
-        sure_as = SURE_OF_PART if sees_part else SURE_AS
+        sure_as = SURE_AS if "columns" in (fitted.kind_, fitted.features_) else SURE_OF_PART
+        sure_as = SURE_OF_FEATURES if self._reader.has_features else sure_as
         return Unseen(indices, q, draws, fitted.score_, count_groups(groups, fitted.num_samples_), sure_as)
 
     def _finite_samples(self, seen: Seen, what: str) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_
 
 WORTH = 1000  # labels that count as much as a reference
 SURE_AS = 1000  # labels that err as a reference does of a network that errs elsewhere
+SURE_OF_FEATURES = 200  # the same of features that the user shows it; chosen on the design half
 SURE_OF_PART = 30  # the same of patches or words, if a network may see more; chosen on the design half
 ESTIMATES = 1  # which version they are: raised with whatever changes one, so that studies can tell theirs
 _BLOCKS = 10  # of samples, each of which is left out once

@@ -40,7 +40,7 @@ def test_of_patches_it_is_less_sure_than_of_what_the_user_shows_it(
     monitor = quick_risk(features=None if sees_part else lambda batch: first_tensor(batch).flatten(1))
     fitted_and_said(monitor, Plain(width=72), batches_of(known, CORRECT), batches_of(new))
     row = monitor.history[0]
-    expected = bernoulli(row["expected_accuracy"], 200, 90, 30 if sees_part else 1000)
+    expected = bernoulli(row["expected_accuracy"], 200, 90, 30 if sees_part else 200)
     assert row["expected_accuracy_stderr"] == pytest.approx(expected, rel=0.35)
 
 
