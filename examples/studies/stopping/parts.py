@@ -52,7 +52,7 @@ CONDITIONS = {
     "photos_40": f"{PHOTOS} and share > 25",
     "texts": "pool in ['texts', 'texts_more'] and kind.str.contains('by people')",
     "rules": "pool == 'texts' and kind.str.contains('by rules')",
-    "signals": "pool in ['signals', 'signals_more']",
+    "signals": "pool in ['signals', 'signals_more', 'waves']",
     "correct": "pool == 'redrawn' and not is_redrawn",
     "redrawn": "pool == 'redrawn' and is_redrawn",
     "made": "pool == 'made'",

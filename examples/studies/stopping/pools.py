@@ -15,6 +15,7 @@ from more import (
     signals_more,
     texts_more,
     transformer,
+    waves,
 )
 from runs import (
     WAYS,
@@ -62,6 +63,7 @@ POOLS = {
     "resnet18": (resnet18, 15),
     "transformer": (transformer, 24),
     "few_texts": (few_texts, 24),
+    "waves": (waves, 24),
 }
 
 
