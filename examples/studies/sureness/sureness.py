@@ -1,6 +1,6 @@
 """How sure expected values are, what labels beside them are worth, and whether the last line's advice is right.
 
-    python examples/studies/sureness/sureness.py RUNS     # results.csv: a row a recorded run, judge, and value
+    python examples/studies/sureness/sureness.py RUNS     # results.csv: a row a recorded run, judge, and value; minutes
     python examples/studies/tables.py                     # results.csv -> the pages
 
 RUNS has what `record.py` and `said.py` of the study of stopping leave there. Values are those of the epoch that they
@@ -199,7 +199,7 @@ def rows_of(file: Path) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sureness.csv"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
