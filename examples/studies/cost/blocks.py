@@ -34,11 +34,6 @@ def between(case: str) -> str:
     return f"{min(values):,.0f} to {max(values):,.0f}"
 
 
-def both(samples: int) -> str:
-    values = sorted(share(network, "both", samples) for network in ("small CNN", "ResNet-18"))
-    return " to ".join(f"{value:.0f}" if value >= 1.5 else f"{value:.1f}" for value in values)
-
-
 def encoder(name: str, size: str) -> str:
     found = ENCODERS.loc[(name, size), "seconds"] * ENCODED
     return f"| {name}, {size} | {found[1]:.0f} s | {found[2]:.0f} s |"
@@ -64,7 +59,4 @@ BLOCKS = {
     "cost as samples": f"""
 A validation of `SensitivityMonitor` costs as much as training on {between("sensitivity")} samples, one of `RiskMonitor`
 as training on {between("risk")}.""",
-    "cost in README": f"""
-A validation with both monitors adds {both(2_000)} % to an epoch of training on 2,000 samples (ResNet-18 to a small
-CNN), and {both(10_000)} % to one on 10,000.""",
 }
