@@ -173,6 +173,13 @@ been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where no
 {photos_40.share:.0f} % were wrong, and {photos_9.its_unexplained.percent:.0f} % where {photos_9.share:.0f} % were.""",
     ),
     "worth: own body": judged(),
+    "worth: words": told(
+        "texts_minilm",
+        """
+Networks that learn texts from scratch are judged better by words, without an encoder: in {texts_words.count} runs their
+epoch loses {texts_words.expected_accuracy_accuracy_lost:.1f} points, that by MiniLM
+{texts_minilm.expected_accuracy_accuracy_lost:.1f}, the last {texts_words.never_stop_accuracy_lost:.1f}.""",
+    ),
     "worth: labels": table(
         "accuracy lost, points",
         LABELS,

@@ -87,11 +87,11 @@ SETTINGS = [
         "numbers",
         **NUMBERS,
     ),
-    Setting("texts, not fine-tuned", "`RiskMonitor()`", "texts"),
+    Setting("texts, from scratch", "`RiskMonitor()`", "texts"),
     Setting("[signals](docs/guide/data.md#signals)", "`RiskMonitor()`", "signals"),
-    Setting("photos", "[`RiskMonitor(features=encoder)`](docs/guide/encoders.md)", "photos_lite0"),
-    Setting("a small ResNet, fine-tuned", "the same", "tuned_lite0"),
-    Setting("EfficientNet-Lite0, fine-tuned", "the same", "pretrained_lite0"),
+    Setting("photos, from scratch", "[`RiskMonitor(features=encoder)`](docs/guide/encoders.md)", "photos_lite0"),
+    Setting("photos, fine-tuned; the encoder is larger", "`RiskMonitor(features=encoder)`", "tuned_lite0"),
+    Setting("the same; the encoder is no larger", "`RiskMonitor(features=encoder)`", "pretrained_lite0"),
 ]
 too_low = -NAMES["tables"].off_where_it_leads.mean
 TABLE = [

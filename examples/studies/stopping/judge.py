@@ -1,7 +1,6 @@
 """Judges every rule on the recorded runs: a row a run in `results.csv.gz`, one a group of runs in `compared.csv.gz`.
 
 A row tells the version of the estimates that it was judged by; one of another version than the package's is left out.
-What a tenth lost in an earlier recording of the same runs is in `tenths.csv`.
 
     python judge.py RUNS DATA fit [POOL ...] [--part 0/2]  # NAME.JUDGE.npz beside NAME.npz: what a reference says
     python judge.py RUNS DATA measure [POOL ...]           # NAME.json: what each number would lose; seconds a run
@@ -245,18 +244,7 @@ def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
                 alike.append(read["about"] | more)
             else:
                 rows.append(row_of(read["about"], found, judge))
-    return with_tenths(pd.DataFrame(rows)), compare(alike)
-
-
-def with_tenths(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add what a tenth lost in an earlier recording, to the runs that have come out as they did there."""
-    before = pd.read_csv(Path(__file__).with_name("tenths.csv")).set_index("run")
-    rows = rows.set_index("run")
-    before = before.reindex(rows.index)
-    is_same = (rows["judge"] == "inputs") & np.isclose(rows["best_loss"], before["best_loss"], rtol=1e-3)
-    for name in before.columns.drop(["best_loss", "best_accuracy"]):
-        rows[name] = rows.get(name, pd.Series(np.nan, rows.index)).astype(float).fillna(before[name].where(is_same))
-    return rows.reset_index()
+    return pd.DataFrame(rows), compare(alike)
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ JUDGED = {"photos": PHOTOS, "minilm": "pool in ['minilm', 'minilm_more']"}
 JUDGED |= {name: f"pool == '{name}'" for name in ("tuned", "pretrained", "resnet18")}
 for name, condition in JUDGED.items():
     CONDITIONS |= {f"{name}{end}": f"{condition} and judge == '{judge}'" for end, judge in SEEN.items()}
+CONDITIONS["texts_words"] = "pool == 'texts_more' and judge == 'inputs'"
 CONDITIONS["texts_minilm"] = "pool == 'texts_more' and judge == 'minilm'"
 for way in ("sampler", "undersampled"):
     CONDITIONS |= {

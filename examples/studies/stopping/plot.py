@@ -1,6 +1,6 @@
 """Draws a recorded run: what is expected without labels, and what comes.
 
-python plot.py RUNS texts-001 worst_texts.png
+python plot.py RUNS texts_more-038 worst_texts.png
 """
 
 from __future__ import annotations

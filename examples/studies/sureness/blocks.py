@@ -5,21 +5,30 @@ from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
+from stopping.parts import CHECK
 
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_PART
+from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
-FOUND = pd.read_csv(Path(__file__).with_name("results.csv"))
+FOUND = pd.read_csv(Path(__file__).with_name("results.csv.gz"))
 FOUND["pool"] = FOUND["run"].str.split("-").str[0]
 OF_TABLES = FOUND["pool"].isin(["tables", "large", "transformer", "few", "few_large", "numbers", "numbers_large"])
-SURE = ((FOUND["judge"] == "inputs") & ~OF_TABLES).map({True: SURE_OF_PART, False: SURE_AS})  # patches, words
-VARIANCE = FOUND["variance"] * (1 + FOUND["num_unseen"] / FOUND["num_training"] + FOUND["num_unseen"] / SURE)
+SURE = (FOUND["judge"] == "inputs").map({True: SURE_OF_PART, False: SURE_OF_FEATURES}).mask(OF_TABLES, SURE_AS)
+
+
+def variance(rows: pd.DataFrame, sure_as: "float | pd.Series") -> pd.Series:
+    """Return the variance of expected values, if a reference is as sure as so many labels."""
+    return rows["variance"] * (1 + rows["num_unseen"] / rows["num_training"] + rows["num_unseen"] / sure_as)
+
+
+VARIANCE = variance(FOUND, SURE)
 FOUND = FOUND.assign(
     half=QUANTILE * VARIANCE**0.5,
     error=FOUND["error"].abs(),
     of_both=QUANTILE * (VARIANCE + FOUND["truth_variance"]) ** 0.5,
     lead=FOUND["lead"] / VARIANCE**0.5,
 )
+SIGNALS = "pool in ['signals', 'signals_more', 'waves']"
 PHOTOS, TEXTS = "pool in ['photos', 'photos_more', 'resnet18']", "pool in ['texts', 'texts_more', 'few_texts']"
 TUNED = "pool in ['tuned', 'pretrained', 'minilm', 'minilm_more']"
 KINDS = {
@@ -28,7 +37,7 @@ KINDS = {
     "regressions": "pool in ['numbers', 'numbers_large']",
     "photos, by an encoder": f"{PHOTOS} and judge in ['lite0', 'lite2']",
     "photos, by patches": f"{PHOTOS} and judge == 'inputs'",
-    "signals, by patches": "pool in ['signals', 'signals_more']",
+    "signals, by patches": SIGNALS,
     "texts, by an encoder": f"{TEXTS} and judge == 'minilm'",
     "texts, by words": f"{TEXTS} and judge == 'inputs'",
     "fine-tuned, by an encoder": f"{TUNED} and judge in ['lite0', 'lite2']",
@@ -81,25 +90,27 @@ def sure(label: str) -> str:
 
 
 # %% How sure of a network that may see more: runs that were recorded, and judged, by earlier rounds of the study.
-LEVELS = pd.read_csv(Path(__file__).with_name("levels.csv"))
-LEVELS["is_design"] = LEVELS["run"].str.extract(r"(\d+)$")[0].astype(int) % 2 == 0
-IS_TUNED = LEVELS["pool"].isin(["pretrained", "tuned", "minilm"])
-IS_ENCODER = LEVELS["judge"].isin(["lite0", "lite2"])
+LEVELS = CHECK.frame[CHECK.frame["its_is_trusted"].astype(bool)].copy()
+LEVELS = LEVELS.assign(
+    is_design=LEVELS["run"].str.extract(r"(\d+)$")[0].astype(int) % 2 == 0,
+    num_unseen=LEVELS.eval(TUNED).map({True: 400, False: 600}),
+)
 PARTS = {
-    "patches and words, from scratch": LEVELS[(LEVELS["judge"] == "inputs") & ~IS_TUNED],
-    "patches and words, fine-tuned": LEVELS[(LEVELS["judge"] == "inputs") & IS_TUNED],
-    "an encoder, photos from scratch": LEVELS[IS_ENCODER & ~IS_TUNED],
-    "an encoder, fine-tuned": LEVELS[IS_ENCODER & IS_TUNED],
-    "its own body, fine-tuned": LEVELS[LEVELS["judge"] == "body"],
+    "patches and words, from scratch": f"judge == 'inputs' and ({PHOTOS} or {TEXTS} or {SIGNALS})",
+    "patches and words, fine-tuned": f"judge == 'inputs' and {TUNED}",
+    "an encoder, from scratch": f"judge in ['lite0', 'lite2', 'minilm'] and ({PHOTOS} or {TEXTS})",
+    "an encoder, fine-tuned": f"judge in ['lite0', 'lite2'] and {TUNED}",
+    "its own body, fine-tuned": "judge == 'body'",
 }
+PARTS = {label: LEVELS.query(condition) for label, condition in PARTS.items()}
 WIDTHS = (1000, 100, 50, SURE_OF_PART, 20)
-NUM_UNSEEN = 600
+BY_FEATURES = (1000, 300, SURE_OF_FEATURES, 100, 50)
 
 
 def held_as(rows: pd.DataFrame, sure_as: int) -> float:
     """Say in how many percent the interval holds the accuracy on the 600 unseen labels, which has an error, too."""
-    p = rows["accuracy"] / 100
-    half = 100 * QUANTILE * (p * (1 - p) * (2 / NUM_UNSEEN + 1 / rows["n"] + 1 / sure_as)) ** 0.5
+    variance = rows["variance_of_a_hit"] * (2 / rows["num_unseen"] + 1 / rows["n"] + 1 / sure_as)
+    half = 100 * QUANTILE * variance**0.5
     return float(100 * (rows["level_bias"].abs() <= half).mean())
 
 
@@ -111,6 +122,16 @@ def widened(label: str) -> list[str]:
         line(label, f"{name} ({len(rows)})", *(f"{held_as(rows, each):.0f}" for each in WIDTHS))
         for name, rows in halves.items()
     ]
+
+
+def by_features(label: str) -> list[str]:
+    """Say in how many percent intervals by an encoder hold the truth, by how sure it is taken to be."""
+    lines = []
+    for name, rows in (("design", GROUPS[label].query("is_design")), ("check", GROUPS[label].query("not is_design"))):
+        halves = [QUANTILE * (variance(rows, each) + rows["truth_variance"]) ** 0.5 for each in BY_FEATURES]
+        held = (f"{100 * (rows['error'] <= half).mean():.0f}" for half in halves)
+        lines.append(line(label, f"{name} ({runs(rows)})", *held))
+    return lines
 
 
 # %% Labels.
@@ -201,6 +222,10 @@ BLOCKS = {
     "sureness: widened": table(
         ["the reference sees; the network", "half", *(f"as {each:,} labels" for each in WIDTHS)],
         chain(*map(widened, PARTS)),
+    ),
+    "sureness: features": table(
+        ["the reference sees", "half", *(f"as {each:,} labels" for each in BY_FEATURES)],
+        chain(*(by_features(label) for label in GROUPS if label.endswith("by an encoder"))),
     ),
     "sureness: labels": table(
         ["off, by", *(f"{count}: {rule}" for count in COUNTS for rule in ("labels", "+ 1,000", "**both**")),

@@ -1,7 +1,7 @@
 """How sure expected values are, what labels beside them are worth, and whether the last line's advice is right.
 
-    python examples/studies/sureness/sureness.py RUNS     # results.csv: a row a recorded run, judge, and value; minutes
-    python examples/studies/tables.py                     # results.csv -> the pages
+    python examples/studies/sureness/sureness.py RUNS     # results.csv.gz: a row a run, judge, and value; minutes
+    python examples/studies/tables.py                     # results.csv.gz -> the pages
 
 RUNS has what `record.py` and `said.py` of the study of stopping leave there. Values are those of the epoch that they
 choose; the truth is that of the test, whose labels are as noisy as those of training. Labels are drawn of the unseen
@@ -199,7 +199,7 @@ def rows_of(file: Path) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv.gz"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -207,7 +207,9 @@ def main() -> None:
     for file in sorted(arguments.runs.glob("*-???.*.npz")):
         if ".part" not in file.name:
             rows += rows_of(file)
-    pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.3g")
+    pd.DataFrame(rows).to_csv(
+        arguments.out, index=False, float_format="%.3g", compression={"method": "gzip", "mtime": 1}
+    )
 
 
 if __name__ == "__main__":
