@@ -18,8 +18,8 @@ from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES,
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen, rows_of
-from lightning_sensitivity.reference.observations import Observations, count_groups, projection
+from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
+from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.isolation import isolated, same_streams
 
@@ -234,7 +234,7 @@ class RunReference:
         indices = self._finite_samples(unseen.seen, f"validation samples of {where}")
         if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
-        indices = indices[projection(rows_of(unseen.seen, indices)).argsort()]
+        indices = indices[unseen.projected[indices].argsort()]
         new = unseen.take(indices)
         q = self.predict(new.seen)
         if self._reader.task.has_class_shares and self._class_shares is None:

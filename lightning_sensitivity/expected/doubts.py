@@ -13,7 +13,6 @@ from lightning_sensitivity.reference.observations import (
     group_means,
     known_share,
     largest_difference,
-    projection,
     repeated_share,
 )
 
@@ -113,7 +112,7 @@ def say_differences(known: Observations, new: Observations, where: str, are_inpu
             f"{size:.0f} standard errors: scale both alike, and leave out what is known only afterwards."
         )
         warn("columns", message, where)
-    if share := repeated_share(projection(new.seen), projection(known.seen)):
+    if share := repeated_share(new.projected, known.projected):
         message = (
             f"finds that {share:.0%} of the samples of {where} are training samples: a network knows their labels, "
             "and the values say nothing of others. Take others."

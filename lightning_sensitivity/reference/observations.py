@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import numpy as np
@@ -51,6 +52,11 @@ class Observations:
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.labels)
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """The :func:`projection` of each, ``(N,)``, computed once."""
+        return projection(self.seen)
 
     def take(self, indices: Tensor) -> "Observations":
         """Return some of the samples, by their indices, or a flag for each."""
@@ -102,7 +108,7 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     """
     seen, labels = known.seen, known.labels
     group = torch.zeros(len(known), dtype=torch.int64) if known.groups is None else known.groups
-    keys = projection(seen), _remainders(seen), group
+    keys = known.projected, _remainders(seen), group
     order = torch.from_numpy(np.lexsort([each.numpy() for each in (_projected(labels), *reversed(keys))]))
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
@@ -292,13 +298,15 @@ def group_means(values: Tensor, groups: Tensor | None) -> Tensor:
         values: Values ``(N, D)``.
         groups: The number of the group of each, ``(N,)``; None without groups.
     """
-    return values if groups is None else _sums(values, groups) / _sums(torch.ones_like(values[:, :1]), groups)
+    if groups is None:
+        return values
+    numbers = number_units(groups, len(values))
+    return _sums(values, numbers) / numbers.bincount()[:, None]
 
 
-def _sums(values: Tensor, groups: Tensor) -> Tensor:
-    """Return the sum of the values of each group, ``(G, ...)``."""
-    zeros = values.new_zeros(count_groups(groups, 0), *values.shape[1:])
-    return zeros.index_add_(0, number_units(groups, 0), values)
+def _sums(values: Tensor, numbers: Tensor) -> Tensor:
+    """Return the sums of values ``(N, ...)`` that have the same number, of 0 to G - 1, ``(G, ...)``."""
+    return values.new_zeros(len(numbers.bincount()), *values.shape[1:]).index_add_(0, numbers, values)
 
 
 def known_share(new: Tensor | None, known: Tensor | None) -> float:
@@ -318,5 +326,5 @@ def stderr_of_mean(values: Tensor, groups: Tensor | None) -> float:
         return math.nan
     if groups is None:
         return float(values.std() / math.sqrt(number))
-    sums = _sums(values - values.mean(), groups)
+    sums = _sums(values - values.mean(), number_units(groups, len(values)))
     return float((sums.square().sum() * number / (number - 1)).sqrt() / len(values))
