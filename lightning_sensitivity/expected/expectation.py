@@ -120,9 +120,10 @@ class Expectation:
         outputs[known.unseen.indices] = own.to(outputs)
         has_labels = not bool(known.labels.isnan().all())  # only beside these it matters how sure the values are
         expected, by_labels, _ = self._estimates(outputs, self._are_finite(outputs), known, has_labels)
-        both = {name: (expected.get(name), by_labels.get(name)) for name in expected | by_labels}
-        sureness = known.unseen.num_training, known.unseen.sure_as
-        values = {f"reference_{name}": combine(*each, *sureness).value for name, each in both.items()}
+        values: Values = {}
+        for name in expected | by_labels:
+            both = _joined(name, expected.get(name), by_labels.get(name), known.unseen, earlier=())
+            values[f"reference_{name}"] = both[name]
         self._of_reference[dataloader_idx] = values
         return values
 
