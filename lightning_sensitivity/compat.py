@@ -73,9 +73,14 @@ def eager() -> AbstractContextManager[object]:
 
 
 def num_loaders(trainer: Trainer) -> int:
-    """Count the loaders of an evaluation; several that are combined, but not one after the other, are one."""
-    combined: Any = trainer._evaluation_loop._combined_loader  # None in a fit that has nothing left to train
-    return len(combined.flattened) if combined is not None and combined._mode == "sequential" else 1
+    """Count the loaders of an evaluation; several that are combined, but not one after the other, are one.
+
+    In a fit that has nothing left to train there are none.
+    """
+    combined: Any = trainer._evaluation_loop._combined_loader
+    if combined is None:
+        return 0
+    return len(combined.flattened) if combined._mode == "sequential" else 1
 
 
 def is_last_batch(trainer: Trainer) -> bool:

@@ -271,9 +271,8 @@ class RiskMonitor(Monitor):
         }
 
     def num_loaders(self, trainer: Trainer) -> int:
-        """Count the loaders; without samples those of the history at least, which a fit that has ended lacks."""
-        known = [] if self.run.samples else [int(row["dataloader_idx"]) + 1 for row in self.history]
-        return max([super().num_loaders(trainer), *known])
+        """Count the loaders; where a fit has none left, since it has ended, those of the history."""
+        return super().num_loaders(trainer) or max((row["dataloader_idx"] + 1 for row in self.history), default=1)
 
     # Training samples
 

@@ -224,14 +224,17 @@ def test_a_fit_goes_on_by_a_new_reference_where_samples_can_not_be_known_again(m
     assert texts == [] and ["expected_loss" in row for row in monitor.history] == [True, True]
 
 
-def test_a_fit_may_go_on_with_fewer_validation_loaders() -> None:
+@pytest.mark.parametrize("num_skipped", [0, 1])
+def test_a_fit_may_go_on_with_fewer_validation_loaders(num_skipped: int) -> None:
     loader = DataLoader(HOLDOUT, 16)
     run = fit(model := Still(), monitor := quick_risk(), val=[loader, loader], max_epochs=1)
-    run.fit_loop.max_epochs = 2
+    monitor.should_measure = lambda trainer: trainer.current_epoch > num_skipped  # type: ignore[method-assign]
+    run.fit_loop.max_epochs = 2 + num_skipped
     with said() as texts:
         run.fit(model, batches_of(X, NOISY), loader)
     assert len(texts) == 1 and "keeps other validation samples" in texts[0]
-    assert [(row["epoch"], row["dataloader_idx"]) for row in monitor.history] == [(0, 0), (0, 1), (1, 0)]
+    later = [(epoch, 0) for epoch in range(1, 2 + num_skipped)]
+    assert [(row["epoch"], row["dataloader_idx"]) for row in monitor.history] == [(0, 0), (0, 1), *later]
     assert monitor.history[-1]["expected_loss"] == pytest.approx(float(run.callback_metrics[LOSS]))
 
 
