@@ -108,17 +108,22 @@ def table(line: str, folder: Path) -> tuple[Tensor, Tensor]:
 @cache
 def signals(name: str, folder: Path) -> tuple[Tensor, Tensor]:
     """Return signals (N, C, L) of equal length in standard units, and their classes."""
+    samples, y = _recorded(SIGNALS_PACKAGE, f"{name.split('_')[0]}/{name}", folder)
+    x = torch.stack([torch.stack(channels) for channels in samples])
+    return (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True), y
+
+
+def _recorded(package: str, name: str, folder: Path) -> tuple[list[list[Tensor]], Tensor]:
+    """Read a set that a package brings: the channels of each sample, and the classes."""
     samples, labels = [], []
-    with zipfile.ZipFile(_download(SIGNALS_PACKAGE, folder)) as wheel:
+    with zipfile.ZipFile(_download(package, folder)) as wheel:
         for part in ("TRAIN", "TEST"):
-            text = wheel.read(f"aeon/datasets/data/{name.split('_')[0]}/{name}_{part}.ts").decode()
+            text = wheel.read(f"{package.split('==')[0]}/datasets/data/{name}_{part}.ts").decode()
             for line in text[text.lower().index("@data") :].splitlines()[1:]:
                 *channels, label = line.strip().split(":")
-                samples.append([[float(number) for number in channel.split(",")] for channel in channels])
+                samples.append([torch.tensor([float(number) for number in each.split(",")]) for each in channels])
                 labels.append(label)
-    x = torch.tensor(samples)
-    x = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True)
-    return x, torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    return samples, torch.tensor([sorted(set(labels)).index(label) for label in labels])
 
 
 @cache
@@ -127,16 +132,9 @@ def waves(name: str, folder: Path) -> tuple[Tensor, Tensor]:
     from scipy.io import wavfile
 
     if name == "appliances":
-        samples, labels = [], []
-        with zipfile.ZipFile(_download(APPLIANCES_PACKAGE, folder)) as wheel:
-            for part in ("TRAIN", "TEST"):
-                text = wheel.read(f"sktime/datasets/data/PLAID/PLAID_{part}.ts").decode()
-                for line in text[text.lower().index("@data") :].splitlines()[1:]:
-                    numbers, label = line.strip().split(":")
-                    samples.append(_of_length(torch.tensor([float(number) for number in numbers.split(",")])))
-                    labels.append(label)
-        x = torch.stack(samples)[:, None]
-        return x / x.std(), torch.tensor([sorted(set(labels)).index(label) for label in labels])
+        samples, y = _recorded(APPLIANCES_PACKAGE, "PLAID/PLAID", folder)
+        x = torch.stack([_of_length(channel) for (channel,) in samples])[:, None]
+        return x / x.std(), y
     found = []
     files = sorted((folder / RECORDINGS).glob("*.wav"))
     for file in files:

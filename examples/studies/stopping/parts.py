@@ -31,6 +31,7 @@ CHECK = ALL.where("not is_design")
 SEEN = {"": "inputs", "_body": "body", "_lite0": "lite0", "_lite2": "lite2"}  # by judges
 SHARES = {"": "inputs", "_known": "known shares", "_estimated": "estimated shares"}
 PHOTOS = "pool in ['photos', 'photos_more']"
+SIGNALS = "pool in ['signals', 'signals_more', 'waves']"
 CONDITIONS = {
     "tables": "pool == 'tables'",
     "as_they_are": "pool == 'tables' and not is_redrawn",
@@ -52,7 +53,7 @@ CONDITIONS = {
     "photos_40": f"{PHOTOS} and share > 25",
     "texts": "pool in ['texts', 'texts_more'] and kind.str.contains('by people')",
     "rules": "pool == 'texts' and kind.str.contains('by rules')",
-    "signals": "pool in ['signals', 'signals_more', 'waves']",
+    "signals": SIGNALS,
     "correct": "pool == 'redrawn' and not is_redrawn",
     "redrawn": "pool == 'redrawn' and is_redrawn",
     "made": "pool == 'made'",

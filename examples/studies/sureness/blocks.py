@@ -5,7 +5,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
-from stopping.parts import CHECK
+from stopping.parts import CHECK, SIGNALS
 
 from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART
 
@@ -16,7 +16,7 @@ OF_TABLES = FOUND["pool"].isin(["tables", "large", "transformer", "few", "few_la
 SURE = (FOUND["judge"] == "inputs").map({True: SURE_OF_PART, False: SURE_OF_FEATURES}).mask(OF_TABLES, SURE_AS)
 
 
-def variance(rows: pd.DataFrame, sure_as: "float | pd.Series") -> pd.Series:
+def variance(rows: pd.DataFrame, sure_as: float | pd.Series) -> pd.Series:
     """Return the variance of expected values, if a reference is as sure as so many labels."""
     return rows["variance"] * (1 + rows["num_unseen"] / rows["num_training"] + rows["num_unseen"] / sure_as)
 
@@ -28,7 +28,6 @@ FOUND = FOUND.assign(
     of_both=QUANTILE * (VARIANCE + FOUND["truth_variance"]) ** 0.5,
     lead=FOUND["lead"] / VARIANCE**0.5,
 )
-SIGNALS = "pool in ['signals', 'signals_more', 'waves']"
 PHOTOS, TEXTS = "pool in ['photos', 'photos_more', 'resnet18']", "pool in ['texts', 'texts_more', 'few_texts']"
 TUNED = "pool in ['tuned', 'pretrained', 'minilm', 'minilm_more']"
 KINDS = {
@@ -89,7 +88,7 @@ def sure(label: str) -> str:
     return line(f"{label} ({runs(check)})", *cells, *of_both, met)
 
 
-# %% How sure of a network that may see more: runs that were recorded, and judged, by earlier rounds of the study.
+# %% How sure of a network that may see more.
 LEVELS = CHECK.frame[CHECK.frame["its_is_trusted"].astype(bool)].copy()
 LEVELS = LEVELS.assign(
     is_design=LEVELS["run"].str.extract(r"(\d+)$")[0].astype(int) % 2 == 0,
@@ -109,8 +108,7 @@ BY_FEATURES = (1000, 300, SURE_OF_FEATURES, 100, 50)
 
 def held_as(rows: pd.DataFrame, sure_as: int) -> float:
     """Say in how many percent the interval holds the accuracy on the 600 unseen labels, which has an error, too."""
-    variance = rows["variance_of_a_hit"] * (2 / rows["num_unseen"] + 1 / rows["n"] + 1 / sure_as)
-    half = 100 * QUANTILE * variance**0.5
+    half = 100 * QUANTILE * (rows["variance_of_a_hit"] * (2 / rows["num_unseen"] + 1 / rows["n"] + 1 / sure_as)) ** 0.5
     return float(100 * (rows["level_bias"].abs() <= half).mean())
 
 
