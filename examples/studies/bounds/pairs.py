@@ -3,7 +3,8 @@
     python examples/studies/bounds/pairs.py RUNS DATA --share 0.67  # a file for each training, made once
 
 DATA holds what `stopping/data.py` reads. Of each data set, two earlier trainings differ in the noise of their labels;
-seven later ones have other samples and another seed. Every epoch measures sensitivity as `SensitivityMonitor` does:
+seven later ones have other samples and another seed, and one has all labels of the earlier one: those of its training
+samples, and the 300 by which its best epoch was chosen. Every epoch measures sensitivity as `SensitivityMonitor` does:
 with the same noise on the same unseen samples, which are in standard units. A third of the data sets is for design,
 but none of the photos.
 """
@@ -52,6 +53,7 @@ class Training:
     rate: float = 1
     batch: int = 1
     width: int = 1
+    has_all_labels: bool = False  # those of the earlier training samples, and of its validation samples
 
 
 def trainings(noise: int) -> list[Training]:
@@ -64,6 +66,7 @@ def trainings(noise: int) -> list[Training]:
         replace(plain, name="rate x 3", rate=3),
         replace(plain, name="batch x 4", batch=4),
         replace(plain, name="width x 2", width=2),
+        replace(plain, name="all labels", has_all_labels=True),
     ]
     return [*earlier, *later, *changed]
 
@@ -184,11 +187,13 @@ def run_on(network: nn.Module, x: Tensor) -> Tensor:
 def rows_of(dataset: Dataset, training: Training) -> Tensor:
     if not training.is_later:
         return dataset.parts["earlier"]
+    if training.has_all_labels:
+        return torch.cat([dataset.parts["earlier"], dataset.parts["earlier_unseen"][:NUM_LABELS]])
     return torch.cat([dataset.parts[name] for name in ("later", "double")[: training.samples]])
 
 
-def train(dataset: Dataset, training: Training) -> Iterator[tuple[nn.Module, float]]:
-    """Train, and give the network after each epoch, with the accuracy of its training batches."""
+def train(dataset: Dataset, training: Training) -> Iterator[tuple[nn.Module, float, float]]:
+    """Train, and give the network after each epoch, with accuracy and loss of its training batches."""
     rows, labels, seed = rows_of(dataset, training), dataset.noisy[training.noise], int(training.is_later)
     torch.manual_seed(seed)
     network, generator = dataset.make(training.width)(), torch.Generator().manual_seed(seed)
@@ -197,18 +202,20 @@ def train(dataset: Dataset, training: Training) -> Iterator[tuple[nn.Module, flo
         group |= {"lr": group["lr"] * training.rate, "fused": True, "foreach": False}
     for _ in range(dataset.epochs):
         network.train()
-        num_right = 0
+        num_right, whole_loss = 0, 0.0
         for batch in rows[torch.randperm(len(rows), generator=generator)].split(dataset.batch_size * training.batch):
             if len(batch) == 1:  # batch norm needs more
                 continue
             x = augmented(dataset.x[batch], generator) if dataset.is_augmented else dataset.x[batch]
             optimizer.zero_grad()
             outputs = network(x)
-            loss(outputs, labels[batch], dataset.is_binary).backward()
+            of_batch = loss(outputs, labels[batch], dataset.is_binary)
+            of_batch.backward()
             optimizer.step()
+            whole_loss += len(batch) * of_batch.item()
             num_right += int((said(outputs) == labels[batch]).sum())
         network.eval()
-        yield network, num_right / len(rows)
+        yield network, num_right / len(rows), whole_loss / len(rows)
 
 
 def measured(dataset: Dataset, training: Training) -> dict[str, np.ndarray]:
@@ -217,13 +224,14 @@ def measured(dataset: Dataset, training: Training) -> dict[str, np.ndarray]:
     x, (x_test, y_test) = dataset.x[unseen], (each[dataset.parts["test"]] for each in (dataset.x, dataset.y))
     x_noisy = GaussianNoise(0.1)(x, noise_generator(seed=0))
     found: dict[str, list[Any]] = {}
-    for network, train_accuracy in train(dataset, training):
+    for network, train_accuracy, train_loss in train(dataset, training):
         clean, noisy = run_on(network, x), run_on(network, x_noisy)
         values: dict[str, Any] = {
             "sensitivity": float(output_sensitivity(clean, noisy)),
             "per_output": float(output_sensitivity(clean, noisy, per_output=True)),
             "mean_square": float(clean.double().square().mean()),
             "train_accuracy": train_accuracy,
+            "train_loss": train_loss,
             "test_accuracy": float((said(run_on(network, x_test)) == y_test).double().mean()),
             "unseen": clean.clamp(-6e4, 6e4).half().numpy(),
         }
@@ -252,7 +260,8 @@ def file_of(runs: Path, kind: str, index: int, name: str) -> Path:
 
 def reference_file(runs: Path, kind: str, index: int, training: Training) -> Path:
     """Return the file of a reference, which trainings on the same samples and labels share."""
-    return file_of(runs, kind, index, f"reference-{training.noise}-{training.samples}")
+    name = "all" if training.has_all_labels else training.samples
+    return file_of(runs, kind, index, f"reference-{training.noise}-{name}")
 
 
 def save(file: Path, found: dict[str, np.ndarray]) -> None:
@@ -269,7 +278,8 @@ def record(kind: str, index: int, runs: Path, folder: Path, epochs: int, *, all_
         file = file_of(runs, kind, index, training.name)
         if not file.exists():
             save(file, measured(replace(draw(kind, index, folder), epochs=epochs), training))
-        file, is_plain = reference_file(runs, kind, index, training), (training.noise, training.samples) == (noise, 1)
+        file = reference_file(runs, kind, index, training)
+        is_plain = training.noise == noise and training.samples == 1 and not training.has_all_labels
         if training.is_later and (is_plain or all_references) and not file.exists():
             save(file, {"reference": reference_says(draw(kind, index, folder), training)})
 
