@@ -3,8 +3,8 @@
 import copy
 import inspect
 import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(nn.Module()))  # what each module has: parameters, buffers, hooks, the mode
-_COPIED = {list, dict, set, deque, OrderedDict}
+_COPIED = (list, dict, set, deque)  # and what is one of these, such as a `Counter`
+_STREAMS = (random.Random, np.random.Generator, np.random.RandomState)  # of random numbers
 
 
 class RunIsolated(Protocol):
@@ -51,7 +52,7 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
     Raises:
         MisconfigurationException: If it has lazy weights or scripted parts.
     """
-    if any(map(is_lazy, model.parameters())):
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
     if _has_scripts(model):
         raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
@@ -119,16 +120,21 @@ class _State:
 
     def __init__(self, model: nn.Module) -> None:
         self.writes = [(name, parameter, _count_writes(parameter)) for name, parameter in model.named_parameters()]
+        # A pass has no business with gradients, nor with what is trained, as `freeze()` or `zero_grad()` have.
+        self.grads = [(each, each.requires_grad, each.grad, _count_grad(each)) for _, each, _ in self.writes]
         self.devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
         # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module.
         self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.places: list[tuple[dict[str, Any], str, object]] = []  # what a run replaces: dict, name and value
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
+        self.held: list[tuple[str, Tensor, int | None]] = []  # tensors in collections, and the writes to each
         for module in model.modules():
             attributes = vars(module)
             dicts = [attributes, *(attributes[name] for name in _OWN if isinstance(attributes.get(name), dict))]
             self.originals += [(items, dict(items)) for items in dicts]
-            self.places += [(attributes, name, value) for name, value in attributes.items() if name not in _OWN]
+            own = [(name, value) for name, value in attributes.items() if name not in _OWN]
+            self.places += [(attributes, name, value) for name, value in own]
+            self.held += [(*each, _count_writes(each[1])) for item in own for each in _held_tensors(*item)]
             self.places += [(module._buffers, name, value) for name, value in module._buffers.items()]
         self.places = [place for place in self.places if _is_copied(place[2])]
         for module, mode in _modes_of(model).items():  # modules may override `eval()`
@@ -149,6 +155,8 @@ class _State:
         """Copy a value; a large tensor only if the last run has written to its clone."""
         if isinstance(value, torch.Generator):
             return value.clone_state()
+        if isinstance(value, _STREAMS):
+            return copy.deepcopy(value)
         if not isinstance(value, Tensor):
             return copy.copy(value)
         clone, writes = self.clones.get(id(value), (value, None))
@@ -163,11 +171,22 @@ class _State:
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
+        for parameter, requires_grad, grad, _ in self.grads:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
 
     def check_parameters(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter."""
         names = [name for name, parameter, writes in self.writes if _count_writes(parameter) != writes]
+        names += [f"a tensor in `{name}`" for name, held, writes in self.held if _count_writes(held) != writes]
+        names += [
+            f"the gradient of {name}"
+            for (name, *_), (parameter, _, _, writes) in zip(self.writes, self.grads, strict=True)
+            if _count_grad(parameter) != writes
+        ]
         if names:
             raise Refused(
                 f"`forward` writes to {', '.join(names[:3])} in eval mode, which is not restored: do so only "
@@ -196,7 +215,19 @@ def _count_writes(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _count_grad(parameter: Tensor) -> int | None:
+    """Count the writes to the gradient of a parameter; None without one."""
+    return None if parameter.grad is None else _count_writes(parameter.grad)
+
+
 def _is_copied(value: object) -> bool:
     if isinstance(value, Tensor | torch.Generator):
         return not isinstance(value, nn.Parameter)
-    return type(value) in _COPIED
+    return isinstance(value, (*_COPIED, *_STREAMS)) or (isinstance(value, np.ndarray) and value.size <= _LARGE)
+
+
+def _held_tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """List the tensors in a collection, which are not copied."""
+    if isinstance(value, Mapping | list | tuple | deque):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from ((name, each) for each in items if isinstance(each, Tensor) and not isinstance(each, nn.Parameter))
