@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.expected.doubts import say_differences, say_unused
-from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, draw_labels, losses
+from lightning_sensitivity.expected.fitted import FittedReference
+from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, check_count
@@ -157,7 +157,7 @@ def _run_all(
                 for batch in batches:
                     call = reader.call(model, move_batch(model, batch))
                     parts.append(run(call).cpu())
-            inputs[name] = (*call.inputs(),) if call.by_name else len(call.inputs())
+            inputs[name] = (*call.inputs(),) if call.layout.by_name else len(call.inputs())
             found[name] = outputs = torch.cat(parts)
             is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
             check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
@@ -209,8 +209,6 @@ class _Judge:
             new: The new samples; what makes them doubtful is said.
             is_alone: Whether there are no other labels.
         """
-        from lightning_sensitivity.reference import Reference
-
         reader, task = self._reader, self._reader.task
         num_columns = 1 if self._shape is None else task.num_columns(self._shape)
         kept = reader.make_kept(num_columns, num_batches=length_hint(training))
@@ -222,25 +220,17 @@ class _Judge:
                 self._like = labels[:0]
             reader.keep_observations(kept, self._model, moved, self._shape)
         known = kept.joined()
-        fitted = Reference(task.name, estimator).fit(known.seen, known.labels, known.groups)
-        q = torch.from_numpy(fitted.predict_matrix(new.seen))
-
-        def warn(entry: str, message: str, kind: str = "") -> None:
-            warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=5)
-
-        if task.link == "softmax" and (unused := say_unused(list(fitted.shares_), fitted.num_samples_)):
-            warn("outputs", unused)
-        if fitted.inputs_tell_nothing_ and reader.sees_all:
-            warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
-        say_differences(known, new, "`dataloader`", not reader.has_features, warn)
-        may_choose = fitted.may_choose(reader.sees_all)
-        if is_alone and not may_choose:
-            skill = f"it is only {max(0.0, fitted.skill_):.0%} better than chance on labels that were left out"
+        fitted = FittedReference(reader, known, estimator, warn)
+        if fitted.verdict.inputs_tell_nothing and reader.sees_all:
+            text = "expects the mean label of any model, since the inputs tell nothing of the labels."
+            warn("nothing-to-know", text)
+        if is_alone and not fitted.verdict.is_trusted:
+            skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
             raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        is_other = self._shape is None and self._num_outputs != q.shape[1]  # such as quantiles
-        draws = draw_labels(q, task.name, fitted.residuals_near(q) if is_other else fitted.residuals_)
-        weights = torch.full((len(q),), may_choose * WORTH / len(q), dtype=torch.float64)
-        self._answers.append((weights, q.index_fill(1, torch.from_numpy(fitted.blind_labels_), torch.nan), draws))
+        is_other = self._shape is None and self._num_outputs != num_columns  # such as quantiles
+        unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_other, False)
+        weights = torch.full((len(new),), fitted.verdict.is_trusted * WORTH / len(new), dtype=torch.float64)
+        self._answers.append((weights, unseen.q, unseen.draws))
 
     def add_labels(self, batches: Iterable[object], groups: Tensor | None) -> None:
         """Let labels of new samples answer, too, of which those of one group count as one; what they lack is drawn."""
@@ -274,6 +264,10 @@ class _Judge:
                 values = drawn.mean(0).reshape(size, -1).mean(1)
             found = found + weights * values.nan_to_num()
         return found / total
+
+
+def warn(entry: str, message: str, kind: str = "") -> None:
+    warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=6)
 
 
 def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:

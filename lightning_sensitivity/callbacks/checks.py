@@ -19,9 +19,10 @@ from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.running.batches import is_dense, tensors_in, without_labels
-from lightning_sensitivity.running.call import by_position
+from lightning_sensitivity.running.batches import is_dense, tensors_in
 from lightning_sensitivity.running.isolation import isolated, isolated_with
+from lightning_sensitivity.running.layout import without
+from lightning_sensitivity.running.rules import by_position, labels_in
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
@@ -113,27 +114,26 @@ def has_ended(trainer: Trainer) -> bool:
     """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
     has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return has_stopped or any(group["lr"] <= _ENDED * group.get("initial_lr", 0.0) for group in groups)
+    return has_stopped or any(0 < group.get("initial_lr", 0.0) >= group["lr"] / _ENDED for group in groups)
 
 
-class LastSigmoid(TorchFunctionMode):
-    """Notes what the last sigmoid gave that was called inside: if outputs are that, they can't be logits."""
+class Sigmoids(TorchFunctionMode):
+    """Notes what sigmoids gave that were called inside: if outputs are that, they can't be logits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: Tensor | None = None
+        self._values: list[Tensor] = []  # copies, which nobody writes to
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function of torch."""
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _SIGMOIDS:
-            self._values = result
+            self._values.append(result.detach().clone())
         return result
 
     def gave(self, outputs: Tensor) -> bool:
-        """Return whether outputs are what it gave, in any shape and precision."""
-        values = self._values
-        return values is not None and torch.equal(values.flatten().to(outputs), outputs.flatten())
+        """Return whether outputs are what one of them gave, in any shape and precision, and nobody wrote to."""
+        return any(torch.equal(values.flatten().to(outputs), outputs.flatten()) for values in self._values)
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
@@ -295,8 +295,8 @@ class FirstStep:
 def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
-    for name, value in without_labels(arguments).items():
-        tensors = [x.detach() for x in tensors_in(without_labels(value)) if is_dense(x)]
+    for name, value in without(arguments, labels_in(arguments)).items():
+        tensors = [x.detach() for x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
         found[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
     return {name: tensors for name, tensors in found.items() if tensors}
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.checks import LastSigmoid, check_run
+from lightning_sensitivity.callbacks.checks import Sigmoids, check_run
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, gather_tensors, is_fitting, raise_in_all
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
@@ -252,7 +252,7 @@ class Monitor(Callback, ABC):
     def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
         outputs = run(call)
-        with LastSigmoid() as sigmoid:
+        with Sigmoids() as sigmoids:
             again = run(call)
         if outputs.shape != again.shape or not are_close(outputs, again):  # though we restore all that we can
             raise Refused(
@@ -268,7 +268,7 @@ class Monitor(Callback, ABC):
                 "in `forward`.",
                 "arguments",
             )
-        self.check_outputs(outputs, sigmoid.gave(outputs))
+        self.check_outputs(outputs, sigmoids.gave(again))
         return outputs
 
     def _compute_loader(self, trainer: Trainer, dataloader_idx: int) -> Values:

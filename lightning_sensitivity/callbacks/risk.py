@@ -146,7 +146,7 @@ class RiskMonitor(Monitor):
     @property
     def reference(self) -> Any:
         """The fitted :class:`~lightning_sensitivity.Reference`, in the first process; None before."""
-        return None if self._reference is None else self._reference.fitted
+        return None if self._reference is None or self._reference.fitted is None else self._reference.fitted.model
 
     def predict(self, model: nn.Module, dataloader: Iterable[object]) -> Predictions:
         """Predict samples by the network, and by the reference, for their mean, which is often better.
@@ -168,9 +168,10 @@ class RiskMonitor(Monitor):
             >>> risk = RiskMonitor()
             >>> # after trainer.fit(model, train_loader, val_loader): risk.predict(model, new_loader).mean
         """
-        if self._reference is None or self._expectation is None or self.reference is None:
+        fitted = None if self._reference is None else self._reference.fitted
+        if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return self._reference.predict_both(model, dataloader, self._expectation.are_predictions)
+        return fitted.predict_both(model, dataloader, self._expectation.are_predictions)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch, with 90 % intervals.

@@ -21,7 +21,7 @@ from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_mon
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
-from lightning_sensitivity.running.batches import inputs_hint
+from lightning_sensitivity.running.rules import inputs_hint
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4

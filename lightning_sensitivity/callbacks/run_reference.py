@@ -1,27 +1,23 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Any
+from itertools import chain
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gather_tensors
-from lightning_sensitivity.expected.doubts import say_differences, say_shares, say_unused
-from lightning_sensitivity.expected.record import Predicted, Predictions, Unseen, Verdict
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART, draw_labels
+from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
+from lightning_sensitivity.expected.record import Predicted, Unseen
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
-from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
-from lightning_sensitivity.reference.observations import Observations, count_groups
-from lightning_sensitivity.running.batches import move_batch
-from lightning_sensitivity.running.isolation import isolated, same_streams
+from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.running.isolation import same_streams
 
 
 @dataclass
@@ -86,7 +82,7 @@ class RunReference:
     ) -> None:
         self.stage = Stage.WAITING
         self.was_tried = False
-        self.fitted: Any = None
+        self.fitted: FittedReference | None = None
         self.output_shape = output_shape
         self.num_columns = reader.task.num_columns(output_shape)
         self._reader = reader
@@ -146,7 +142,9 @@ class RunReference:
         found: dict[int, Tensor] = {}
         if agree(trainer, own.keys() == saved.fingerprints.keys()):
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
-        matched = saved.matched(found, self.num_columns)
+        matched = None
+        with suppress(Exception):  # of a damaged checkpoint, which no run should end by
+            matched = saved.matched(found, self.num_columns)
         if matched is None and saved.fingerprints:  # without these nobody can tell
             message = (
                 "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
@@ -191,106 +189,43 @@ class RunReference:
 
     def _fit(self, parts: Sequence[Observations]) -> Observations:
         """Fit the reference to the training samples of all processes, and return these."""
-        from lightning_sensitivity.reference import Reference
-
         if not parts:
             raise ValueError("No training sample has a label")
-        known, task = Observations.join(parts), self._reader.task
-        finite = self._finite_samples(known.seen, "training samples")
+        known = Observations.join(parts)
+        finite = finite_samples(known, "training samples", self._run.warn)
         known = known if len(finite) == len(known) else known.take(finite)  # no copy
-        fitted = Reference(task.name, self._estimator).fit(known.seen, known.labels.numpy(), known.groups)
-        has_shares = self._class_shares is not None and not isinstance(self._class_shares, str)
-        if has_shares and not fitted.shares_.all():
-            missing = int(fitted.shares_.argmin())
-            raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
-        self.fitted = fitted
+        self.fitted = FittedReference(self._reader, known, self._estimator, self._run.warn, self._class_shares)
         if self._reader.unread:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._run.warn("features", message, kind="unread")
-        if task.link == "softmax" and (message := say_unused(list(fitted.shares_), fitted.num_samples_)):
-            self._run.warn("outputs", message)
         return known
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> Predicted:
         """Predict the kept samples of each loader, if it may choose; of those that can't be read, expect nothing."""
-        verdict = Verdict.of(self.fitted, self._reader.sees_all, self._reader.has_features)
+        assert self.fitted is not None
+        verdict = self.fitted.verdict
         unseen: dict[int, Unseen] = {}
-        for index in sorted({index for part in parts for index in part.unseen if verdict.is_trusted}):
+        for index in sorted({*chain(*(part.unseen for part in parts))}) if verdict.is_trusted else ():
             found = [part.unseen[index] for part in parts if index in part.unseen]
             can_read = [each for each in found if each is not None]
             if len(can_read) == len(found):  # else it has been said where it happened
                 with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
                     unseen[index] = self._predict(index, known, Observations.join(can_read))
-        fingerprints: dict[int, Tensor] = {}
-        if all(part.fingerprints for part in parts):
-            indices = parts[0].fingerprints
-            fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
+        indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
+        fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
         return Predicted(verdict, unseen, fingerprints)
 
     def _predict(self, dataloader_idx: int, known: Observations, unseen: Observations) -> Unseen:
-        """Predict the kept samples of a loader, and draw labels for them."""
-        where, fitted = f"dataloader {dataloader_idx}", self.fitted
-        indices = self._finite_samples(unseen.seen, f"validation samples of {where}")
+        """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""
+        assert self.fitted is not None
+        where = f"dataloader {dataloader_idx}"
+        indices = finite_samples(unseen, f"validation samples of {where}", self._run.warn)
         if len(indices) == 0:
             raise ValueError("No sample has finite inputs and features")
         indices = indices[unseen.projected[indices].argsort()]
-        new = unseen.take(indices)
-        q = self.predict(new.seen)
-        if self._reader.task.has_class_shares and self._class_shares is None:
-            say_shares(where, fitted, q, new.groups, self._run.warn)
-        say_differences(known, new, where, not self._reader.has_features, self._run.warn)
-        draws = draw_labels(q, fitted.task, fitted.residuals_near(q) if self._is_local else fitted.residuals_)
-        q = q.float().index_fill(1, torch.from_numpy(fitted.blind_labels_), math.nan)
-        groups = None if fitted.groups_ is None else torch.from_numpy(fitted.groups_)
-        sure_as = SURE_AS if "columns" in (fitted.kind_, fitted.features_) else SURE_OF_PART
-        sure_as = SURE_OF_FEATURES if self._reader.has_features else sure_as
-        return Unseen(indices, q, draws, fitted.score_, count_groups(groups, fitted.num_samples_), sure_as)
-
-    def _finite_samples(self, seen: Seen, what: str) -> Tensor:
-        """Return the samples without nan and inf, ``(N,)``."""
-        is_finite = are_finite(seen)
-        if not bool(is_finite.all()):
-            number = int((~is_finite).sum())
-            message = (
-                f"leaves out {number} {what} with nan or inf in inputs or features. If values are missing, fill them "
-                "in, with a column that says where."
-            )
-            self._run.warn("nan", message, kind=what)
-        return is_finite.nonzero()[:, 0]
-
-    def predict(self, seen: Seen) -> Tensor:
-        """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
-        q = torch.from_numpy(self.fitted.predict_matrix(seen))
-        if self._class_shares is None:
-            return q
-        of_training = torch.from_numpy(self.fitted.shares_)
-        is_unknown = isinstance(self._class_shares, str)
-        shares = estimate_class_shares(q, of_training) if is_unknown else torch.as_tensor(self._class_shares)
-        return reweigh(q, of_training, shares)
-
-    def predict_both(self, model: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
-        """Predict samples by a network and by the reference.
-
-        Args:
-            model: The network.
-            dataloader: Batches.
-            are_alike: Whether outputs of the network may be predictions of labels.
-
-        Raises:
-            ValueError: If there is no batch, or the reference can't read them.
-        """
-        outputs, seen = [], []
-        for batch in dataloader:
-            moved = move_batch(model, batch)
-            call = self._reader.call(model, moved)
-            with isolated(model) as run:
-                outputs.append(self._reader.task.predictions(run(call).cpu()))
-            seen.append(self._reader.see(model, moved, call, len(outputs[-1])))
-        if not outputs:
-            raise ValueError("Expected batches in `dataloader`, but got none.")
-        of_network, of_reference = torch.cat(outputs), self.predict(join_seen(seen)).to(outputs[0].dtype)
-        return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
+        found = self.fitted.expect(known, unseen, indices, where, self._is_local, has_shares=True)
+        return replace(found, q=found.q.float())  # as a checkpoint holds it
 
 
 def _fingerprints(kept: Sequence[KeptSamples]) -> dict[int, Tensor]:

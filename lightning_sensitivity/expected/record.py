@@ -74,29 +74,6 @@ class Verdict:
     inputs_tell_nothing: bool = False
     blind_labels: list[int] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, reference: Any, sees_all: bool, has_features: bool) -> "Verdict":
-        """Take from a fitted reference what all processes have to know.
-
-        Args:
-            reference: The reference.
-            sees_all: Whether its samples are all that the network sees.
-            has_features: Whether the user says what it sees.
-        """
-        is_trusted = reference.may_choose(sees_all)
-        return cls(
-            learner=reference.learner_,
-            features="features" if has_features else reference.features_,
-            num_training=reference.num_samples_,
-            skill=reference.skill_,
-            majority=reference.majority_,
-            unexplained=reference.unexplained_,
-            blind_labels=reference.blind_labels_.tolist(),
-            is_trusted=is_trusted,
-            is_whole_table=sees_all and "columns" in (reference.kind_, reference.features_),
-            inputs_tell_nothing=is_trusted and reference.inputs_tell_nothing_,
-        )
-
     @property
     def knows_too_much(self) -> bool:
         """Whether it explains so much of a table that its inputs may hold the answer."""

@@ -121,24 +121,10 @@ def _checkpoint_of(watched: Sequence[tuple[object, str]], name: str, value: floa
 
 def _line(s: Summary, value: str) -> str:
     """Say a summary in sentences."""
-    sentences = []
     if s["is_tied"]:
-        sentences.append(f"All values of `{s['monitored']}` are equal, so that no epoch was chosen.")
-    elif s["epoch"] is None:
-        sentences.append(_why_nothing(s))
+        sentences = [f"All values of `{s['monitored']}` are equal, so that no epoch was chosen."]
     else:
-        file = f", in the checkpoint {s['checkpoint']}" if s["checkpoint"] else ""
-        sentences.append(f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.")
-        sentences.append(_what_chose(s))
-        sentences += [_DOUBTS[each] for each in s["doubts"]]
-        if s.get("inputs_tell_nothing"):
-            sentences.append("The inputs tell nothing of the labels: the mean label is what to expect of any network.")
-        sentences.append(_rival(s, value))
-        if s.get("blind_labels"):
-            names = ", ".join(map(str, s["blind_labels"]))
-            sentences.append(f"The reference can't tell these labels, which means by default leave out: {names}.")
-        if s["num_gaps"] > 0:
-            sentences.append(f"There is no value for {s['num_gaps']} of {s['num_validations']} validations.")
+        sentences = [_why_nothing(s)] if s["epoch"] is None else _of_best(s, value)
     if (s.get("unexplained") or 0.0) >= _SAID:
         sentences.append(
             f"About {s['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
@@ -147,6 +133,22 @@ def _line(s: Summary, value: str) -> str:
     if s["is_improving"] and not s["doubts"]:
         sentences.append("It was still improving: train for longer.")
     return " ".join(filter(None, sentences))
+
+
+def _of_best(s: Summary, value: str) -> list[str]:
+    """Say what is known of the best epoch; what there is nothing to say of is empty."""
+    file = f", in the checkpoint {s['checkpoint']}" if s["checkpoint"] else ""
+    blind, num_gaps = ", ".join(map(str, s.get("blind_labels", ()))), s["num_gaps"]
+    nothing = "The inputs tell nothing of the labels: the mean label is what to expect of any network."
+    return [
+        f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.",
+        _what_chose(s),
+        *[_DOUBTS[each] for each in s["doubts"]],
+        nothing * bool(s.get("inputs_tell_nothing")),
+        _rival(s, value),
+        f"The reference can't tell these labels, which means by default leave out: {blind}." * bool(blind),
+        f"There is no value for {num_gaps} of {s['num_validations']} validations." * (num_gaps > 0),
+    ]
 
 
 def _what_chose(s: Summary) -> str:

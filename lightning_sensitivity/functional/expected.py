@@ -255,21 +255,26 @@ def combine(
         sure_as: As how many labels it is sure of a network.
         earlier: Its worth in earlier validations.
     """
-    parts = []  # weights, values and variances
     own = float(WORTH) if expected is None or known is None else worth_beside(expected, known)
     worth = median_high([*earlier, own][-VALIDATIONS:])
+    parts = []  # weights, values and variances
     if expected is not None:
         factor = 1 + expected.size / num_training + expected.size / min(worth, sure_as)
         parts.append((worth, expected.value, factor * expected.variance))
     if known is not None:
-        variance = known.variance
-        if expected is not None and not variance > 0:  # of few labels, which tell nothing of it
-            variance = expected.variance * expected.size / known.size
-        parts.append((known.size, known.value, variance))
-    total = sum(weight for weight, _, _ in parts)
-    value = sum(weight * value for weight, value, _ in parts) / total
-    stderr = math.sqrt(sum(weight**2 * variance for weight, _, variance in parts)) / total
+        parts.append((known.size, known.value, _variance_of_labels(known, expected)))
+    weights, values, variances = map(np.array, zip(*parts, strict=True))
+    shares = weights / weights.sum()
+    stderr = math.sqrt(float((shares**2 * variances).sum()))
+    value = float((shares * values).sum())
     return Combined(value, stderr or math.nan, own, worth < WORTH)  # 0 where samples say nothing of their spread
+
+
+def _variance_of_labels(known: Estimate, expected: Estimate | None) -> float:
+    """Return the variance of a value on labels; of few, which tell nothing of it, what a reference says."""
+    if expected is None or known.variance > 0:
+        return known.variance
+    return expected.variance * expected.size / known.size
 
 
 def worth_beside(expected: Estimate, known: Estimate, least: float = _CONTRADICTION) -> float:

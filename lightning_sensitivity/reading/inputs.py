@@ -1,9 +1,9 @@
 """What a reference sees of the inputs of a model, by itself or by an encoder, and whether labels are among them."""
 
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -12,14 +12,13 @@ from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.reference.kinds import KINDS, Seen, kind_of
-from lightning_sensitivity.running.batches import cast, entry, has_samples, is_constant, places, take, tensors_in
-from lightning_sensitivity.running.call import ModelCall, parameters_of
+from lightning_sensitivity.reference.kinds import KINDS, Seen
+from lightning_sensitivity.running.batches import at, cast, code_of, entry, has_samples, places, take
+from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import isolated
+from lightning_sensitivity.running.layout import Sight
+from lightning_sensitivity.running.rules import GRAPHS, INTEGERS, find_sight, parameters_of
 
-_MAX_DIMENSIONS = 4  # those of images
-_MASK = "attention_mask"  # in transformers, where tokens are, and not padding
-_NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 _MANY = 1000  # from which on integers are names, and no categories
 
 # Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
@@ -36,71 +35,47 @@ _CHANCE = math.log(1e4)  # one in so many columns has the values of labels in th
 _ROUNDING = 1e-7  # of a correlation, in single precision
 
 
-def see_inputs(named: Mapping[str, object], size: int, indices: Tensor | None = None) -> tuple[Seen, list[str]]:
-    """Sort the inputs of a model by what they are to a reference.
-
-    A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds
-    categories.
+def see_inputs(
+    arguments: Mapping[str, object], size: int, indices: Tensor | None = None, found: Sight | None = None
+) -> tuple[Seen, list[str]]:
+    """Read what a reference sees of samples.
 
     Args:
-        named: The inputs by the names of the arguments.
+        arguments: The arguments of the model, by their names.
         size: N, the number of samples.
         indices: Which of them to look at; None for all.
+        found: What a reference sees of them, if that is known; else they have to be inputs, and no labels.
 
     Returns:
         What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
     """
-    tensors, unread = _readable(named, size)
-    chosen = [(name, take(x, indices)) for name, x in tensors]
-    masks = {x.shape: x for name, x in chosen if name == _MASK}
-    numbers = {x.shape for _, x in chosen if x.is_floating_point()}
-    # A mask is an input only if it may say which numbers are missing.
-    inputs = [(n, x) for n, x in chosen if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
-    has_numbers = not all(_are_integers(x) for _, x in inputs)
-    found: dict[str, list[Tensor]] = {}
-    for name, x in inputs:
-        kind, values = _read(x, masks.get(x.shape), has_numbers)
-        if kind == "columns" and not x.is_floating_point():  # large ones are names, of which nothing is seen
-            unread += [name] * bool((values >= _MANY).any())
-            values = values.clamp(max=_MANY)
-        found.setdefault(kind, []).append(values.cpu())
-    return {kind: KINDS[kind].beside(parts) for kind, parts in found.items()}, [*dict.fromkeys(unread)]
-
-
-def _readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """List the tensors that can be read, by the names of the arguments, and those arguments that hold more."""
-    found, unread = [], []
-    whole = sum_graphs(named, size)  # one graph may be all inputs together
-    for name, value in (named if whole is None else {"graphs": whole}).items():
-        sums = sum_graphs(value, size)
-        tensors = tensors_in(value if sums is None else sums)
-        parts = [x for x in tensors if x.ndim > 0 and not is_constant(x)]
-        readable = [x for x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
-        found += [(name, x) for x in readable]
-        if len(readable) < len(parts) or not (tensors or is_constant(value)):
-            unread.append(name)
-    return found, unread
-
-
-def _read(x: Tensor, mask: Tensor | None, has_numbers: bool) -> tuple[str, Tensor]:
-    """Return the kind of an input, and what is seen of it."""
-    if x.ndim > 2 or x.is_floating_point():
-        kind = kind_of(x)
-        return kind, in_floats(x.detach()) if kind == "columns" else KINDS[kind].shrunk(x).detach().float()
-    if _are_integers(x) and (mask is not None or not has_numbers):
-        return "tokens", x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
-    return "columns", x[:, None].flatten(1).cpu().long().float()
-
-
-def _are_integers(x: Tensor) -> bool:
-    """Return whether a tensor is a matrix of integers."""
-    return x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool
+    inputs, unread = find_sight(arguments, size) if found is None else found
+    unread = [*unread]
+    seen: dict[str, list[Tensor]] = {}
+    for each in inputs:
+        value, kind = at(arguments, each.place), each.kind
+        if kind == GRAPHS:
+            value, kind = sum_graphs(value, size), "columns"
+        x = take(value, indices).detach()
+        if kind == "tokens":
+            mask = None if each.mask is None else take(at(arguments, each.mask), indices)
+            x = x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
+        elif kind == INTEGERS:
+            kind, x = "columns", x[:, None].flatten(1).cpu().long().float()
+            unread += [each.name] * bool((x >= _MANY).any())  # names, of which nothing is seen
+            x = x.clamp(max=_MANY)
+        else:
+            x = in_floats(x) if kind == "columns" else KINDS[kind].shrunk(x).float()
+        seen.setdefault(kind, []).append(x.cpu())
+    alone = {kind: parts[0] for kind, parts in seen.items() if len(parts) == 1 and parts[0].ndim > 1}
+    joined = {kind: alone[kind] if kind in alone else KINDS[kind].beside(parts) for kind, parts in seen.items()}
+    return joined, [*dict.fromkeys(unread)]
 
 
 # Graphs, such as those of PyTorch Geometric and chemprop
 
 
-def sum_graphs(graphs: object, size: int) -> Tensor | None:
+def sum_graphs(graphs: object, size: int) -> Tensor:
     """Count the nodes and edges of each graph, and sum their features; integers are categories.
 
     Args:
@@ -109,11 +84,10 @@ def sum_graphs(graphs: object, size: int) -> Tensor | None:
         size: N, the number of graphs.
 
     Returns:
-        The sums, ``(N, D)``; None if there are no graphs.
+        The sums, ``(N, D)``.
     """
-    of_node, ends = entry(graphs, "batch"), entry(graphs, "edge_index")
-    if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor) or ends.shape[:1] != (2,) or of_node.ndim != 1:
-        return None
+    of_node: Any = entry(graphs, "batch")
+    ends: Any = entry(graphs, "edge_index")
     sums = []
     for graph, names in ((of_node, _OF_NODES), (of_node[ends[0]], _OF_EDGES)):
         columns = [torch.ones(len(graph), 1)]
@@ -171,7 +145,7 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     """Run the network on those inputs that it names, or on the only one, and find the features."""
     inputs = apply_to_collection(call.inputs(), Tensor, partial(cast, encoder))
     names = parameters_of(encoder)
-    if not call.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+    if not call.layout.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
         result = encoder(*inputs.values())
     else:
         result = encoder(**{name: value for name, value in inputs.items() if name in names})
@@ -222,13 +196,13 @@ def find_answer(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) ->
         if len(counts_of_values) != 2:
             orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
     for name, value in inputs.items():
-        for place, _, x in places(value, name):
+        for place, x in places(value):
             if not has_samples(x, len(counts)):
                 continue
             columns = x.detach().cpu()[counts].double()[:, None].flatten(1)
             is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
             if bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any()):
-                return place
+                return code_of(place, name)
     return None
 
 

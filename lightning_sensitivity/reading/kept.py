@@ -3,7 +3,6 @@
 import math
 import sys
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -120,10 +119,10 @@ class KeptSamples:
         self.size += batch.size
         self.is_truncated |= batch.is_truncated
         self._num_bytes += batch.num_bytes
+        while self.size - self._by_priority[-1].size >= self.num_wanted:
+            self._drop_last()
         while self._num_bytes > self.max_bytes and len(self._by_priority) > 1:
             self.is_truncated = True
-            self._drop_last()
-        while self.size - self._by_priority[-1].size >= self.num_wanted:
             self._drop_last()
 
     def complete(self) -> None:
@@ -169,6 +168,7 @@ class KeptObservations:
         self._num_processes = num_processes
         self._num_batches = num_batches if math.isfinite(num_batches) else 0
         self._num_calls = 0
+        self._shapes: dict[str, torch.Size] | None = None  # of what is seen of a sample
         self._num_expected = 0.0  # samples, by the mean size of batches so far
         self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
 
@@ -182,27 +182,26 @@ class KeptObservations:
         """What the priorities of samples must be below."""
         return self.num_wanted / max(1, self.num_seen, self._num_expected)
 
-    def add(self, num_samples: int, read: Callable[[Tensor], Observations]) -> None:
-        """Keep those of the next samples that are wanted.
-
-        Args:
-            num_samples: How many have come.
-            read: Reads some of them, by their indices ``(R,)``: on the CPU, each with a label.
-        """
+    def choose(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Return which of so many next samples are wanted, by their indices ``(R,)``, and their priorities."""
         priorities = spaced_fraction(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
         self._num_calls += 1
         self.num_seen += num_samples
         self._num_expected = self.num_seen * self._num_batches / self._num_calls
         indices = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
         self.num_to_read -= len(indices)
-        if len(indices) == 0:
-            return
-        samples = read(indices)
-        of_sample = num_bytes([x[0] for x in (samples.labels, *samples.seen.values())])
-        known = min(max_samples(samples.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
-        self.num_wanted = max(1, min(self.num_wanted, known // self._num_processes))
-        self._parts.append((priorities[indices], samples))
-        self.size += len(samples)
+        return indices, priorities[indices]
+
+    def add(self, samples: Observations, priorities: Tensor) -> None:
+        """Keep samples that were chosen: on the CPU, each with a label."""
+        shapes = {kind: x.shape[1:] for kind, x in samples.seen.items()}
+        if shapes != self._shapes:
+            self._shapes = shapes
+            of_sample = num_bytes([x[0] for x in (samples.labels, *samples.seen.values())])
+            known = min(max_samples(samples.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
+            self.num_wanted = max(1, min(self.num_wanted, known // self._num_processes))
+        self._parts.append((priorities, samples))
+        self.size += len(priorities)
         if self.size > _SLACK * self.num_wanted:
             self._thin_out()
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,13 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, device_of, places, take
-from lightning_sensitivity.running.call import (
-    Function,
-    FunctionCall,
-    ModelCall,
-    find_targets,
-    select_outputs,
-    select_targets,
-)
+from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, places, take
+from lightning_sensitivity.running.call import Function, ModelCall, labels_at, select_outputs, select_targets
 from lightning_sensitivity.running.isolation import isolated
+from lightning_sensitivity.running.layout import resolved
+from lightning_sensitivity.running.rules import find_labels
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 class BatchReader:
@@ -106,23 +104,24 @@ class BatchReader:
         if self.function is None and self._inputs is None:
             return ModelCall(model, batch, None, self._outputs)
         with isolated(model) as run:
-            if self.function is None:
-                return run(ModelCall, model, batch, self._inputs, self._outputs)
-            return run(FunctionCall, model, batch, self.function, self._inputs, self._outputs)
+            return run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
 
-    def labels(self, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None) -> Tensor:
+    def labels(
+        self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None
+    ) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
         Args:
             model: The model.
             batch: The batch.
             output_shape: The shape of the outputs for a sample; None if it is not known yet.
+            call: The call of the model on it, if that is known, for its layout.
 
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
         if self._targets is None:
-            found = select_targets(model, batch)
+            found = select_targets(model, batch) if call is None else labels_at(call.layout.labels, model, batch)
         else:
             with isolated(model) as run:
                 found = run(select_targets, model, batch, self._targets)
@@ -130,9 +129,9 @@ class BatchReader:
         if output_shape is None:
             return labels
         try:
-            self.task.check(torch.zeros(labels.shape[:1] + output_shape), labels)
+            self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            place = next((path for path, _, x in places(batch) if x is found), "batch[...]")
+            place = next((code_of(place) for place, x in places(batch) if x is found), "batch[...]")
             reason = describe_error(error).replace("batch[1]", place)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
@@ -157,14 +156,14 @@ class BatchReader:
             )
 
     def kept_labels(
-        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: tuple[int, ...] | None = None
+        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: Shape | None = None
     ) -> Tensor | None:
         """Copy the labels of those samples of a batch that are kept; None if it is not clear where they would be.
 
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
-        if self._targets is None and not isinstance(find_targets(model, batch), Tensor):
+        if self._targets is None and resolved(find_labels, model, batch) is None:
             return None
         labels = self.labels(model, batch, output_shape)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
@@ -198,9 +197,9 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            seen, unread = see_inputs(call.inputs(), size, indices)
-            names = [*sorted(call.left_out()), *unread]
-            self.unread += [name for name in names if name not in self.unread]
+            found = call.layout.sight if call.size == size else None
+            seen, unread = see_inputs(call.inputs() if found is None else call.arguments, size, indices, found)
+            self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
             values: object = run(self._features, clone_tensors(batch))
@@ -280,7 +279,7 @@ class BatchReader:
         return KeptObservations(num_columns, num_processes, max_read, num_batches)
 
     def keep_observations(
-        self, kept: KeptObservations, model: nn.Module, batch: object, output_shape: tuple[int, ...] | None = None
+        self, kept: KeptObservations, model: nn.Module, batch: object, output_shape: Shape | None = None
     ) -> None:
         """Keep those samples of a training batch that are wanted and have labels, with these as a matrix.
 
@@ -296,18 +295,16 @@ class BatchReader:
         if kept.num_to_read == 0:
             return
         call = self.call(model, batch)
-        labels = self.labels(model, batch, output_shape)
+        labels = self.labels(model, batch, output_shape, call)
         size = len(labels)
         check_count(labels, call.size or size)
         labelled = self.task.has_label(labels).nonzero()[:, 0]
-
-        def read(chosen: Tensor) -> Observations:
+        chosen, priorities = kept.choose(len(labelled))
+        if len(chosen) > 0:
             indices = labelled[chosen]
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen = self.see(model, batch, call, size, indices)
-            return Observations(seen, y, self.groups(model, batch, size, indices))
-
-        kept.add(len(labelled), read)
+            kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
 
 
 def check_count(labels: Tensor, size: int) -> None:

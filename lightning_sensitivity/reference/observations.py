@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +31,6 @@ _FAR = 6.0  # standard deviations, at which columns are cut off
 _FARTHER = 0.06  # beyond a half; at most 0.054 in 240 random splits
 _STANDARD_ERRORS = 4.0  # at most 2.7 in these, in 80 of 400 samples, and in 80 that a sampler repeats
 
-_UNKNOWN = "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
 _EXACT = 2.0**53  # below, whole numbers in double precision are exact
 
 
@@ -253,27 +252,51 @@ def group_numbers(groups: Array) -> Tensor:
     Raises:
         ValueError: If there is not one for each sample, or some are nan.
     """
-    may_lack_some = isinstance(groups, list | tuple) or getattr(getattr(groups, "dtype", None), "kind", "") == "O"
-    if may_lack_some and any(map(is_missing, groups)):  # they would become a group of their own
-        raise ValueError(_UNKNOWN)
-    names = np.asarray(in_32_bits(groups).detach().cpu() if isinstance(groups, Tensor) else groups)
+    if isinstance(groups, Tensor):
+        groups = in_32_bits(groups).detach().cpu()
+    # A list as objects: of strings and nan, NumPy would make the string "nan".
+    names = np.asarray(groups, dtype=object if isinstance(groups, list | tuple) else None)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
     names = names.ravel()
-    if names.dtype.kind == "O":  # numbers that are kept as objects are numbers
-        names = np.array(names.tolist())
-    if names.dtype.kind in "biu":
-        return torch.from_numpy(names.astype(np.int64))
-    if names.dtype.kind in "mM" and np.isnat(names).any():
-        raise ValueError(_UNKNOWN)
-    if names.dtype.kind == "f":  # whole numbers as they are, and of others the bits
-        if not np.isfinite(names).all():
-            raise ValueError(_UNKNOWN)
-        found = torch.from_numpy(names.astype(str).astype(np.float64))  # 0.1 is the same number in any precision
-        is_whole = (found == found.round()) & (found.abs() < _EXACT)
-        return torch.where(is_whole, found.long(), found.view(torch.int64))
+    if names.dtype.kind == "O":
+        _refuse_unknown(any(map(is_missing, names)))
+        names = np.array(names.tolist())  # numbers that are kept as objects are numbers
+    return _NUMBERS.get(names.dtype.kind, _of_words)(names)
+
+
+def _refuse_unknown(are_some: bool) -> None:
+    if are_some:  # they would become a group of their own
+        raise ValueError("Expected each sample to have a group, but some are None, nan or inf: give them one of their own.")
+
+
+def _of_integers(names: Array) -> Tensor:
+    return torch.from_numpy(names.astype(np.int64))
+
+
+def _of_floats(names: Array) -> Tensor:
+    """Return whole numbers as they are, and of others the bits."""
+    _refuse_unknown(not np.isfinite(names).all())
+    found = torch.from_numpy(names.astype(str).astype(np.float64))  # 0.1 is the same number in any precision
+    is_whole = (found == found.round()) & (found.abs() < _EXACT)
+    return torch.where(is_whole, found.long(), found.view(torch.int64))
+
+
+def _of_times(names: Array) -> Tensor:
+    _refuse_unknown(np.isnat(names).any())
+    return _of_words(names)
+
+
+def _of_words(names: Array) -> Tensor:
     digests = [hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names]
     return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in digests], dtype=torch.int64)
+
+
+_NUMBERS: dict[str, Callable[[Array], Tensor]] = {  # by kinds of NumPy
+    **dict.fromkeys("biu", _of_integers),
+    "f": _of_floats,
+    **dict.fromkeys("mM", _of_times),
+}
 
 
 def is_missing(name: object) -> bool:

@@ -1,9 +1,8 @@
-"""The tensors in a batch of any kind: to find, choose, copy and move them, and what its entries are by name."""
+"""What a batch of any kind holds, and where; to choose, copy and move its tensors."""
 
 import copy
-import re
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType
@@ -18,13 +17,10 @@ from torch import Tensor, nn
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.running.isolation import isolated
 
+Place = tuple[Any, ...]  # where a value is in a batch: keys, one within the other
+
 _MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
-
-# Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
-TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
-_LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
-_MAX_NAMED = 3  # candidates that a message names
 
 # Copies
 
@@ -121,6 +117,48 @@ def move_batch(model: nn.Module, batch: object) -> Any:
         return run(transfer, batch)
 
 
+# Places
+
+
+class Attribute(str):
+    """The name of an attribute, or of a field of a named tuple, as a step to a place."""
+
+
+def at(value: Any, place: Place) -> Any:
+    """Return what is at a place of a value."""
+    for step in place:
+        value = getattr(value, step) if isinstance(step, Attribute) else value[step]
+    return value
+
+
+def held_by(value: object) -> list[tuple[Any, Any]]:
+    """List what a mapping, list or tuple holds, each with the step to it; of all else nothing."""
+    if isinstance(value, Mapping):
+        return [*value.items()]
+    if not isinstance(value, list | tuple):
+        return []
+    steps = map(Attribute, value._fields) if hasattr(value, "_fields") else range(len(value))
+    return [*zip(steps, value, strict=True)]
+
+
+def items_in(value: object, place: Place = ()) -> list[tuple[Place, Any]]:
+    """List a value, and all in its mappings, lists and tuples, each with its place."""
+    found = [(place, value)]
+    for step, item in held_by(value):
+        found += items_in(item, (*place, step))
+    return found
+
+
+def places(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
+    """List the tensors in a value, each with its place."""
+    return [(where, x) for where, x in items_in(value, place) if isinstance(x, Tensor)]
+
+
+def code_of(place: Place, path: str = "batch") -> str:
+    """Return the code that selects a place."""
+    return path + "".join(f".{step}" if isinstance(step, Attribute) else f"[{step!r}]" for step in place)
+
+
 # Tensors
 
 
@@ -141,12 +179,7 @@ def has_samples(x: Tensor, size: int) -> bool:
 
 def tensors_in(value: object) -> list[Tensor]:
     """List the tensors in a value and its tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return tensors_in([*value.values()])
-    items = value if isinstance(value, list | tuple) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    return [x for _, x in places(value)]
 
 
 def first_of(result: object) -> object:
@@ -159,26 +192,6 @@ def entry(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-# Entries: labels or inputs, and what to write to select them
-
-
-def is_like_targets(name: object) -> bool:
-    """Return whether an entry that no ``forward`` asks for is named like labels."""
-    return name in TARGET_NAMES or _LIKE_TARGETS.search(str(name)) is not None
-
-
-def without_labels(value: Any) -> Any:
-    """Return a mapping without the entries that are named like labels, and all else as it is."""
-    if not isinstance(value, Mapping) or not any(map(is_like_targets, value)):
-        return value
-    return {name: item for name, item in value.items() if not is_like_targets(name)}
-
-
-def beside_labels(batch: Mapping[str, object]) -> dict[str, object]:
-    """Return the entries that are not called as labels are, and not empty."""
-    return {name: value for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)}
-
-
 def is_empty(value: object) -> bool:
     """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
     if tensors := tensors_in(value):
@@ -189,42 +202,3 @@ def is_empty(value: object) -> bool:
 def is_constant(value: object) -> bool:
     """Return whether a value is the same for all samples, such as a flag, or nothing."""
     return isinstance(value, bool | int | float | str) or is_empty(value)
-
-
-def places(value: object, path: str = "batch", name: str = "") -> Iterator[tuple[str, str, Tensor]]:
-    """List the tensors in a value, each with the code that selects it, and the name of its entry, if it has one."""
-    if isinstance(value, Tensor):
-        yield path, name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from places(item, f"{path}[{key!r}]", str(key))
-    elif isinstance(value, list | tuple):
-        fields = getattr(value, "_fields", [""] * len(value))
-        for index, (field, item) in enumerate(zip(fields, value, strict=True)):
-            yield from places(item, f"{path}.{field}" if field else f"{path}[{index}]", field)
-
-
-def inputs_hint(batch: object) -> str:
-    """Say how to select the inputs of a mapping: its floating tensors, or the whole; of another batch nothing."""
-    if not isinstance(batch, Mapping):
-        return ""
-    named = [(path, x) for path, name, x in places(batch) if name not in TARGET_NAMES]
-    hint = _say("inputs", [path for path, x in named if is_floating(x) and x.ndim > 1 and not is_empty(x)])
-    return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
-
-
-def targets_hint(batch: object, candidates: object) -> str:
-    """Say how to select labels, by name if there are such names; candidates are a part of the batch, or all of it."""
-    tensors = {*map(id, tensors_in(candidates))} - {id(batch)}
-    found = {path: name for path, name, x in places(batch) if id(x) in tensors}
-    named = [path for path, name in found.items() if is_like_targets(name)]
-    hint = _say("targets", named or [*found])
-    return f", such as {hint}," if hint else ""
-
-
-def _say(selector: str, candidates: list[str]) -> str:
-    """Say what to write for a selector, by the code of its candidates; nothing without any."""
-    if not candidates:
-        return ""
-    others = "".join(f", or `{each}`" for each in candidates[1:_MAX_NAMED])
-    return f"`{selector}=lambda batch: {candidates[0]}`{others}"

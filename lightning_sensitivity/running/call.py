@@ -1,51 +1,22 @@
-"""Call any model on any batch: which arguments it takes, where its outputs are, and where the labels are."""
+"""Call any model on any batch by its layout, and select outputs and labels."""
 
 import copy
-import inspect
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeGuard
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from lightning_sensitivity.compat import original_module
+import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.running.batches import (
-    TARGET_NAMES,
-    beside_labels,
-    clone_tensors,
-    entry,
-    first_of,
-    inputs_hint,
-    is_constant,
-    is_dense,
-    is_empty,
-    is_floating,
-    is_like_targets,
-    places,
-    take,
-    targets_hint,
-    tensors_in,
-    without_labels,
-)
+from lightning_sensitivity.running.batches import Place, at, clone_tensors, is_floating, take
+from lightning_sensitivity.running.layout import resolved, without
 
 Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
-Arguments = dict[str, object]
-
-_BATCH = "the batch"  # the name of what such a function gets
-_ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
-# Parameters of ``forward`` by module: to read them for each batch takes longer than a small network.
-_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 
 
 class ModelCall:
@@ -70,9 +41,11 @@ class ModelCall:
         batch: What the loader gave, on the model's device.
         inputs: A function ``batch -> arguments``, or None for the rules above.
         outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
+        function: A function ``(model, batch) -> result`` in place of ``forward``, or None. With it, ``inputs``
+            says only what a reference sees, and without ``inputs`` that is nothing.
 
     Attributes:
-        by_name: Whether the model gets its arguments by name, and not by position.
+        layout: What the batch is to the model.
         arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
         size: The number of samples, if that is the first dimension of all tensors, and all else belongs to all
             samples; 0 if that is unknown, as with graphs and lists.
@@ -82,25 +55,31 @@ class ModelCall:
     """
 
     def __init__(
-        self, model: nn.Module, batch: object, inputs: Selector | None = None, outputs: Selector | None = None
+        self,
+        model: nn.Module,
+        batch: object,
+        inputs: Selector | None = None,
+        outputs: Selector | None = None,
+        function: Function | None = None,
     ) -> None:
+        value = batch if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
+        if function is not None:
+            value = batch, () if inputs is None else value
+            layout = resolved(rules.layout_for_function, model, value)
+        elif inputs is not None:
+            layout = resolved(rules.layout_of_chosen, model, (batch, value))
+        else:
+            layout = resolved(rules.layout_of_batch, model, batch)
         self._model = model
         self._outputs = outputs
-        # The code that selects an argument has a place for its name or number; there is none if the user has chosen.
-        self.by_name, self.arguments, self._place = _find_arguments(model, batch, inputs)
-        self.size = _num_samples(self.arguments)
+        self._function = function
+        self.layout = layout
+        self.arguments = {name: at(value, place) for name, place in layout.places.items()}
+        self.size = 0 if layout.rows is None else len(at(self.arguments, layout.rows))
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
-        found = {name: without_labels(value) for name, value in self.arguments.items()}
-        if not self.by_name:
-            return found
-        asked = {*parameters_of(self._model)} - {*TARGET_NAMES}  # which may be named a little like labels
-        return {name: value for name, value in found.items() if name in asked or not is_like_targets(name)}
-
-    def left_out(self) -> set[str]:
-        """Name the entries that :meth:`inputs` leaves out, though their names are not those that labels have."""
-        return _names(self.arguments) - _names(self.inputs()) - {*TARGET_NAMES}
+        return {name: without(self.arguments[name], names) for name, names in self.layout.inputs.items()}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
@@ -117,7 +96,7 @@ class ModelCall:
         """
         call = self._with(clone_tensors(self.arguments))
         if perturb is not None:
-            name = self._argument_to_perturb()
+            name = rules.find_perturbed(self._model, self.layout, self.arguments, str(self))
             call.arguments[name] = apply_to_collection(
                 call.arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
@@ -126,11 +105,13 @@ class ModelCall:
             result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
         outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
-            self._check_class_dimension(outputs)
+            rules.check_class_dimension(outputs, self.arguments)
         return outputs
 
     def _result(self) -> object:
-        return self._model(**self.arguments) if self.by_name else self._model(*self.arguments.values())
+        if self._function is not None:
+            return self._function(self._model, self.arguments[rules.BATCH])
+        return self._model(**self.arguments) if self.layout.by_name else self._model(*self.arguments.values())
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced samples; None for all, if these are no more than wanted, or unknown."""
@@ -151,217 +132,11 @@ class ModelCall:
         """Copy the call to the CPU; non-tensors that can't be cloned are shared."""
         return self._with(move_data_to_device(clone_tensors(self.arguments), torch.device("cpu")))
 
-    def _with(self, arguments: Arguments) -> "ModelCall":
+    def _with(self, arguments: dict[str, object]) -> "ModelCall":
         """Return the call with other arguments."""
         new = copy.copy(self)
         new.arguments = arguments
         return new
-
-    def _check_class_dimension(self, outputs: Tensor) -> None:
-        """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
-        first, last = outputs.shape[1:-1], outputs.shape[2:]
-        shapes = [x.shape[1:] for x in tensors_in(self.arguments) if not x.is_nested]
-        are_first = first in [shape[: len(first)] for shape in shapes]
-        are_last = last in [shape[-len(last) :] for shape in shapes]
-        if min(first.numel(), last.numel()) > 1 and are_first and not are_last:
-            raise Refused(
-                f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
-                "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
-            )
-
-    def _floating(self) -> list[tuple[str, str]]:
-        """List what noise can be added to: the name of its argument, and the code that selects it there."""
-        floating = []
-        for name in self.inputs() if self.by_name else [*self.arguments][:1]:
-            value = self.arguments[name]
-            found = places(beside_labels(value) if isinstance(value, Mapping) else value, name)
-            floating += [(name, place) for place, _, x in found if is_floating(x) and not is_empty(x)]
-        return floating
-
-    def _argument_to_perturb(self) -> str:
-        """Find the name of the argument to perturb, which is the first one by position."""
-        floating = self._floating()
-        has_choice = len(floating) > 1 and self._place != ""
-        if len({name for name, _ in floating}) == 1 and not has_choice:
-            return floating[0][0]
-        listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
-        modules = original_module(self._model).named_modules()
-        layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
-        layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
-        at = repr(layers[0][0]) if layers else ""
-        selected = ", ".join(map(self._place.format, self.arguments if self.by_name else range(len(self.arguments))))
-        hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
-        raise Refused(
-            f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({self}). "
-            f"Perturb the output of a submodule by `at={at}`, or select an input by `inputs=`{hint * has_choice}.",
-            entry="noise",
-        )
-
-
-class FunctionCall(ModelCall):
-    """Call a function of the user on a model and a batch, in place of the model.
-
-    Args:
-        model: The module.
-        batch: What the loader gave, on the model's device.
-        function: A function ``(model, batch) -> result``.
-        inputs: A function ``batch -> arguments`` that says what a reference sees, or None for nothing.
-        outputs: A function ``result -> outputs``, or None; see :func:`select_outputs`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: object,
-        function: Function,
-        inputs: Selector | None = None,
-        outputs: Selector | None = None,
-    ) -> None:
-        self._model = model
-        self._outputs = outputs
-        self._function = function
-        seen = () if inputs is None else inputs(clone_tensors(batch))
-        self.by_name = isinstance(seen, Mapping)
-        named = seen if isinstance(seen, Mapping) else dict(enumerate(as_tuple(seen)))
-        self.arguments = {_BATCH: batch, **{str(name): value for name, value in named.items()}}
-        self.size = _num_samples(self.arguments)
-
-    def inputs(self) -> dict[str, object]:
-        """Return what a reference sees."""
-        return {name: value for name, value in self.arguments.items() if name != _BATCH}
-
-    def left_out(self) -> set[str]:
-        """Return nothing: the user has chosen."""
-        return set()
-
-    def _result(self) -> object:
-        return self._function(self._model, self.arguments[_BATCH])
-
-
-def _names(named: Mapping[str, object]) -> set[str]:
-    """Collect the names of values, and of entries of those that are mappings."""
-    return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
-
-
-def _num_samples(arguments: Mapping[str, object]) -> int:
-    """Count the samples by the first dimension of all tensors; 0 if that is unknown, as with lists and graphs."""
-    numbers = {len(x) for x in tensors_in(arguments) if x.ndim > 0} if _has_samples(arguments) else {0}
-    return numbers.pop() if len(numbers) == 1 else 0
-
-
-def _has_samples(value: object) -> bool:
-    """Return whether a value is made of dense tensors and constants; a list may be of samples."""
-    if isinstance(value, Mapping):
-        return all(map(_has_samples, value.values()))
-    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
-        return all(map(_has_samples, value))
-    return is_dense(value) or is_constant(value)
-
-
-# Arguments
-
-
-def _find_arguments(model: nn.Module, batch: Any, inputs: Selector | None) -> tuple[bool, Arguments, str]:
-    """Return whether a model gets its arguments by name, these, and the code that selects one; see ModelCall."""
-    if inputs is not None:
-        return *_chosen_arguments(model, inputs(clone_tensors(batch))), ""  # it may write to the batch
-    parameters, required = parameters_of(model), {*required_names(model)}
-    if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
-        return True, {name: x for name, x in batch._asdict().items() if name in parameters}, "batch.{}"
-    if is_sequence(batch):
-        elements = split_elements(model, batch)[0]
-        return False, by_position(model, elements), "batch[0][{}]" if elements is batch[0] else "batch[{}]"
-    if not isinstance(batch, Mapping):
-        return False, by_position(model, (batch,)), "batch"
-    named = {name: x for name, x in batch.items() if name in parameters or takes_only_keywords(model)}
-    if named:
-        return True, named, "batch[{!r}]"
-    return False, by_position(model, (_only_argument(model, batch),)), "batch"
-
-
-def _chosen_arguments(model: nn.Module, chosen: object) -> tuple[bool, Arguments]:
-    """Return the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
-    if not isinstance(chosen, Mapping):
-        return False, by_position(model, as_tuple(chosen))
-    unknown = [name for name in chosen if name not in parameters_of(model)]
-    if len(unknown) == len(chosen) and not takes_only_keywords(model):
-        return False, by_position(model, (chosen,))
-    if unknown and _KEYWORDS not in _kinds(model):
-        names = ", ".join(map(repr, unknown))
-        raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
-    return True, dict(chosen)
-
-
-def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
-    """Return the only tensor of a mapping, or all of it, as the only argument of a ``forward`` says that it takes."""
-    required, beside = required_names(model), [*beside_labels(batch).values()]
-    has_one = len(required) == 1
-    annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
-    if re.search("dict|mapping", annotation, re.IGNORECASE):
-        return batch
-    takes_one = has_one or (not required and _ANY in _kinds(model))
-    if takes_one and len(beside) == 1 and isinstance(beside[0], Tensor):
-        return beside[0]
-    if has_one and len(beside) > 1 and "Tensor" not in annotation:
-        return batch
-    raise Refused(
-        f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select them: "
-        f"{inputs_hint(batch)}."
-    )
-
-
-def by_position(model: nn.Module, values: Sequence[object]) -> Arguments:
-    """Name arguments that are given by position; those of ``*args`` by numbers."""
-    return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
-
-
-def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    module = original_module(model)
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = inspect.signature(module.forward).parameters
-    return _PARAMETERS[module]
-
-
-def required_names(model: nn.Module) -> list[str]:
-    """List the names of the positional arguments that ``forward`` requires."""
-    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL]
-
-
-def has_options(model: nn.Module) -> bool:
-    """Return whether a ``forward`` of one's own takes more arguments by position than it requires."""
-    is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
-    return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
-
-
-def takes_only_keywords(model: nn.Module) -> bool:
-    """Return whether ``forward`` takes only ``**kwargs``."""
-    return {*_kinds(model)} <= {_KEYWORDS}
-
-
-def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
-    """Return whether a batch has elements by position."""
-    return isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence)
-
-
-def as_tuple(chosen: object) -> tuple[object, ...]:
-    """Return what a function of the user returns as several values, of which a tuple has more than one."""
-    return chosen if type(chosen) is tuple else (chosen,)
-
-
-def split_elements(model: nn.Module, batch: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return the inputs, as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
-    count = max(1, len(required_names(model)))
-    may_be_pair = len(batch) == 2 and count >= 2 and is_sequence(batch[0]) and len(batch[0]) == count
-    if may_be_pair and isinstance(y := batch[1], Tensor):
-        has_one_number = y.ndim in (1, 2) and y.shape[1:].numel() == 1  # for each sample
-        if count > 2 or has_one_number:
-            return batch[0], batch[1:]
-    return batch[:count], batch[count:]
-
-
-def _kinds(model: nn.Module) -> list[object]:
-    return [p.kind for p in parameters_of(model).values()]
 
 
 # Outputs
@@ -380,34 +155,13 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
             elements of a tuple may be the outputs.
     """
     if outputs is None or outputs is select_outputs:
-        selected = _find_outputs(result)
+        selected = rules.find_outputs(result)
     else:
         with refuse_on_error(f"`outputs` failed on {describe(result)}, which `forward` returned"):
             selected = outputs(result)
     if not is_floating(selected) or selected.ndim == 0:
-        found = [place for place, _, x in places(result, "result") if is_floating(x) and x.ndim > 0]
-        example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
-        raise Refused(
-            f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
-            f"from {describe(result)}, which `forward` returned{example}."
-        )
+        raise rules.no_outputs(result, selected)
     return selected
-
-
-def _find_outputs(result: object) -> object:
-    """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
-    if isinstance(result, Mapping) or hasattr(result, "logits"):
-        return entry(result, "logits")
-    if len({x.shape[1] for x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
-        has_tensors = is_sequence(result) and any(map(is_floating, result))
-        example = (
-            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
-        )
-        raise Refused(
-            f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which `forward` "
-            f"returned: {example}."
-        )
-    return first_of(result)
 
 
 # Labels
@@ -427,23 +181,17 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        selected = find_targets(model, batch)
-    else:
-        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
-            selected = targets(clone_tensors(batch))
+        return labels_at(resolved(rules.find_labels, model, batch), model, batch)
+    with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+        selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
-        rest = split_elements(model, batch)[1] if is_sequence(batch) else ()
-        hint = "" if targets else targets_hint(batch, rest or batch)
-        raise Refused(f"`targets` should return the labels{hint} from {describe(batch)}.")
+        raise Refused(f"`targets` should return the labels from {describe(batch)}.")
     return selected
 
 
-def find_targets(model: nn.Module, batch: object) -> object:
-    """Find the labels by name or position; None if it is not clear where they are."""
-    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
-    found = [value for value in map(partial(entry, batch), names) if isinstance(value, Tensor)]
-    if found or not is_sequence(batch):
-        return found[0] if len(found) == 1 else None
-    rest = split_elements(model, batch)[1]  # what follows the inputs
-    has_choice = len(rest) > 1 and (any(isinstance(x, Tensor) for x in rest[1:]) or has_options(model))
-    return rest[0] if rest and not has_choice else None
+def labels_at(place: Place | None, model: nn.Module, batch: Any) -> Tensor:
+    """Return the labels of a batch, or refuse it if it is not clear where they are."""
+    if place is None:
+        raise rules.no_labels(model, batch)
+    found: Tensor = at(batch, place)
+    return found

@@ -89,11 +89,10 @@ def limits(max_samples: int, max_bytes: float = 2**40) -> Iterator[None]:
 def add(kept: KeptObservations, numbers: torch.Tensor) -> None:
     """Add those samples of a batch that are wanted, each of two floats and a label of 8 bytes, which are its number."""
 
-    def read(indices: torch.Tensor) -> Observations:
-        wanted = numbers[indices]
-        return Observations({"columns": wanted[:, None].float().repeat(1, 2)}, wanted)
-
-    kept.add(len(numbers), read)
+    chosen, priorities = kept.choose(len(numbers))
+    if len(chosen) > 0:
+        wanted = numbers[chosen]
+        kept.add(Observations({"columns": wanted[:, None].float().repeat(1, 2)}, wanted), priorities)
 
 
 @given(sizes=SIZES, most=st.integers(1, 90), max_bytes=st.integers(20, 4000))
@@ -130,7 +129,8 @@ def test_of_a_table_in_one_batch_a_copy_of_the_wanted_samples_is_all_that_is_mad
     table, made = torch.zeros(10_000, 50), list[int]()
     with limits(2_000), Watch(lambda function, args, kwargs, result: made.append(getattr(result, "nbytes", 0))):
         kept = KeptObservations(2)
-        kept.add(10_000, lambda rows: Observations({"columns": table[rows]}, torch.zeros(len(rows))))
+        rows, priorities = kept.choose(10_000)
+        kept.add(Observations({"columns": table[rows]}, torch.zeros(len(rows))), priorities)
         kept.joined()
     assert max(made) == pytest.approx(table.nbytes / 5, rel=1e-2) and sum(size > 2**18 for size in made) <= 2
 
@@ -157,6 +157,7 @@ def test_samples_are_joined_only_if_all_were_seen() -> None:
     kept = KeptObservations(2)
     with pytest.raises(ValueError, match="No sample has a label"):
         kept.joined()
-    kept.add(3, lambda indices: Observations({}, indices))
+    indices, priorities = kept.choose(3)
+    kept.add(Observations({}, indices), priorities)
     with pytest.raises(ValueError, match="neither dense numbers nor token ids"):
         kept.joined()

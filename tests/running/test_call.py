@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.running.batches import tensors_in
-from lightning_sensitivity.running.call import FunctionCall, find_targets
+from lightning_sensitivity.running.batches import at, tensors_in
+from lightning_sensitivity.running.rules import find_labels
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
@@ -176,7 +176,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "a dict of arguments from `inputs`": (lambda: call(TWO, X, lambda x: {"mask": IDS, "x": x})(), X),
     "a dict as an argument from `inputs`": (lambda: call(OF_DICT, X, lambda x: {"a": x, "b": x})(), X),
     "an option that is a field": (lambda: call(OPTIONAL, Masked(X, IDS, IDS)).arguments["mask"], IDS),
-    "what a function returns": (lambda: FunctionCall(nn.Module(), (X, IDS), lambda model, batch: batch[0])(), X),
+    "what a function returns": (lambda: call(nn.Module(), (X, IDS), function=lambda model, batch: batch[0])(), X),
 }
 
 
@@ -237,5 +237,5 @@ def test_what_leaves_doubt_is_refused(what: str) -> None:
 
 def test_labels_are_expected_where_they_are_usual() -> None:
     for model, batch in ((ONE, (X, IDS)), (ONE, {"x": X, "y": IDS}), (TWO, [X, X, IDS])):
-        assert find_targets(model, batch) is IDS
-    assert not any(find_targets(ONE, batch) is not None for batch in (X, [X], {"x": X}, (X, X, IDS)))
+        assert at(batch, find_labels(model, batch)) is IDS
+    assert not any(find_labels(ONE, batch) is not None for batch in (X, [X], {"x": X}, (X, X, IDS)))

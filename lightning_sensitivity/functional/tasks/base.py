@@ -166,7 +166,7 @@ class Multiclass(TaskBase):
             labels: Class indices ``(N,)`` or ``(N, 1)``, or probabilities ``(N, C)``.
             num_columns: C, which class indices do not say.
         """
-        counts, labels = self.has_label(labels), without_ones(labels)
+        counts, labels = self.known(labels)[:, 0], without_ones(labels)
         if labels.is_floating_point():
             return labels.where(counts[:, None], torch.nan)
         indices = without_single_output(labels).long().where(counts, 0)

@@ -1,0 +1,144 @@
+"""A reference that was fitted to the training samples of a run: whether it may choose, and what it says of others."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sensitivity.expected.doubts import Warn, say_differences, say_shares, say_unused
+from lightning_sensitivity.expected.record import Predictions, Unseen, Verdict
+from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART, draw_labels
+from lightning_sensitivity.reading.reader import BatchReader
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
+from lightning_sensitivity.reference.observations import Observations, count_groups
+from lightning_sensitivity.running.batches import move_batch
+from lightning_sensitivity.running.isolation import isolated
+
+
+class FittedReference:
+    """A reference of a run, which the monitor, its ``predict`` and ``compare_models`` ask alike.
+
+    Args:
+        reader: What reads the batches of the run.
+        known: Training samples, with a matrix of labels.
+        estimator: What is fitted; None for the reference's own learners.
+        warn: Warns, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`.
+        class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
+
+    Attributes:
+        model: The fitted :class:`~lightning_sensitivity.Reference`.
+        verdict: What all processes have to know of it.
+
+    Raises:
+        ValueError: If there is nothing to learn from, or ``class_shares`` has a class without a sample.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        known: Observations,
+        estimator: object,
+        warn: Warn,
+        class_shares: Sequence[float] | str | None = None,
+    ) -> None:
+        from lightning_sensitivity.reference import Reference
+
+        self._reader, self._warn, self._class_shares = reader, warn, class_shares  # no samples, which are freed
+        self.model = Reference(reader.task.name, estimator).fit(known.seen, known.labels.numpy(), known.groups)
+        shares = self.model.shares_
+        if class_shares is not None and not isinstance(class_shares, str) and not shares.all():
+            missing = int(shares.argmin())
+            raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
+        if reader.task.link == "softmax" and (message := say_unused(list(shares), self.model.num_samples_)):
+            warn("outputs", message)
+        self._is_table = "columns" in (self.model.kind_, self.model.features_)
+        is_trusted = self.model.may_choose(reader.sees_all)
+        self.verdict = Verdict(
+            learner=self.model.learner_,
+            features="features" if reader.has_features else self.model.features_,
+            num_training=self.model.num_samples_,
+            skill=self.model.skill_,
+            majority=self.model.majority_,
+            unexplained=self.model.unexplained_,
+            is_trusted=is_trusted,
+            is_whole_table=reader.sees_all and self._is_table,
+            inputs_tell_nothing=is_trusted and self.model.inputs_tell_nothing_,
+            blind_labels=self.model.blind_labels_.tolist(),
+        )
+
+    def predict(self, seen: Seen) -> Tensor:
+        """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
+        q = torch.from_numpy(self.model.predict_matrix(seen))
+        if self._class_shares is None:
+            return q
+        of_training = torch.from_numpy(self.model.shares_)
+        is_unknown = isinstance(self._class_shares, str)
+        shares = estimate_class_shares(q, of_training) if is_unknown else torch.as_tensor(self._class_shares)
+        return reweigh(q, of_training, shares)
+
+    def expect(
+        self, known: Observations, new: Observations, indices: Tensor, where: str, is_local: bool, has_shares: bool
+    ) -> Unseen:
+        """Predict some of new samples, draw labels for them, and say what makes them doubtful.
+
+        Args:
+            known: The training samples, as they were fitted.
+            new: New samples.
+            indices: Which of them to predict, ``(N,)``; labels are drawn in this order.
+            where: What they are called, such as ``"dataloader 0"``.
+            is_local: Whether errors of a regression are drawn near each prediction.
+            has_shares: Whether the user could set ``class_shares``, and is told to.
+        """
+        model, new = self.model, new.take(indices)
+        q = self.predict(new.seen)
+        if has_shares and self._reader.task.has_class_shares and self._class_shares is None:
+            say_shares(where, model, q, new.groups, self._warn)
+        say_differences(known, new, where, not self._reader.has_features, self._warn)
+        draws = draw_labels(q, model.task, model.residuals_near(q) if is_local else model.residuals_)
+        q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
+        groups = None if model.groups_ is None else torch.from_numpy(model.groups_)
+        return Unseen(indices, q, draws, model.score_, count_groups(groups, model.num_samples_), self._sure_as)
+
+    @property
+    def _sure_as(self) -> int:
+        """As how many labels it is sure of a network, which may know more than columns, or features."""
+        if self._reader.has_features:
+            return SURE_OF_FEATURES
+        return SURE_AS if self._is_table and self._reader.sees_all else SURE_OF_PART
+
+    def predict_both(self, network: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
+        """Predict samples by a network and by the reference.
+
+        Args:
+            network: The network.
+            dataloader: Batches.
+            are_alike: Whether outputs of the network may be predictions of labels.
+
+        Raises:
+            ValueError: If there is no batch, or the reference can't read them.
+        """
+        outputs, seen = [], []
+        for batch in dataloader:
+            moved = move_batch(network, batch)
+            call = self._reader.call(network, moved)
+            with isolated(network) as run:
+                outputs.append(self._reader.task.predictions(run(call).cpu()))
+            seen.append(self._reader.see(network, moved, call, len(outputs[-1])))
+        if not outputs:
+            raise ValueError("Expected batches in `dataloader`, but got none.")
+        of_network, of_reference = torch.cat(outputs), self.predict(join_seen(seen)).to(outputs[0].dtype)
+        return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
+
+
+def finite_samples(samples: Observations, what: str, warn: Warn) -> Tensor:
+    """Return the samples without nan and inf, ``(N,)``, and say how many have some."""
+    is_finite = are_finite(samples.seen)
+    if not bool(is_finite.all()):
+        message = (
+            f"leaves out {int((~is_finite).sum())} {what} with nan or inf in inputs or features. If values are "
+            "missing, fill them in, with a column that says where."
+        )
+        warn("nan", message, kind=what)
+    return is_finite.nonzero()[:, 0]

@@ -1,0 +1,439 @@
+"""The rules that find what a batch is to a model, and refuse one that leaves doubt. Nothing else guesses."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.messages import Refused, describe
+from lightning_sensitivity.reference.kinds import kind_of
+from lightning_sensitivity.running.batches import (
+    Attribute,
+    Place,
+    at,
+    code_of,
+    entry,
+    first_of,
+    has_samples,
+    held_by,
+    is_constant,
+    is_dense,
+    is_empty,
+    is_floating,
+    places,
+)
+from lightning_sensitivity.running.layout import TARGET_NAMES, Input, Layout, Sight, without
+
+T = TypeVar("T")
+
+_LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
+_MAX_NAMED = 3  # candidates that a message names
+
+BATCH = "the batch"  # the name of what a function in place of `forward` gets
+_ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+_DEFAULTS = (
+    "torch.nn.modules.module",
+    "lightning.pytorch",
+    "pytorch_lightning",
+)  # where `forward` is nobody's
+
+_MAX_DIMENSIONS = 4  # those of images
+_MASK = "attention_mask"  # in transformers, where tokens are, and not padding
+_NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
+GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
+
+
+# What a `forward` takes
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
+    module = original_module(model)
+    if module not in _PARAMETERS:
+        _PARAMETERS[module] = inspect.signature(module.forward).parameters
+    return _PARAMETERS[module]
+
+
+def required_names(model: nn.Module) -> list[str]:
+    """List the names of the positional arguments that ``forward`` requires."""
+    return [
+        name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL
+    ]
+
+
+def _kinds(model: nn.Module) -> list[object]:
+    return [p.kind for p in parameters_of(model).values()]
+
+
+def _has_options(model: nn.Module) -> bool:
+    """Return whether a ``forward`` of one's own takes more arguments by position than it requires."""
+    is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
+    return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
+
+
+def _takes_only_keywords(model: nn.Module) -> bool:
+    return {*_kinds(model)} <= {_KEYWORDS}
+
+
+def by_position(model: nn.Module, values: Sequence[T]) -> dict[str, T]:
+    """Name arguments that are given by position; those of ``*args`` by numbers."""
+    return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
+
+
+# Arguments
+
+
+def layout_of_batch(model: nn.Module, batch: Any) -> Layout:
+    """Find the arguments, the inputs and the labels of a whole batch; see ModelCall.
+
+    Raises:
+        MisconfigurationException: If it is not clear how to call the model.
+    """
+    parameters, required = parameters_of(model), {*required_names(model)}
+    found: dict[Any, Place] = {}
+    if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
+        found = {name: (Attribute(name),) for name in batch._fields if name in parameters}
+    elif isinstance(batch, Mapping):
+        found = {name: (name,) for name in batch if name in parameters or _takes_only_keywords(model)}
+    if found:
+        return _layout(model, batch, batch, True, found)
+    positions = _split(model, batch)[0] if is_sequence(batch) else [()]
+    if isinstance(batch, Mapping):
+        positions = [_only_argument(model, batch)]
+    return _layout(model, batch, batch, False, by_position(model, positions))
+
+
+def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
+    """Name the arguments that a function of the user has chosen: one, a tuple, or a dict of those named.
+
+    Args:
+        model: The module.
+        both: The batch, and what the function has chosen of it.
+
+    Raises:
+        MisconfigurationException: If ``forward`` has none of such a name.
+    """
+    batch, chosen = both
+    unknown = (
+        [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
+    )
+    if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
+        if unknown and _KEYWORDS not in _kinds(model):
+            names = ", ".join(map(repr, unknown))
+            raise Refused(
+                f"`inputs` should return arguments of `forward`, which has none that is called {names}."
+            )
+        return _layout(model, batch, chosen, True, {name: (name,) for name in chosen})
+    positions = [(step,) for step in range(len(chosen))] if type(chosen) is tuple else [()]
+    return _layout(model, batch, chosen, False, by_position(model, positions))
+
+
+def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
+    """Name what a reference sees beside the batch, which a function takes in place of ``forward``."""
+    batch, chosen = both
+    found: dict[str, Place] = {"0": (1,)}
+    if isinstance(chosen, Mapping) or type(chosen) is tuple:
+        found = {str(step): (1, step) for step, _ in held_by(chosen)}
+    return _layout(
+        model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ())
+    )
+
+
+def _layout(
+    model: nn.Module,
+    batch: object,
+    value: object,
+    by_name: bool,
+    found: dict[str, Place],
+    inputs: Mapping[str, Sequence[str]] | None = None,
+) -> Layout:
+    """Find what is seen of the arguments in a value, and the inputs, which are not named like labels."""
+    arguments = {name: at(value, place) for name, place in found.items()}
+    if inputs is None:
+        asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
+        inputs = {
+            name: labels_in(arguments[name]) for name in found if name in asked or not is_like_targets(name)
+        }
+    named = {name: without(arguments[name], names) for name, names in inputs.items()}
+    left_out = [] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES})
+    rows = _find_rows(arguments)
+    sight = None if rows is None else find_sight(named, len(at(arguments, rows)))
+    return Layout(
+        by_name, found, inputs, left_out, rows, sight, find_labels(model, batch), value is not batch
+    )
+
+
+def is_like_targets(name: object) -> bool:
+    """Return whether an entry that no ``forward`` asks for is named like labels."""
+    return name in TARGET_NAMES or _LIKE_TARGETS.search(str(name)) is not None
+
+
+def labels_in(value: Any) -> list[str]:
+    """List the entries of a mapping that are named like labels."""
+    return [*filter(is_like_targets, value)] if isinstance(value, Mapping) else []
+
+
+def _names(named: Mapping[str, object]) -> set[str]:
+    """Collect the names of values, and of entries of those that are mappings."""
+    return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
+
+
+def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> Place:
+    """Find the only tensor of a mapping, or all of it, whichever the only argument of ``forward`` takes."""
+    required, beside = required_names(model), _beside_labels(batch)
+    has_one = len(required) == 1
+    annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
+    if re.search("dict|mapping", annotation, re.IGNORECASE):
+        return ()
+    takes_one = has_one or (not required and _ANY in _kinds(model))
+    if takes_one and len(beside) == 1 and isinstance(batch[beside[0]], Tensor):
+        return (beside[0],)
+    if has_one and len(beside) > 1 and "Tensor" not in annotation:
+        return ()
+    raise Refused(
+        f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select "
+        f"them: {inputs_hint(batch)}."
+    )
+
+
+def _beside_labels(batch: Mapping[str, object]) -> list[str]:
+    """List the entries that are not called as labels are, and not empty."""
+    return [name for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)]
+
+
+def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether a batch has elements by position."""
+    return isinstance(batch, list | tuple) and not isinstance(batch, PackedSequence)
+
+
+def _split(model: nn.Module, batch: Sequence[Any]) -> tuple[list[Place], list[Place]]:
+    """Find as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
+    count, steps = max(1, len(required_names(model))), [(step,) for step, _ in held_by(batch)]
+    may_be_pair = len(batch) == 2 and count >= 2 and is_sequence(batch[0]) and len(batch[0]) == count
+    if may_be_pair and isinstance(y := batch[1], Tensor):
+        has_one_number = y.ndim in (1, 2) and y.shape[1:].numel() == 1  # for each sample
+        if count > 2 or has_one_number:
+            return [(*steps[0], step) for step, _ in held_by(batch[0])], steps[1:]
+    return steps[:count], steps[count:]
+
+
+# Labels
+
+
+def find_labels(model: nn.Module, batch: object) -> Place | None:
+    """Find the labels by name or position; None if it is not clear where they are."""
+    names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
+    step = (lambda name: name) if isinstance(batch, Mapping) else Attribute
+    found = [(step(name),) for name in names if isinstance(entry(batch, name), Tensor)]
+    if found or not is_sequence(batch):
+        return found[0] if len(found) == 1 else None
+    rest = _split(model, batch)[1]  # what follows the inputs
+    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (
+        rest[1:] and _has_options(model)
+    )
+    return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
+
+
+def no_labels(model: nn.Module, batch: object) -> Refused:
+    """Say that labels are needed, and what to write to select them, by name if there are such names."""
+    rest = (_split(model, batch)[1] if is_sequence(batch) else []) or [()]
+    found = [each for place in rest for each, _ in places(at(batch, place), place) if each]
+    named = [place for place in found if is_like_targets(place[-1])]
+    hint = _say("targets", [*map(code_of, named or found)])
+    return Refused(
+        f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}."
+    )
+
+
+# What a reference sees
+
+
+def _find_rows(arguments: Mapping[str, object]) -> Place | None:
+    """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
+    found = (
+        [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
+    )
+    return found[0][0] if len({size for _, size in found}) == 1 and found[0][1] > 0 else None
+
+
+def _has_samples(value: object) -> bool:
+    """Return whether a value is made of dense tensors and constants; a list may be of samples."""
+    if isinstance(value, Mapping):
+        return all(map(_has_samples, value.values()))
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        return all(map(_has_samples, value))
+    return is_dense(value) or is_constant(value)
+
+
+def find_sight(named: Mapping[str, object], size: int) -> Sight:
+    """Sort the inputs of a model by what they are to a reference.
+
+    A matrix of integers holds token ids if there are no numbers beside it, or if it has a mask; else it holds
+    categories.
+
+    Args:
+        named: The inputs by the names of the arguments.
+        size: N, the number of samples.
+
+    Returns:
+        What a reference sees, and the names of the arguments of which something can't be read.
+    """
+    if _are_graphs(named):  # one graph may be all inputs together
+        return [Input("graphs", (), GRAPHS)], []
+    found, unread = _find_readable(named, size)
+    masks = {x.shape: place for name, place, x in found if name == _MASK}
+    numbers = {x.shape for _, _, x in found if x.is_floating_point()}
+    # A mask is an input only if it may say which numbers are missing.
+    inputs = [
+        (n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))
+    ]
+    has_numbers = not all(_are_integers(x) for _, _, x in inputs)
+    seen = []
+    for name, place, x in inputs:
+        are_words = _are_integers(x) and (x.shape in masks or not has_numbers)
+        kind = kind_of(x) if are_words or x.ndim > 2 or x.is_floating_point() else INTEGERS
+        kind = GRAPHS if _are_graphs(named[name]) else kind
+        seen.append(Input(name, place, kind, masks.get(x.shape) if are_words else None))
+    return seen, unread
+
+
+def _find_readable(
+    named: Mapping[str, object], size: int
+) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
+    """List the tensors that can be read, with their arguments, and the arguments that hold more."""
+    found, unread = [], []
+    for name, value in named.items():
+        if _are_graphs(value):
+            found.append((name, (name,), torch.zeros(size, 0)))  # in place of their sums
+            continue
+        tensors = places(value, (name,))
+        parts = [(name, place, x) for place, x in tensors if x.ndim > 0 and not is_constant(x)]
+        readable = [each for each in parts if has_samples(each[2], size) and each[2].ndim <= _MAX_DIMENSIONS]
+        found += readable
+        if len(readable) < len(parts) or not (tensors or is_constant(value)):
+            unread.append(name)
+    return found, unread
+
+
+def _are_integers(x: Tensor) -> bool:
+    """Return whether a tensor is a matrix of integers."""
+    return x.ndim == 2 and not x.is_floating_point() and x.dtype != torch.bool
+
+
+def _are_graphs(value: object) -> bool:
+    """Return whether a value holds graphs: that of each node, and the nodes of each edge."""
+    of_node, ends = entry(value, "batch"), entry(value, "edge_index")
+    are_tensors = isinstance(of_node, Tensor) and isinstance(ends, Tensor)
+    return are_tensors and ends.shape[:1] == (2,) and of_node.ndim == 1
+
+
+# Outputs
+
+
+def find_outputs(result: Any) -> object:
+    """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
+    if isinstance(result, Mapping) or hasattr(result, "logits"):
+        return entry(result, "logits")
+    if len({x.shape[1] for _, x in places(result) if x.ndim == 2 and is_floating(x)}) > 1:
+        has_tensors = is_sequence(result) and any(map(is_floating, result))
+        example = (
+            "such as `outputs=lambda out: out[1]`"
+            if has_tensors
+            else "if none, set `call=lambda module, batch: ...`"
+        )
+        raise Refused(
+            f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
+            f"`forward` returned: {example}."
+        )
+    return first_of(result)
+
+
+def no_outputs(result: object, selected: object) -> Refused:
+    """Say that outputs are needed, and what to write, if there is one candidate."""
+    found = [code_of(place, "result") for place, x in places(result) if is_floating(x) and x.ndim > 0]
+    example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
+    return Refused(
+        f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
+        f"from {describe(result)}, which `forward` returned{example}."
+    )
+
+
+def check_class_dimension(outputs: Tensor, arguments: object) -> None:
+    """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
+    first, last = outputs.shape[1:-1], outputs.shape[2:]
+    if min(first.numel(), last.numel()) <= 1:
+        return
+    shapes = [x.shape[1:] for _, x in places(arguments) if not x.is_nested]
+    are_first = first in [shape[: len(first)] for shape in shapes]
+    if are_first and last not in [shape[-len(last) :] for shape in shapes]:
+        raise Refused(
+            f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
+            "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
+        )
+
+
+# Noise
+
+
+def find_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> str:
+    """Find the name of the argument to perturb, which is the first one by position.
+
+    Raises:
+        MisconfigurationException: If it is not clear which one, or none is floating.
+    """
+    floating: list[
+        tuple[str, str]
+    ] = []  # the name of each argument, and the code that selects what floats in it
+    for name in layout.inputs if layout.by_name else [*arguments][:1]:
+        value = arguments[name]
+        beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
+        floating += [
+            (name, code_of(place, name)) for place, x in places(beside) if is_floating(x) and not is_empty(x)
+        ]
+    has_choice = len(floating) > 1 and not layout.is_chosen
+    if len({name for name, _ in floating}) == 1 and not has_choice:
+        return floating[0][0]
+    listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
+    modules = original_module(model).named_modules()
+    layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
+    layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
+    at_layer = repr(layers[0][0]) if layers else ""
+    selected = ", ".join(map(code_of, layout.places.values()))
+    select = f"`inputs=lambda batch: ({selected},)`"
+    hint = f"; of a tuple, the first one is perturbed, with all that it holds: {select}" if has_choice else ""
+    raise Refused(
+        f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` "
+        f"({described}). Perturb the output of a submodule by `at={at_layer}`, or select an input by "
+        f"`inputs=`{hint}.",
+        entry="noise",
+    )
+
+
+# Hints: what to write to select entries
+
+
+def inputs_hint(batch: object) -> str:
+    """Say how to select floating tensors of a mapping, or the whole; of another batch nothing."""
+    if not isinstance(batch, Mapping):
+        return ""
+    named = [(place, x) for place, x in places(batch) if place[-1] not in TARGET_NAMES]
+    hint = _say(
+        "inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)]
+    )
+    return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
+
+
+def _say(selector: str, candidates: list[str]) -> str:
+    """Say what to write for a selector, by the code of its candidates; nothing without any."""
+    if not candidates:
+        return ""
+    others = "".join(f", or `{each}`" for each in candidates[1:_MAX_NAMED])
+    return f"`{selector}=lambda batch: {candidates[0]}`{others}"
