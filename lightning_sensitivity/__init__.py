@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_sensitivity.metric import OutputSensitivity, RefinedScore
+from lightning_sensitivity.metric import OutputSensitivity
 
 if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import RiskMonitor as RiskMonitor
@@ -23,11 +23,11 @@ _MODULES = {
     "compare_models": "compare",
     "label_noise": "reference",
 }
-__all__ = ["OutputSensitivity", "RefinedScore", "__version__", *_MODULES]
+__all__ = ["OutputSensitivity", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Imported on first use, so that the metrics import neither Lightning nor scikit-learn.
+    # Imported on first use, so that the metric imports neither Lightning nor scikit-learn.
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

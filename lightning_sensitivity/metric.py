@@ -1,6 +1,6 @@
-"""Output sensitivity and the refined score as torchmetrics, which need neither a Trainer nor a model.
+"""Output sensitivity as a torchmetric, which needs neither a Trainer nor a model.
 
-Their states are in double precision, even if the model that holds them is cast to 16 bits.
+Its state is in double precision, even if the model that holds it is cast to 16 bits.
 """
 
 from __future__ import annotations
@@ -17,56 +17,12 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_sensitivity.compat import AxType, PlotType
 from lightning_sensitivity.functional import sensitivity
-from lightning_sensitivity.functional.refined_score import TEMPERATURES, Refined, ScoreSums, check_scored, score_sums
-from lightning_sensitivity.functional.tasks import find_task
 from lightning_sensitivity.functional.tensors import wide_dtype
 
-__all__ = ["OutputSensitivity", "RefinedScore"]
+__all__ = ["OutputSensitivity"]
 
 
-class DoublePrecisionMetric(Metric):
-    """A metric with states in double precision."""
-
-    is_differentiable: bool = False
-    full_state_update: bool = False
-    plot_lower_bound: float = 0.0
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
-        """Move the states with the metric, without its casts."""
-        super()._apply(fn, exclude_state=tuple(self._defaults))
-        for name, default in self._defaults.items():
-            self._defaults[name] = apply_to_collection(default, Tensor, self._move)
-            setattr(self, name, apply_to_collection(getattr(self, name), Tensor, self._move))
-        return self
-
-    def _move(self, state: Tensor) -> Tensor:
-        return state.to(self.device, wide_dtype(self.device))
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
-        """Plot one or several values of the metric.
-
-        Args:
-            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
-                result of ``metric.compute``.
-            ax: The matplotlib axes to plot on; by default new ones.
-
-        Returns:
-            Figure and axes object.
-
-        Raises:
-            ModuleNotFoundError: If ``matplotlib`` is not installed.
-
-        Example:
-            >>> import torch
-            >>> from lightning_sensitivity import RefinedScore
-            >>> metric = RefinedScore("binary")
-            >>> values = [metric(torch.randn(8), torch.randint(2, (8,)).float()) for _ in range(10)]
-            >>> figure, axes = metric.plot(values)
-        """
-        return self._plot(val, ax)
-
-
-class OutputSensitivity(DoublePrecisionMetric):
+class OutputSensitivity(Metric):
     r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
 
     .. math::
@@ -111,6 +67,10 @@ class OutputSensitivity(DoublePrecisionMetric):
         >>> metric.stderr
         tensor(2.1333e-05, dtype=torch.float64)
     """
+
+    is_differentiable: bool = False
+    full_state_update: bool = False
+    plot_lower_bound: float = 0.0
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -166,80 +126,36 @@ class OutputSensitivity(DoublePrecisionMetric):
         """Standard error of the value, over samples and noise; nan below two samples."""
         return self.estimate.stderr
 
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: AxType | None = None) -> PlotType:
+        """Plot one or several values of the metric.
 
-class RefinedScore(DoublePrecisionMetric):
-    r"""Compute the Brier score after the best temperature: what to choose an epoch by, with labels.
+        Args:
+            val: A result of ``metric.forward`` or ``metric.compute``, or a list of results; by default the
+                result of ``metric.compute``.
+            ax: The matplotlib axes to plot on; by default new ones.
 
-    .. math::
-        \min_T \; \frac{1}{n} \sum_i \big\| \operatorname{softmax}(f(x_i) / T) - y_i \big\|^2
+        Returns:
+            Figure and axes object.
 
-    It follows accuracy, and does not rise only because a network becomes too sure of itself. See
-    :func:`~lightning_sensitivity.functional.refined_score` for the source. The state is one row of sums for
-    each of nine temperatures, so the value depends on neither the batch size nor the number of processes.
+        Raises:
+            ModuleNotFoundError: If ``matplotlib`` is not installed.
 
-    ``forward`` and ``update`` accept:
-
-    - ``logits`` (:class:`~torch.Tensor`): outputs before softmax or sigmoid, ``(N, K)``; ``(N,)`` or
-      ``(N, 1)`` for ``"binary"``.
-    - ``targets`` (:class:`~torch.Tensor`): class indices ``(N,)``; or probabilities ``(N, K)``, such as soft
-      labels or the predictions of another model. Those of -100 are ignored.
-
-    ``forward`` and ``compute`` return a scalar tensor; lower is better. Samples with nan or inf are left out,
-    with a warning; probabilities give one, too.
-
-    Args:
-        task: ``"multiclass"``, ``"binary"`` or ``"regression"``, whose score is the mean squared error.
-        kwargs: Additional keyword arguments of :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If the task is unknown; in ``update``, if targets do not fit the task, or logits are
-            dense.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity import RefinedScore
-        >>> metric = RefinedScore("multiclass")
-        >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 1]))
-        >>> metric.update(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), torch.tensor([0, 0]))
-        >>> metric.compute()
-        tensor(0.3757, dtype=torch.float64)
-        >>> metric.temperature
-        4.0
-    """
-
-    higher_is_better: bool = False
-
-    packed_sums: Tensor
-
-    def __init__(self, task: str = "multiclass", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.task = find_task(task)
-        self._temperature = 1.0  # as of the last `compute`
-        zeros = torch.zeros(len(TEMPERATURES), len(ScoreSums._fields), dtype=wide_dtype(self.device))
-        self.add_state("packed_sums", default=zeros, dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch."""
-        check_scored(logits, targets, self.task)
-        if self.task.look_like_probabilities(logits):
-            rank_zero_warn("`logits` look like probabilities: take what comes before softmax or sigmoid.", stacklevel=5)
-        # not in place: the state may belong to inference mode
-        self.packed_sums = self.packed_sums + score_sums(logits, targets, self.task)
-
-    def compute(self) -> Tensor:
-        """Compute the score of all samples so far, over all processes; nan without any."""
-        sums = ScoreSums(*self.packed_sums.T)
-        num_non_finite = int(sums.num_non_finite[0])
-        if num_non_finite > 0:
-            rank_zero_warn(f"{num_non_finite} samples gave nan or inf, and were left out.", stacklevel=5)
-        score, self._temperature = Refined.lowest(sums.scores)
-        return self.packed_sums.new_tensor(score)
-
-    @property
-    def temperature(self) -> float:
-        """The best temperature over all processes. Logits divided by it are calibrated.
-
-        Like ``compute``, reading it is a collective operation unless a value is cached.
+        Example:
+            >>> import torch
+            >>> from lightning_sensitivity import OutputSensitivity
+            >>> metric = OutputSensitivity()
+            >>> values = [metric(torch.randn(8, 3), torch.randn(8, 3)) for _ in range(10)]
+            >>> figure, axes = metric.plot(values)
         """
-        self.compute()  # this is cached, and sets the temperature
-        return self._temperature
+        return self._plot(val, ax)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Metric:
+        """Move the state with the metric, without its casts."""
+        super()._apply(fn, exclude_state=tuple(self._defaults))
+        for name, default in self._defaults.items():
+            self._defaults[name] = apply_to_collection(default, Tensor, self._move)
+            setattr(self, name, apply_to_collection(getattr(self, name), Tensor, self._move))
+        return self
+
+    def _move(self, state: Tensor) -> Tensor:
+        return state.to(self.device, wide_dtype(self.device))

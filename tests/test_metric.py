@@ -1,4 +1,4 @@
-"""Both metrics: batches of any sizes and processes give what all samples give, and nothing on the way is lost."""
+"""The metric: batches of any sizes and processes give what all samples give, and nothing on the way is lost."""
 
 import pickle
 import subprocess
@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sensitivity import OutputSensitivity, RefinedScore
-from lightning_sensitivity.functional import output_sensitivity, refined_score
+from lightning_sensitivity import OutputSensitivity
+from lightning_sensitivity.functional import output_sensitivity
 from lightning_sensitivity.functional.sensitivity import SensitivityEstimate, sensitivity_from_sums, sensitivity_sums
 from tests.helpers import run_processes
 
@@ -28,9 +28,8 @@ ROWS = torch.arange(NUM_SAMPLES).split(SIZES)
 
 
 def filled(metric: Any, batches: Iterable[int] = range(NUM_BATCHES), called: bool = False) -> Any:
-    others = NOISY if isinstance(metric, OutputSensitivity) else LABELS
     for i in batches:
-        (metric if called else metric.update)(CLEAN[i], others[i])
+        (metric if called else metric.update)(CLEAN[i], NOISY[i])
     return metric
 
 
@@ -43,7 +42,7 @@ def close(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
-# What both metrics survive
+# What it survives
 
 
 def called_as_a_function(metric: Any) -> Any:
@@ -53,7 +52,7 @@ def called_as_a_function(metric: Any) -> Any:
 
 def moved_while_synced(metric: Any) -> Any:
     def gather(x: Tensor, group: Any) -> list[Tensor]:
-        return [x, x[:0] if isinstance(metric, OutputSensitivity) else torch.zeros_like(x)]
+        return [x, x[:0]]
 
     metric.sync(dist_sync_fn=gather, distributed_available=lambda: True)
     synced = metric.metric_state
@@ -69,7 +68,7 @@ def cast_and_reset(metric: Any) -> Any:
 
 def merged(metric: Any) -> Any:
     empty = type(metric)()
-    empty.update(CLEAN[0][:0], (NOISY if isinstance(metric, OutputSensitivity) else LABELS)[0][:0])
+    empty.update(CLEAN[0][:0], NOISY[0][:0])
     empty.merge_state(metric)
     return empty
 
@@ -86,60 +85,47 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [OutputSensitivity, RefinedScore])
-def test_it_resumes_as_if_nothing_had_happened(make: Callable[[], Any], way: str) -> None:
-    metric = WAYS[way](filled(make(), [0]))
-    close(metric.compute(), filled(make(), [0]).compute())
-    close(filled(metric, range(1, NUM_BATCHES)).compute(), filled(make()).compute())
-    assert {x.dtype for name in metric._defaults for x in getattr(metric, name)} == {torch.float64}
+def test_it_resumes_as_if_nothing_had_happened(way: str) -> None:
+    metric = WAYS[way](filled(OutputSensitivity(), [0]))
+    close(metric.compute(), filled(OutputSensitivity(), [0]).compute())
+    close(filled(metric, range(1, NUM_BATCHES)).compute(), filled(OutputSensitivity()).compute())
+    assert {x.dtype for x in metric.rows} == {torch.float64}
 
 
-def measure_in_process(rank: int, folder: Path) -> dict[str, Any]:
+def measure_in_process(rank: int, folder: Path) -> Tensor:
     """The first process has no sample, the other all."""
     torch.distributed.init_process_group("gloo", world_size=2, rank=rank)
-    found: dict[str, Any] = {}
-    for make in (OutputSensitivity, RefinedScore):
-        metric = make()
-        if rank == 1:
-            filled(metric)
-        metric._update_count = max(1, metric._update_count)  # else it warns that nothing came
-        found[make.__name__] = metric.compute()
-        if isinstance(metric, RefinedScore):
-            found["temperature"] = metric.temperature
-            assert metric.packed_sums[0, 0] == rank * NUM_SAMPLES  # again those of its own
-    return found
+    metric = OutputSensitivity()
+    if rank == 1:
+        filled(metric)
+    metric._update_count = max(1, metric._update_count)  # else it warns that nothing came
+    value: Tensor = metric.compute()
+    assert len(metric.rows[-1]) == rank * SIZES[-1]  # again those of its own
+    return value
 
 
 def test_two_processes_compute_what_one_computes_even_if_one_has_no_sample(tmp_path: Path) -> None:
-    of_processes = run_processes(measure_in_process, tmp_path)
-    score = filled(RefinedScore())
-    for found in of_processes:
-        close(found["OutputSensitivity"], filled(OutputSensitivity()).compute())
-        close(found["RefinedScore"], score.compute())
-        assert found["temperature"] == score.temperature
+    for value in run_processes(measure_in_process, tmp_path):
+        close(value, filled(OutputSensitivity()).compute())
 
 
 @pytest.mark.long
 def test_it_does_without_lightning() -> None:  # importing torch anew takes seconds
-    code = "import sys, lightning_sensitivity as ls; ls.RefinedScore(); sys.exit('lightning' in sys.modules)"
+    code = "import sys, lightning_sensitivity as ls; ls.OutputSensitivity(); sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # In a collection
 
 
-def test_in_a_collection_it_takes_keywords_and_the_score_alone_positions() -> None:
-    metrics = {"accuracy": MulticlassAccuracy(5), "S": OutputSensitivity(), "score": RefinedScore()}
+def test_in_a_collection_it_takes_keywords() -> None:
+    metrics = {"accuracy": MulticlassAccuracy(5), "S": OutputSensitivity()}
     collection = MetricCollection(metrics, prefix="val/")
     for i in range(NUM_BATCHES):
-        outputs = {"clean": CLEAN[i], "noisy": NOISY[i], "logits": CLEAN[i], "targets": LABELS[i]}
-        collection.update(preds=CLEAN[i], target=LABELS[i], **outputs)
+        collection.update(preds=CLEAN[i], target=LABELS[i], clean=CLEAN[i], noisy=NOISY[i])
     values = collection.compute()
-    assert set(values) == {"val/accuracy", "val/S", "val/score"}
+    assert set(values) == {"val/accuracy", "val/S"}
     close(values["val/S"], filled(OutputSensitivity()).compute())
-    close(values["val/score"], filled(RefinedScore()).compute())
-    collection = MetricCollection({"accuracy": MulticlassAccuracy(5), "score": RefinedScore()})
-    close(collection(CLEAN[0], LABELS[0])["score"], filled(RefinedScore(), [0]).compute())
 
 
 @pytest.mark.parametrize("labels", [
@@ -151,7 +137,7 @@ def test_labels_that_a_collection_passes_are_refused_by_keywords(labels: Tensor)
         MetricCollection({"S": OutputSensitivity()})(CLEAN[0], labels)
 
 
-# Sensitivity
+# What it computes
 
 
 @pytest.mark.parametrize("per_output", [False, True])
@@ -177,73 +163,6 @@ def test_what_is_left_out_is_said_once_and_updates_go_on() -> None:
     assert (metric.estimate.num_samples, metric.estimate.num_non_finite) == (NUM_SAMPLES + SIZES[0] - 2, 2)
 
 
-# The refined score
-
-TASKS: dict[str, tuple[Tensor, Tensor]] = {
-    "multiclass": (ALL_CLEAN, ALL_LABELS.where(ALL_LABELS > 0, -100)),
-    "binary": (ALL_CLEAN[:, 0], (ALL_LABELS > 1).float()),
-    "regression": (ALL_CLEAN, ALL_NOISY),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_score_and_the_temperature_of_batches_are_those_of_all_samples(task: str) -> None:
-    metric, (outputs, targets) = RefinedScore(task), TASKS[task]
-    for rows in ROWS:
-        metric.update(outputs[rows], targets[rows])
-    score, temperature = refined_score(outputs, targets, task)
-    assert float(metric.compute()) == pytest.approx(score) and metric.temperature == temperature
-    assert metric.compute().dtype == torch.float64 and metric.compute().ndim == 0
-
-
-@pytest.mark.parametrize("is_synced", [True, False])
-def test_the_temperature_is_that_of_the_score_and_no_further_exchange(is_synced: bool) -> None:
-    exchanges: list[Tensor] = []
-
-    def gather(x: Tensor, group: Any) -> list[Tensor]:
-        exchanges.append(x)
-        return [x, x]
-
-    options = {"dist_sync_fn": gather, "distributed_available_fn": lambda: True, "sync_on_compute": is_synced}
-    metric = filled(RefinedScore(**options), called=True)
-    temperature = refined_score(ALL_CLEAN, ALL_LABELS).temperature
-    assert metric.temperature == temperature and metric.compute() and metric.temperature == temperature
-    assert len(exchanges) == is_synced
-
-
-def test_samples_without_a_label_are_left_out_and_those_with_nan_are_said() -> None:
-    metric = RefinedScore()
-    metric.update(CLEAN[0], torch.full_like(LABELS[0], -100))
-    assert metric.compute().isnan() and metric.temperature == 1  # without a label, it is unknown
-    filled(metric).update(CLEAN[0] * torch.nan, LABELS[0])
-    with pytest.warns(UserWarning, match="^16 samples gave nan or inf") as warnings:
-        close(metric.compute(), filled(RefinedScore()).compute())
-    assert [warning.filename for warning in warnings] == [__file__]
-
-
-SIGMOIDS = ALL_CLEAN[:, 0].sigmoid()
-PROBABILITIES: dict[str, tuple[str, Tensor, Tensor]] = {
-    "a sigmoid": ("binary", SIGMOIDS, ALL_LABELS > 1),
-    "a softmax": ("multiclass", ALL_CLEAN.softmax(1), ALL_LABELS),
-    "a softmax in 16 bits": ("multiclass", ALL_CLEAN.bfloat16().softmax(1).float(), ALL_LABELS),
-}
-
-
-@pytest.mark.parametrize("what", PROBABILITIES)
-def test_probabilities_in_small_batches_are_warned_of_unless_they_are_few(what: str) -> None:
-    task, outputs, targets = PROBABILITIES[what]
-    metric = RefinedScore(task)
-    with pytest.warns(UserWarning, match="^`logits` look like probabilities.*before softmax") as warnings:
-        for rows in ROWS:
-            metric.update(outputs[rows], targets[rows])
-    assert {warning.filename for warning in warnings} == {__file__}
-    RefinedScore()(ALL_CLEAN.sigmoid(), ALL_LABELS)  # of several classes, which do not sum to 1
-    metric.update(outputs[:1], targets[:1])  # too few of them to tell
-
-
-# An Apple GPU
-
-
 class AppleGPU(TorchFunctionMode):
     """Refuses to move float64 to a device, as MPS does; the CPU stands in for it."""
 
@@ -255,15 +174,12 @@ class AppleGPU(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("task", ["multiclass", "binary", "regression"])
-def test_no_float64_is_moved_to_an_apple_gpu(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("functional.refined_score", "metric"):
+def test_no_float64_is_moved_to_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("functional.sensitivity", "metric"):
         module = sys.modules[f"lightning_sensitivity.{room}"]
         monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
-    x = torch.randn(20, 1)
-    predictions = torch.rand(20, 3 if task == "multiclass" else 1, dtype=torch.float64)
-    predictions = predictions.softmax(1) if task == "multiclass" else predictions
     with AppleGPU():
-        metric = RefinedScore(task)
-        metric.update(x.repeat(1, predictions.shape[1]), predictions)
-        assert metric.packed_sums.dtype == torch.float32 and float(metric.compute()) >= 0
+        metric = filled(OutputSensitivity())
+        value = metric.compute()
+    assert value.dtype == torch.float32 == metric.rows[0].dtype
+    torch.testing.assert_close(value, expected().value, check_dtype=False)

@@ -159,7 +159,7 @@ def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: P
     pairs = pd.read_csv(tmp_path / "results.csv")
     assert len(pairs) == pairs["change"].nunique() == 8 and (pairs.select_dtypes("number") >= 0).all(axis=None)
     dataset, training = replace(bounds["draw"]("digits", 0, tmp_path), epochs=1), bounds["trainings"](0)[0]
-    ((network, _),) = bounds["train"](dataset, training)
+    ((network, _, _),) = bounds["train"](dataset, training)
     model = Quiet()
     model.net = network
     values = validated(
@@ -175,6 +175,20 @@ def test_a_bound_takes_the_epoch_before_it_is_passed(monkeypatch: pytest.MonkeyP
     before = importlib.import_module("judge").before
     cases = [([1, 2, 3, 2], 2, 1), ([1, 2, 3, 2], 3, 3), ([4, 1, 1, 1], 2, 0), ([1, 2, np.nan, 1], 2, 1)]
     assert [before(np.array(curve, float), bound) for curve, bound, _ in cases] == [epoch for *_, epoch in cases]
+
+
+def test_the_refined_score_follows_accuracy_and_not_how_sure_a_network_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(STUDIES / "stopping")
+    rules = importlib.import_module("rules")
+    logits = 2 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.nn.functional.one_hot(
+        (logits + torch.randn(4000, 4, generator=torch.Generator().manual_seed(1))).argmax(1)
+    )
+    scores = rules.sample_scores(torch.stack([logits, 2 * logits, logits.roll(1, 0)]), y)
+    by_epoch = rules.refined(scores, torch.arange(4000))
+    assert by_epoch[0] == pytest.approx(by_epoch[1], rel=1e-3) and by_epoch[2] > by_epoch[0] + 0.1
+    brier = [float(((t * logits).softmax(1) - y).square().sum(1).mean()) for t in (2, 2**0.5, 1, 0.5**0.5, 0.5)]
+    assert by_epoch[0] == pytest.approx(min(brier), abs=1e-6)
 
 
 @pytest.mark.long

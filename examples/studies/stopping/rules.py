@@ -1,6 +1,6 @@
 """The rules, as they were frozen: each gives a number an epoch from what it may see, and takes the epoch of the best.
 
-References, expected values and temperatures are the package's own; metrics of labels are as scikit-learn's.
+References and expected values are the package's own; metrics of labels are as scikit-learn's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_sensitivity.functional import draw_labels, expected_metric, refined_score
+from lightning_sensitivity.functional import draw_labels, expected_metric
 from lightning_sensitivity.functional.expected import WORTH, Estimate, combine
-from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
 
 PATIENCE = 10  # epochs without a lower expected loss, after which the recipe stops
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
+TEMPERATURES = tuple(2 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8, of the refined score
 NUM_METRIC_DRAWS = 5  # of labels that choose by a metric or loss of their own: a tenth, or all 600
 
 
@@ -138,7 +138,7 @@ def expected_curves(
 
 def score_curve(run: Recorded, q: Tensor) -> np.ndarray:
     """Compute the score that chose before 0.5.0, but for a constant: refined, against the reference's predictions."""
-    return np.array([refined_score(each, q, run.task).score for each in run.outputs("unseen")])
+    return refined(sample_scores(run.outputs("unseen"), q), torch.arange(len(q)))
 
 
 def sample_scores(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -150,7 +150,11 @@ def sample_scores(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def refined(scores: Tensor, rows: Tensor) -> np.ndarray:
-    """Compute the refined score of some samples, by epoch."""
+    """Compute the refined score of some samples, by epoch: the Brier score after the best temperature.
+
+    It follows accuracy, and does not rise only because a network becomes too sure of itself (Berta, Holzmüller, Jordan
+    and Bach, arXiv:2501.19195).
+    """
     return scores[:, :, rows].double().mean(2).amin(0).numpy()
 
 

@@ -129,10 +129,6 @@ class TaskBase:
         is_by_sigmoid = self.link == "sigmoid" or num_outputs(outputs) == 1
         return (is_by_sigmoid and may_be_probabilities(outputs)) or are_probabilities(outputs)
 
-    def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
-        """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``."""
-        return outputs / temperatures[:, None, None]
-
 
 class Multiclass(TaskBase):
     """One of C classes is correct: softmax, and the sum over classes of squared differences."""
@@ -188,10 +184,6 @@ class Multiclass(TaskBase):
         """
         logarithms = self.output_matrix(outputs).log_softmax(1)
         return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1, keepdim=True)
-
-    def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
-        """Divide outputs ``(N, C)`` by each of T temperatures, ``(T, N, C)``; below the largest one, none overflows."""
-        return super().tempered(outputs - outputs.amax(1, keepdim=True), temperatures)
 
     def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""

@@ -103,7 +103,3 @@ class Regression(TaskBase):
     def questions(self, p: Tensor) -> list[Tensor]:
         """Return no question: there are no classes."""
         return []
-
-    def tempered(self, outputs: Tensor, temperatures: Tensor) -> Tensor:
-        """Return outputs for each temperature as they are, ``(T, N, C)``."""
-        return outputs.expand(len(temperatures), *outputs.shape)
