@@ -85,7 +85,7 @@ def test_the_transformers_are_measured_at_their_embeddings(run: Any, task: str) 
     text, variables = run("text/transformer.py", "--quick", "--task", task)
     assert ("val/expected_loss" in variables["columns"]) == (task == "sentences")
     np.testing.assert_allclose(numbers(text)[:, 1:].T, list(variables["columns"].values()), atol=1e-3, rtol=0.05)
-    assert min(variables["columns"]["val/output_sensitivity"]) > 0
+    assert min(variables["columns"]["val/per_output_sensitivity"]) > 0
 
 
 @pytest.mark.long

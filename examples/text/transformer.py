@@ -118,26 +118,25 @@ if args.task == "sentences":
         RiskMonitor(validation_labels=True),
         SensitivityMonitor(at=at, per_output=True),
     ]
-    names = ["train_loss", "val/loss", "val/expected_loss", "val/output_sensitivity"]
+    names = ["train_loss", "val/loss", "val/expected_loss", "val/per_output_sensitivity"]
 else:  # classes come last, (N, T, K); nothing can be expected of words
     at = "model.transformer.wte"
     monitors = [SensitivityMonitor(at=at, per_output=True, outputs=lambda result: result.logits.movedim(-1, 1))]
-    names = ["train_loss", "val/loss", "val/output_sensitivity"]
+    names = ["train_loss", "val/loss", "val/per_output_sensitivity"]
 
 columns: dict[str, list[float]] = {name: [] for name in names}
 samples = [sample for label, package in enumerate(PACKAGES) for sample in sentences(package, label)]
 Random(0).shuffle(samples)
 train = DataLoader(samples[:NUM_TRAIN], 32, shuffle=True, collate_fn=collate)
 val = DataLoader(samples[NUM_TRAIN : 2 * NUM_TRAIN], 125, collate_fn=collate)
-print("epoch  " + "  ".join(f"{name.removeprefix('val/').removeprefix('output_'):>10}" for name in names))
+print("epoch  " + "  ".join(f"{name.removeprefix('val/').removeprefix('per_output_'):>10}" for name in names))
 quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 Trainer(max_epochs=NUM_EPOCHS, callbacks=[*monitors, Curves()], **quiet).fit(Text(), train, val)
 
 losses = columns["val/loss"]
 gaps = [loss - train_loss for loss, train_loss in zip(losses, columns["train_loss"], strict=True)]
-print(
-    f"\nSpearman correlation of sensitivity with the gap: {spearmanr(columns['val/output_sensitivity'], gaps)[0]:.2f}"
-)
+correlation = spearmanr(columns["val/per_output_sensitivity"], gaps)[0]
+print(f"\nSpearman correlation of sensitivity with the gap: {correlation:.2f}")
 best = losses.index(min(losses))
 print(f"The validation loss is lowest at epoch {best}, {losses[best]:.3f}, and {losses[-1]:.3f} at the end.")
 if "val/expected_loss" in columns:

@@ -1,6 +1,7 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
+from itertools import groupby
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,50 +26,49 @@ from lightning_sensitivity.functional.tensors import (
     wide_dtype,
 )
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
-from lightning_sensitivity.reading.kept import KeptSamples
+from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.isolation import RunIsolated, isolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 
+_OF_MEAN, _PER_OUTPUT = "output_sensitivity", "per_output_sensitivity"
+_AT_ONCE = 2**15  # elements of clean outputs that are summed up together
 _NUM_TRIED = 8  # samples on which noise is tried
 
 
 class SensitivityMonitor(Monitor):
     r"""A callback that logs the output sensitivity of the model in every validation epoch, without labels.
 
-    Sensitivity is the variance of the class-averaged output change under input noise (Forouzesh, Salehi and
-    Thiran, arXiv:2007.15378). It grows with the gap between validation and training loss; it is lowest
-    before training. To choose when to stop, use :class:`~lightning_sensitivity.RiskMonitor`.
+    Sensitivity is how strongly outputs change under input noise (Forouzesh, Salehi and Thiran,
+    arXiv:2007.15378). It is lowest before training, and rises as the gap between validation and training loss
+    widens. To stop by it, take a bound from an earlier run: see :doc:`/guide/sensitivity`.
 
-    **Logged values**, after ``prefix``: ``output_sensitivity``, in squared units of the outputs, and its
-    standard error ``output_sensitivity_stderr``. With ``loss_estimate=True`` also ``loss_estimate``, the
-    cross-entropy that the paper's Equation 9 makes of it.
+    **Logged values**, after ``prefix``, each with its standard error, ``..._stderr``:
 
-    The first validation keeps samples on the CPU, at most 512 MiB of them over all processes. Every
-    validation measures these samples, by 1 + ``num_draws`` passes.
+    - ``output_sensitivity``: the variance of the class-averaged change, in squared units of the outputs;
+    - with ``per_output=True`` instead ``per_output_sensitivity``: the mean squared change of single outputs;
+    - with ``loss_estimate=True`` also ``loss_estimate``, Equation 9 of the paper, without an error.
+
+    Every validation measures the same samples with the same noise, by 1 + ``num_draws`` passes.
 
     Args:
         noise: σ of Gaussian noise in the units of the model's inputs, or a function ``(x, generator) -> x'``.
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
-        per_output: Log the mean squared change of single outputs, also for probabilities and two-class heads.
-        loss_estimate: Log Equation 9, too; see :func:`~lightning_sensitivity.functional.loss_estimate`. It holds
-            for networks that are initialized with N(0, 1) and trained to convergence; with PyTorch's default
-            initialization it is about ten times too low. Only for Gaussian noise at the inputs, and two outputs or
-            more.
-        num_samples: Samples per loader, over all processes, in whole, evenly spaced batches; None for all.
-            600 give a standard error of about 7 %.
-        seed: Seed of the noise. A sample gets the same noise in every epoch.
-        prefix: Prefix of the logged names; TensorBoard groups those with ``"val/"`` with ``val/loss``.
-        inputs: A function ``batch -> arguments``; by default see
-            :class:`~lightning_sensitivity.running.ModelCall`, which also says what is perturbed.
-        outputs: A function ``result -> logits``, ``(N, K, ...)``; by default
+        per_output: Measure single outputs: to stop by, for two outputs, and for probabilities.
+        loss_estimate: Log :func:`~lightning_sensitivity.functional.loss_estimate`. Only for Gaussian noise at
+            the inputs, and two outputs or more.
+        num_samples: Samples per loader, over all processes; None for all. 600 give a standard error of 7 %.
+        seed: Seed of the noise.
+        prefix: Prefix of the logged names.
+        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
+        outputs: A function ``result -> logits``, ``(N, K, ...)``; see
             :func:`~lightning_sensitivity.running.select_outputs`.
         prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
-        MisconfigurationException: If an argument is invalid. Before the first training step, if the Trainer
-            or the model is not supported, or outputs are probabilities.
+        MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or
+            the model is not supported, or outputs are probabilities.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -109,22 +109,37 @@ class SensitivityMonitor(Monitor):
         check_argument("loss_estimate", loss_estimate, is_possible, expected)
 
     @property
+    def name(self) -> str:
+        """The name of the sensitivity, without the prefix: one name for one quantity."""
+        return _PER_OUTPUT if self.per_output else _OF_MEAN
+
+    @property
     def directions(self) -> dict[str, bool]:
         """The names of all values, without the prefix; none is best where it is highest."""
-        names = ["output_sensitivity", "output_sensitivity_stderr", *["loss_estimate"] * self.loss_estimate]
+        names = [self.name, f"{self.name}_stderr", *["loss_estimate"] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked by now, and warn of callbacks that would choose by sensitivity."""
+        """Check what can be checked by now, also the callbacks that stop by sensitivity."""
         super().setup(trainer, pl_module, stage)
-        for callback, name in callbacks_that_monitor(trainer):
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        logged = {each.prefix + name for each in monitors for name in each.names}
+        for callback, monitored in callbacks_that_monitor(trainer) if stage == "fit" else []:
+            name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
+            if name in {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT} - logged:
+                raise Refused(
+                    f"`{kind}` monitors `{monitored}`, but `{self.prefix}{self.name}` is logged, whose values are "
+                    f"others. Monitor that, or set `per_output={not self.per_output}`.",
+                    "names",
+                )
             has_bound = getattr(callback, "divergence_threshold", None) is not None
-            if stage == "fit" and "sensitivity" in name and not has_bound:
-                kind = type(callback).__name__
+            is_patient = getattr(callback, "patience", math.inf) >= (trainer.max_epochs or 0)
+            if "sensitivity" in name and not (has_bound and is_patient and getattr(callback, "mode", "min") == "min"):
                 message = (
-                    f"finds that `{kind}` monitors `{name}`. Sensitivity is lowest before training, and rises as a "
-                    f"network learns, so that `{kind}` will choose one of the first epochs. Choose by `RiskMonitor`, "
-                    "or stop at a bound: `EarlyStopping(..., divergence_threshold=)`."
+                    f"finds that `{kind}` chooses by `{monitored}`, which is lowest before training, and rises as a "
+                    "network learns: its extremes are the first and the last epochs. Stop at a bound: "
+                    "`EarlyStopping(..., divergence_threshold=2 * value, patience=1000)`, where an earlier run gives "
+                    "`value`."
                 )
                 self.run.warn("stop-by-sensitivity", message, kind=kind)
 
@@ -180,13 +195,25 @@ class SensitivityMonitor(Monitor):
             power.add_(torch.tensor([[float(known.square().sum()), known.numel()]]))
             return self._noise(x, generator)
 
-        for batch in samples.batches:
+        def outputs_of(batch: KeptBatch) -> tuple[Tensor, ...]:
             call = batch.call.to(module.device)
             clean = run(call)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
-            noisy = noisy_outputs(run, call, noise if self.loss_estimate else self._noise, key, self.num_draws, at)
-            sums, extremes = sensitivity_sums(clean, noisy), by_position(clean).flatten(1).aminmax(dim=1)
-            rows.append(torch.cat([sums, torch.stack(extremes, 1)], 1).cpu())
+            perturb = noise if self.loss_estimate else self._noise
+            return clean, *noisy_outputs(run, call, perturb, key, self.num_draws, at)
+
+        size = 0
+
+        def part(outputs: tuple[Tensor, ...]) -> tuple[tuple[int, ...], int]:
+            nonlocal size
+            size += outputs[0].numel()
+            return outputs[0].shape[1:], size // _AT_ONCE
+
+        # Of small outputs, summing up takes as long as the passes: do it for several batches of one shape at once.
+        for _, alike in groupby(map(outputs_of, samples.batches), part):
+            clean, *noisy = (torch.cat(each) for each in zip(*alike, strict=True))
+            extremes = by_position(clean).flatten(1).aminmax(dim=1)
+            rows.append(torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu())
         return torch.cat(rows), power
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
@@ -199,7 +226,7 @@ class SensitivityMonitor(Monitor):
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
             return {}
-        values: Values = {"output_sensitivity": estimate.value, "output_sensitivity_stderr": estimate.stderr}
+        values: Values = {self.name: estimate.value, f"{self.name}_stderr": estimate.stderr}
         square, count = power.sum(0)
         if count > 0:
             assert isinstance(self._noise, GaussianNoise)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -59,9 +60,9 @@ def test_noise_at_a_submodule_is_added_to_its_output() -> None:
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
-    close(validated(monitor, model, loader()), {"val/output_sensitivity": changes.square().mean().item()})
+    close(validated(monitor, model, loader()), {"val/per_output_sensitivity": changes.square().mean().item()})
     of_probabilities = SensitivityMonitor(per_output=True, outputs=lambda y: y.softmax(1))  # else refused
-    assert validated(of_probabilities, model, loader())["val/output_sensitivity"] > 0
+    assert validated(of_probabilities, model, loader())["val/per_output_sensitivity"] > 0
 
 
 def test_of_a_linear_model_it_is_the_variance_in_closed_form_and_the_loss_estimate_that_of_the_measured_power() -> None:
@@ -140,6 +141,73 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
     run.validate(Classifier(), loader(), verbose=False)
     assert helpers.logged(run, "a/").keys() == {"a/b_output_sensitivity", "a/b_output_sensitivity_stderr"}
     assert run.progress_bar_metrics.keys() == {"a/b_output_sensitivity"}
+
+
+# One name for one quantity, and a bound on it
+
+OF_MEAN, PER_OUTPUT = "val/output_sensitivity", "val/per_output_sensitivity"
+
+
+def test_single_outputs_have_a_name_of_their_own_and_both_may_be_logged() -> None:
+    both = [SensitivityMonitor(), SensitivityMonitor(per_output=True)]
+    values = validated(both, Classifier(), loader())
+    assert {OF_MEAN, PER_OUTPUT, f"{PER_OUTPUT}_stderr"} < values.keys() and values[OF_MEAN] < values[PER_OUTPUT]
+    helpers.fitted([*both, EarlyStopping(OF_MEAN, divergence_threshold=9.0)], Linear(), max_epochs=1)
+
+
+@pytest.mark.parametrize("per_output", [False, True])
+@pytest.mark.parametrize("suffix", ["", "/dataloader_idx_1"])
+def test_a_bound_on_the_other_kind_of_sensitivity_is_refused(per_output: bool, suffix: str) -> None:
+    own, other = (PER_OUTPUT, OF_MEAN) if per_output else (OF_MEAN, PER_OUTPUT)
+    stop = EarlyStopping(other + suffix, divergence_threshold=1.0, patience=1000)
+    match = f"monitors `{other}{suffix}`, but `{own}` is logged.*set `per_output={not per_output}`"
+    helpers.refused([SensitivityMonitor(per_output=per_output), stop], Linear(), match=match)
+
+
+class Tuned(Classifier):
+    """All that a user has: a validation step that needs labels; the loss is not lowest at the end."""
+
+    lr = 0.5
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        x, y = batch
+        self.log("val/loss", torch.nn.functional.cross_entropy(self(x), y))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_the_best_checkpoint_gives_the_value_of_its_epoch_also_when_the_fit_is_resumed(tmp_path: Path) -> None:
+    monitor, best = SensitivityMonitor(per_output=True, num_samples=20), ModelCheckpoint(tmp_path, monitor="val/loss")
+    run = helpers.trainer([monitor, best], enable_checkpointing=True, max_epochs=3)
+    run.fit(Tuned(), loader(), loader(seed=1))
+    kept = min(range(3), key=lambda epoch: run.epochs[epoch]["val/loss"])
+    assert kept < 2
+    model = Tuned(seed=1)
+    assert (
+        run.validate(model, loader(seed=1), ckpt_path="best", verbose=False)[0][PER_OUTPUT]
+        == run.epochs[kept][PER_OUTPUT]
+    )
+    again = helpers.trainer([monitor, best], enable_checkpointing=True, max_epochs=6)
+    again.fit(model, loader(), loader(seed=1), ckpt_path=best.best_model_path)
+    epochs = [*run.epochs[: kept + 1], *again.epochs]
+    lowest = min(epochs, key=lambda values: values["val/loss"])
+    assert again.validate(model, loader(seed=1), ckpt_path="best", verbose=False)[0][PER_OUTPUT] == lowest[PER_OUTPUT]
+
+
+@pytest.mark.parametrize(("times", "num_epochs"), [(0.5, 1), (1.0, 2), (1e9, 4)])  # passed in epoch 0, 1 or never
+def test_a_fit_stops_in_the_epoch_that_passes_the_bound_and_its_checkpoint_is_of_that_epoch(
+    times: float, num_epochs: int, tmp_path: Path
+) -> None:
+    whole = helpers.trainer(SensitivityMonitor(per_output=True), max_epochs=4)
+    whole.fit(Linear(), loader(), unlabelled_loader(seed=1))
+    curve = [values[PER_OUTPUT] for values in whole.epochs]
+    assert curve == sorted(curve)  # it rises
+    stop = EarlyStopping(PER_OUTPUT, divergence_threshold=times * curve[0], patience=1000)
+    options = {"max_epochs": 4, "enable_checkpointing": True, "default_root_dir": tmp_path}
+    run = helpers.trainer([SensitivityMonitor(per_output=True), stop], **options)
+    run.fit(Linear(), loader(), unlabelled_loader(seed=1))
+    assert [values[PER_OUTPUT] for values in run.epochs] == curve[:num_epochs]
+    path = run.checkpoint_callback.best_model_path
+    assert torch.load(path, weights_only=False)["epoch"] == num_epochs - 1
 
 
 # What is refused

@@ -392,13 +392,19 @@ def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference(
 # Callbacks that choose by sensitivity
 
 SENSITIVITY = "val/output_sensitivity"
+CHOOSING: dict[str, tuple[dict[str, Any], bool]] = {  # options of EarlyStopping, and whether we warn of it
+    "the minimum": ({"patience": 9}, True),
+    "a bound, and the minimum before it": ({"divergence_threshold": 9.0, "patience": 3}, True),
+    "a bound from above": ({"divergence_threshold": 9.0, "patience": 9, "mode": "max"}, True),
+    "a bound": ({"divergence_threshold": 9.0, "patience": 9}, False),
+}
 
 
-@pytest.mark.parametrize("bound", [None, 9.0])
-def test_a_callback_that_chooses_by_sensitivity_is_told_of_the_bound_that_is_sensible(bound: float | None) -> None:
-    stopping = cb.EarlyStopping(SENSITIVITY, patience=9, divergence_threshold=bound)
-    texts = said([SensitivityMonitor(), stopping], max_epochs=1)
-    assert len(texts) == (bound is None)
+@pytest.mark.parametrize("what", CHOOSING)
+def test_a_callback_that_chooses_by_sensitivity_is_told_of_the_bound_that_is_sensible(what: str) -> None:
+    options, is_told = CHOOSING[what]
+    texts = said([SensitivityMonitor(), cb.EarlyStopping(SENSITIVITY, **options)], max_epochs=4, limit_train_batches=1)
+    assert len(texts) == is_told
     for text in texts:
-        assert f"finds that `EarlyStopping` monitors `{SENSITIVITY}`" in text and "#stop-by-sensitivity" in text
-        assert "`EarlyStopping(..., divergence_threshold=)`" in text
+        assert f"finds that `EarlyStopping` chooses by `{SENSITIVITY}`" in text and "#stop-by-sensitivity" in text
+        assert "`EarlyStopping(..., divergence_threshold=2 * value, patience=1000)`" in text

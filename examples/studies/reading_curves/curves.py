@@ -30,7 +30,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "five layers of 128": {"widths": (128,) * 5},
     "with batch norm": {"batch_norm": True},
 }
-SENSITIVITIES = {"output_sensitivity": "S", "single_output_sensitivity": "per output"}
+SENSITIVITIES = {"output_sensitivity": "S", "per_output_sensitivity": "per output"}
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "weight decay of 1": {"weight_decay": 1.0},
@@ -99,7 +99,7 @@ def fit(seed: int = 0, noisy: float = 0.2, num_epochs: int = 30, **options: Any)
     seed_everything(seed, verbose=False)
     recorder = Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="single_", per_output=True)]
+    monitors = [SensitivityMonitor(prefix=""), SensitivityMonitor(prefix="", per_output=True)]
     epochs = 2 if args.quick else num_epochs
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[*monitors, recorder], **quiet)
     loaders = DataLoader(train_set, batch_size=50, shuffle=True), DataLoader(val_set, batch_size=1297)
