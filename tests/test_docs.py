@@ -12,10 +12,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_sensitivity
-from tests.helpers import Classifier, labelled, loader, unlabelled_loader
+from tests.helpers import Classifier, inputs, labelled, loader, unlabelled_loader
 
 ROOT = Path(__file__).parents[1]
 DOCS, README, TESTS = ROOT / "docs", ROOT / "README.md", ROOT / "tests" / "README.md"
@@ -60,11 +60,21 @@ def public_objects() -> list[tuple[str, Any]]:
     return sorted((name, thing) for name, thing in found.items() if name != "__version__")
 
 
-def what_pages_have() -> dict[str, Any]:
+class Labelled(Classifier):
+    """Its validation step needs labels."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val/loss", torch.nn.functional.cross_entropy(self(x), y))
+
+
+def what_pages_have(text: str) -> dict[str, Any]:
     """The names that pages take for granted: those of the reader's own project."""
+    kind = Labelled if "unlabelled_loader" in text else Classifier
     x, y = labelled(200).tensors
-    names: dict[str, Any] = {"__name__": "page", "model": Classifier(), "x": x, "y": y}
+    names: dict[str, Any] = {"__name__": "page", "model": kind(), "new_model": kind(), "x": x, "y": y}
     names |= {"train_loader": loader(), "val_loader": loader(seed=1)}
+    names |= {"all_labels_loader": loader(250), "unlabelled_loader": DataLoader(TensorDataset(inputs(50, seed=1)), 16)}
     names |= {"other_val_loader": loader(seed=2), "unlabelled_val_loader": unlabelled_loader(seed=1)}
     names["self"] = MagicMock(side_effect=Classifier())  # a module, of which a page shows single lines
     return names
@@ -80,7 +90,7 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)
-    names = what_pages_have()
+    names = what_pages_have(page.read_text())
     many = 8 if page.stem == "getting_started" else 3
     for block in blocks(page, "python"):
         exec(compile(re.sub(r"max_epochs=\d\d", f"max_epochs={many}", block), name_of(page), "exec"), names)
@@ -91,27 +101,13 @@ def test_the_code_of_a_page_runs_in_order(page: Path, tmp_path: Path, monkeypatc
         assert keys - {*re.findall(r"`(\w+)`", page.read_text())} == set()
 
 
-class Rising(Callback):
-    """A stand-in for a monitor, whose values are 1, 2, 3, ..."""
-
-    def __init__(self, **options: Any) -> None:
-        pass
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log("val/output_sensitivity", 1.0 + trainer.current_epoch)
+BOUND = re.compile(r"^watch = .*?^final.fit\(.*?$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("bound", "kept"), [(0.5, 0), (1.5, 0), (3.5, 2), (4.0, 3), (9.0, 4)])
-@pytest.mark.parametrize("page", [DOCS / "guide" / "sensitivity.md"], ids=name_of)
-def test_a_bound_keeps_the_epoch_before_it_is_passed(
-    page: Path, bound: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = (block for block in blocks(page, "python") if "divergence_threshold" in block)
-    code = re.sub(r"max_epochs=\d+", "max_epochs=5", re.sub(r"^bound = .*$", f"bound = {bound}", block, flags=re.M))
-    names = what_pages_have() | {"SensitivityMonitor": Rising, "Trainer": Trainer}
-    exec("from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint\n" + code, names)
-    assert torch.load(names["path"], weights_only=False)["epoch"] == kept
+def test_the_recipe_that_stops_by_sensitivity_has_the_same_words_on_all_pages_and_few_lines() -> None:
+    found = [recipe for page in SITE for recipe in BOUND.findall(page.read_text())]
+    assert len(found) >= 2 and len({*found}) == 1
+    assert len([line for line in found[0].splitlines() if line]) <= 8
 
 
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
@@ -119,8 +115,9 @@ def test_a_bound_keeps_the_epoch_before_it_is_passed(
 def test_each_block_of_readme_runs_when_pasted(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = what_pages_have()
-    exec(compile(blocks(README, "python")[number].replace("max_epochs=30", "max_epochs=8"), "README", "exec"), names)
+    block = blocks(README, "python")[number]
+    names = what_pages_have(block)
+    exec(compile(block.replace("max_epochs=30", "max_epochs=8"), "README", "exec"), names)
     if "risk" in names:
         wanted = {"val/expected_loss", "val/expected_accuracy", "val/expected_auroc", "val/output_sensitivity"}
         assert wanted <= names["trainer"].callback_metrics.keys()

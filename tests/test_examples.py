@@ -68,6 +68,14 @@ def test_the_plain_loop_sees_sensitivity_grow(run: Any) -> None:
     np.testing.assert_allclose(loss, true_loss, rtol=0.3)
 
 
+def test_a_final_run_on_all_labels_stops_at_the_bound_that_a_tuning_run_gives(run: Any) -> None:
+    text, variables = run("stop_by_sensitivity.py", "--max-epochs", "40")
+    curve, bound, stopped = variables["curves"].sensitivity, 2 * variables["value"], variables["stopped"]
+    assert max(curve[:stopped]) <= bound < curve[stopped] and stopped < 39
+    assert variables["accuracy"](variables["new_model"]) == variables["curves"].accuracy[stopped]
+    assert f"stopped at epoch {stopped} by the bound" in text and Path("runs/digits/stop_by_sensitivity.png").is_file()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("option", ["--finetune", "--mixup"])
 def test_a_resnet_has_an_expected_loss_in_every_epoch(run: Any, option: str) -> None:

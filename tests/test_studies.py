@@ -157,7 +157,7 @@ def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: P
     _, bounds = run("studies/bounds/pairs.py", str(tmp_path), str(tmp_path), "--quick", "--all-references")
     run("studies/bounds/judge.py", str(tmp_path), "--out", str(tmp_path))
     pairs = pd.read_csv(tmp_path / "results.csv")
-    assert len(pairs) == pairs["change"].nunique() == 8 and (pairs.select_dtypes("number") >= 0).all(axis=None)
+    assert len(pairs) == pairs["change"].nunique() == 9 and (pairs.select_dtypes("number") >= 0).all(axis=None)
     dataset, training = replace(bounds["draw"]("digits", 0, tmp_path), epochs=1), bounds["trainings"](0)[0]
     ((network, _, _),) = bounds["train"](dataset, training)
     model = Quiet()
@@ -170,11 +170,11 @@ def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: P
 
 
 @pytest.mark.long
-def test_a_bound_takes_the_epoch_before_it_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bound_takes_the_epoch_that_passes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(STUDIES / "bounds")
-    before = importlib.import_module("judge").before
-    cases = [([1, 2, 3, 2], 2, 1), ([1, 2, 3, 2], 3, 3), ([4, 1, 1, 1], 2, 0), ([1, 2, np.nan, 1], 2, 1)]
-    assert [before(np.array(curve, float), bound) for curve, bound, _ in cases] == [epoch for *_, epoch in cases]
+    passing = importlib.import_module("judge").passing
+    cases = [([1, 2, 3, 2], 2, 2), ([1, 2, 3, 2], 3, 3), ([4, 1, 1, 1], 2, 0), ([1, 2, np.nan, 1], 2, 2)]
+    assert [passing(np.array(curve, float), bound) for curve, bound, _ in cases] == [epoch for *_, epoch in cases]
 
 
 def test_the_refined_score_follows_accuracy_and_not_how_sure_a_network_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,13 +110,17 @@ class SensitivityMonitor(Monitor):
 
     @property
     def name(self) -> str:
-        """The name of the sensitivity, without the prefix: one name for one quantity."""
+        """The name by which the sensitivity is logged, for other callbacks to monitor."""
+        return self.prefix + self._kind
+
+    @property
+    def _kind(self) -> str:
         return _PER_OUTPUT if self.per_output else _OF_MEAN
 
     @property
     def directions(self) -> dict[str, bool]:
         """The names of all values, without the prefix; none is best where it is highest."""
-        names = [self.name, f"{self.name}_stderr", *["loss_estimate"] * self.loss_estimate]
+        names = [self._kind, f"{self._kind}_stderr", *["loss_estimate"] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,7 +132,7 @@ class SensitivityMonitor(Monitor):
             name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
             if name in {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT} - logged:
                 raise Refused(
-                    f"`{kind}` monitors `{monitored}`, but `{self.prefix}{self.name}` is logged, whose values are "
+                    f"`{kind}` monitors `{monitored}`, but `{self.name}` is logged, whose values are "
                     f"others. Monitor that, or set `per_output={not self.per_output}`.",
                     "names",
                 )
@@ -226,7 +230,7 @@ class SensitivityMonitor(Monitor):
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
             return {}
-        values: Values = {self.name: estimate.value, f"{self.name}_stderr": estimate.stderr}
+        values: Values = {self._kind: estimate.value, f"{self._kind}_stderr": estimate.stderr}
         square, count = power.sum(0)
         if count > 0:
             assert isinstance(self._noise, GaussianNoise)
