@@ -18,6 +18,8 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
 from tests.helpers import Classifier, Linear, Quiet, brute_force, inputs, loader, unlabelled_loader, validated
 
+OF_MEAN, PER_OUTPUT = "val/output_sensitivity", "val/per_output_sensitivity"
+
 
 def expected(changes: Tensor) -> dict[str, float]:
     """S, and its error bar clustered by sample."""
@@ -47,6 +49,17 @@ def test_the_values_are_those_of_a_plain_loop_over_batches_as_they_came(kind: An
     values = validated(monitor, model, DataLoader(batches, None))
     changes = brute_force(model.eval(), batches, num_draws, seed=3)
     close(values, expected(changes))
+
+
+def test_it_does_not_matter_how_many_batches_are_summed_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def value() -> float:  # of batches whose outputs differ in shape
+        monitor = SensitivityMonitor(outputs=lambda y: y[:, :, None].expand(-1, -1, len(y)))
+        return validated(monitor, Linear(), DataLoader(inputs(50).split([16, 16, 3, 3, 12]), None))[OF_MEAN]
+
+    together = value()
+    for size in (1, 100, 2000):
+        monkeypatch.setattr("lightning_sensitivity.callbacks.sensitivity._AT_ONCE", size)
+        assert value() == pytest.approx(together, rel=1e-9)
 
 
 def test_noise_at_a_submodule_is_added_to_its_output() -> None:
@@ -144,8 +157,6 @@ def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> 
 
 
 # One name for one quantity, and a bound on it
-
-OF_MEAN, PER_OUTPUT = "val/output_sensitivity", "val/per_output_sensitivity"
 
 
 def test_single_outputs_have_a_name_of_their_own_and_both_may_be_logged() -> None:
