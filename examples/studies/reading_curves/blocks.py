@@ -23,10 +23,6 @@ BLOCKS = {
             "loss above the lowest, %: mean": "{runs.ROW_loss_regret:.0f}",
         },
     ),
-    "lowest sensitivity": """
-In {runs.count} other runs, the epoch of lowest sensitivity lost {runs.sensitivity_lowest_accuracy_lost:.0f} points of
-accuracy, and so did that of the paper's Equation 9 (`loss_estimate=True`); never stopping lost
-{runs.never_stop_accuracy_lost:.1f}.""",
     "sensitivity in README": """
 In {runs.count} other runs, its minimum, the untrained network, lost {runs.sensitivity_lowest_accuracy_lost:.0f},
 never stopping {runs.never_stop_accuracy_lost:.1f}.""",
