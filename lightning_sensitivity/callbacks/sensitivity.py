@@ -1,7 +1,6 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
-from itertools import groupby
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,7 +25,7 @@ from lightning_sensitivity.functional.tensors import (
     wide_dtype,
 )
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
-from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
+from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.isolation import RunIsolated, isolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
@@ -199,25 +198,23 @@ class SensitivityMonitor(Monitor):
             power.add_(torch.tensor([[float(known.square().sum()), known.numel()]]))
             return self._noise(x, generator)
 
-        def outputs_of(batch: KeptBatch) -> tuple[Tensor, ...]:
+        # Of small outputs, summing up takes as long as the passes: do it for several batches of one shape at once.
+        waiting: list[list[Tensor]] = []  # clean and noisy outputs of each batch
+        for batch in samples.batches:
             call = batch.call.to(module.device)
             clean = run(call)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             perturb = noise if self.loss_estimate else self._noise
-            return clean, *noisy_outputs(run, call, perturb, key, self.num_draws, at)
-
-        size = 0
-
-        def part(outputs: tuple[Tensor, ...]) -> tuple[tuple[int, ...], int]:
-            nonlocal size
-            size += outputs[0].numel()
-            return outputs[0].shape[1:], size // _AT_ONCE
-
-        # Of small outputs, summing up takes as long as the passes: do it for several batches of one shape at once.
-        for _, alike in groupby(map(outputs_of, samples.batches), part):
-            clean, *noisy = (torch.cat(each) for each in zip(*alike, strict=True))
-            extremes = by_position(clean).flatten(1).aminmax(dim=1)
-            rows.append(torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu())
+            outputs = [clean, *noisy_outputs(run, call, perturb, key, self.num_draws, at)]
+            if waiting and waiting[0][0].shape[1:] != clean.shape[1:]:
+                rows.append(_rows_of(waiting))
+                waiting = []
+            waiting.append(outputs)
+            if sum(each[0].numel() for each in waiting) >= _AT_ONCE:
+                rows.append(_rows_of(waiting))
+                waiting = []
+        if waiting:
+            rows.append(_rows_of(waiting))
         return torch.cat(rows), power
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
@@ -247,3 +244,10 @@ class SensitivityMonitor(Monitor):
             self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
             self.run.doubts.note_outputs(may_be_probabilities(extremes))
+
+
+def _rows_of(outputs: list[list[Tensor]]) -> Tensor:
+    """Give a row for each sample of some batches: the sums of its changes, and its lowest and highest output."""
+    clean, *noisy = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
+    extremes = by_position(clean).flatten(1).aminmax(dim=1)
+    return torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu()
