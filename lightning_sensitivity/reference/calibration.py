@@ -33,7 +33,7 @@ _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_CHANCE = 0.1  # of predictions that know nothing to be as good, above which they are said to know nothing
+_CHANCE, _NOTHING = 0.1, 0.3  # of labels that know nothing of the inputs to be told as well: blind, and sure to be it
 _ROUNDING = 1e-12  # of scores that are 0
 _FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
@@ -332,16 +332,26 @@ class Told(NamedTuple):
     """What left-out predictions tell of one question, or of one target of a regression.
 
     Attributes:
-        beats_chance: Whether they are better than the mean label, by their score or their order.
+        by_chance: How likely it is that they are so much better than the mean label, by score or by order.
         is_clear: Whether labels are enough, and not all alike, so that it is the inputs that tell nothing otherwise.
     """
 
-    beats_chance: bool
+    by_chance: float
     is_clear: bool
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether predictions may be no better."""
+        return self.by_chance >= _CHANCE
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether they hardly can be better: inputs that tell something are seldom so unlucky."""
+        return self.by_chance >= _NOTHING
 
 
 def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Told]:
-    """Judge whether left-out predictions tell labels better than chance, question by question.
+    """Judge how far left-out predictions tell labels better than chance, question by question.
 
     Args:
         p: The predictions, ``(N, C)``.
@@ -355,7 +365,7 @@ def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Told]
     for rows, q, answers in of_targets or task.classifications(p, y):
         own = None if groups is None else groups[rows]
         is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
-        found.append(Told(_by_chance(q, answers, own) < _CHANCE, is_clear))
+        found.append(Told(_by_chance(q, answers, own), is_clear))
     return found
 
 

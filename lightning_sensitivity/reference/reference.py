@@ -57,8 +57,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
         auroc_: Its area under the ROC curve, mean over classes, or nan.
         majority_: That of the most frequent class, or nan.
-        inputs_tell_nothing_: Whether neither learner is better than the mean label, though a table has 60 or more
-            labels, or groups; then the mean label is predicted.
+        inputs_tell_nothing_: Whether neither score nor order of the better learner beats chance, though a table has 60
+            or more labels, or groups; then the mean label is predicted.
         unexplained_: The share of labels that can't be explained, or nan.
         temperature_: What logarithms of probabilities were divided by.
         smoothing_: The share of a prediction that is spread over classes, as labels are.
@@ -148,9 +148,9 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         is_table = self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
         told = judge(learner.left_out, y, groups, task)
         self._is_clear_table = is_table and any(each.is_clear for each in told)
-        self.inputs_tell_nothing_ = self._is_clear_table and not any(each.beats_chance for each in told)
-        is_told = [each.beats_chance or (self.inputs_tell_nothing_ and each.is_clear) for each in told]
-        blind = [place for place, is_known in enumerate(is_told) if task.is_by_column and not is_known]
+        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in told)
+        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in told]
+        blind = [label for label, is_blind in enumerate(are_blind) if task.is_by_column and is_blind]
         if self.inputs_tell_nothing_:
             learner.forget()
         quality = measure_quality(learner.left_out, learner.tempered, y, task, blind)
@@ -211,8 +211,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def may_choose(self, sees_all: bool = True) -> bool:
         """Return whether it sees enough to choose an epoch or a model by; else a network may know more.
 
-        Of columns it sees all there is, so that any skill will do, and if they tell nothing, its mean label; else it
-        needs more than 0.02, and of fewer than 250 samples N more than 5 / N.
+        Of columns it sees all there is, so that any skill will do, and from 60 labels on even none; else it needs more
+        than 0.02, and of fewer than 250 samples N more than 5 / N.
 
         Args:
             sees_all: Whether the samples that it was fitted to are all that the network sees.
