@@ -20,7 +20,7 @@ Block: TypeAlias = Callable[[Tensor], Transform]  # of features; it sees trainin
 _CHUNK = 50  # samples of which features are made at a time
 SOME = 500  # samples that give features their scale
 _MAX_COLUMNS = 4096  # of more, evenly spaced ones are seen
-_COLLAPSED = 0.5  # share of different numbers, of which fewer are left in single precision
+_HUGE = 1e5  # standard deviation of a column that a few numbers make, in units of what most deviate from the median
 _CONSTANT = 1e-9  # relative standard deviation of a column that holds nothing but rounding
 _TINY = 1e-12  # length of a row of zeros
 
@@ -44,29 +44,20 @@ def in_parts(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 def columns(inputs: Tensor) -> Transform:
     """Take all numbers of a sample, each column with a mean of 0 and a variance of 1."""
-    function, x = partial(flat, length=inputs.shape[1]), flat(inputs)
-    ranks = {place: x[:, place].unique() for place in _collapsed(x)}
-    if ranks:
-        function = partial(_ranked, length=inputs.shape[1], ranks=ranks)
-        x = function(inputs)
-    return _standardized(function, x, floor=0.0)
+    x = flat(inputs)
+    # A few huge numbers, such as 1e9 for what is missing, would make one of all others, in single precision.
+    center = some(x).median(0).values
+    deviations = (some(x) - center).abs()
+    scale = deviations.where(deviations > 0, torch.nan).nanmedian(0).values
+    scale = scale.where(x.std(0) > _HUGE * scale, torch.nan)  # nan where a column stays as it is
+    function = partial(_tamed, length=inputs.shape[1], center=center, scale=scale)
+    return _standardized(function, function(inputs), floor=0.0)
 
 
-def _collapsed(x: Tensor) -> list[int]:
-    """List the columns whose numbers are all but the same once a few huge ones have set the scale, such as 1e9."""
-    part = x[spread(len(x), SOME)]
-    scale = _scale(x, 0)
-    scaled = ((part - x.mean(0)) / scale).float()  # as a forest has them
-    few = [len(after.unique()) < _COLLAPSED * len(before.unique()) for after, before in zip(scaled.T, part.T, strict=True)]
-    return (torch.tensor(few) & scale.isfinite()).nonzero()[:, 0].tolist()
-
-
-def _ranked(inputs: Tensor, length: int, ranks: dict[int, Tensor]) -> Tensor:
-    """Flatten samples, and replace some columns by the ranks of their numbers."""
-    x = flat(inputs, length).clone()
-    for place, known in ranks.items():
-        x[:, place] = torch.searchsorted(known, x[:, place].contiguous()).double() / len(known)
-    return x
+def _tamed(inputs: Tensor, length: int, center: Tensor, scale: Tensor) -> Tensor:
+    """Flatten samples, and take the logarithms of the numbers of some columns, in units of their scale."""
+    x = flat(inputs, length)
+    return x.where(scale.isnan(), ((x - center) / scale).asinh())
 
 
 def values(inputs: Tensor) -> Transform:

@@ -1,12 +1,13 @@
 """What left-out predictions need, and how good they are: temperature, errors, class shares, skill, labels in doubt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from lightning_sensitivity.functional.expected import metric_value
@@ -32,7 +33,7 @@ _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_CHANCE = 0.025  # of a label that the reference can't tell to be ranked as well
+_CHANCE, _NOTHING = 0.1, 0.3  # of labels that know nothing of the inputs to be told as well: blind, and sure to be it
 _ROUNDING = 1e-12  # of scores that are 0
 _FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
@@ -45,17 +46,15 @@ class Sharpening:
         power: The inverse temperature.
         smoothing: The share of each prediction that is spread over classes.
         shares: By what it is spread: the mean label, ``(C,)``; None without smoothing.
-        unsmoothed: The best inverse temperature without smoothing.
     """
 
     power: float = 1.0
     smoothing: float = 0.0
     shares: Tensor | None = None
-    unsmoothed: float = 1.0
 
-    def __call__(self, p: Tensor) -> Tensor:
-        """Calibrate predictions ``(N, K)``."""
-        q = (self.power * _logarithms(p)).softmax(1)
+    def __call__(self, logarithms: Tensor) -> Tensor:
+        """Turn logarithms of predictions ``(N, K)`` into probabilities."""
+        q = (self.power * logarithms).softmax(1)
         return q if self.shares is None else (1 - self.smoothing) * q + self.smoothing * self.shares
 
 
@@ -66,26 +65,17 @@ class Calibration:
     Attributes:
         task: The task.
         parts: What to do for each of its questions, by default the least.
-        mean_label: What takes the place of all predictions, since they know no more, ``(C,)``; None if they do.
     """
 
     task: Task
     parts: Sequence[Sharpening] = ()
-    mean_label: Tensor | None = None
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
-        if self.mean_label is not None:
-            return self.mean_label.expand_as(p)
         questions = self.task.questions(p)
         parts = self.parts or [Sharpening()] * len(questions)
-        found = [part(q) for part, q in zip(parts, questions, strict=True)]
+        found = [part(_logarithms(q)) for part, q in zip(parts, questions, strict=True)]
         return self.task.of_questions(found) if found else p
-
-    @property
-    def unsmoothed(self) -> "Calibration":
-        """The best one without smoothing."""
-        return Calibration(self.task, [Sharpening(part.unsmoothed) for part in self.parts], self.mean_label)
 
     @property
     def power(self) -> float:
@@ -94,8 +84,20 @@ class Calibration:
 
     @property
     def smoothing(self) -> float:
-        """The share of predictions that is spread evenly over classes, the mean over questions."""
+        """The share of predictions that is spread over classes, the mean over questions."""
         return sum(part.smoothing for part in self.parts) / len(self.parts) if self.parts else 0.0
+
+
+@dataclass
+class MeanLabel:
+    """What stands in place of a calibration where predictions know no more than the mean label, ``(C,)``."""
+
+    label: Tensor
+    power, smoothing = 1.0, 1.0
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """Return the mean label in place of predictions ``(N, C)``."""
+        return self.label.expand_as(p)
 
 
 def _logarithms(p: Tensor) -> Tensor:
@@ -118,46 +120,72 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
         task: The task.
         groups: The number of the group of each sample, ``(N,)``; None without groups.
     """
-    parts = []
+    return Calibration(task, [_sharpen(*question) for question in _some_of_each(p, y, task, groups)])
+
+
+def temper(p: Tensor, y: Tensor, task: Task) -> Calibration:
+    """Find the temperature of the lowest Brier score alone; arguments as for :func:`calibrate`."""
+    return Calibration(task, [Sharpening(_best_power(q, answers)) for q, answers, _ in _some_of_each(p, y, task, None)])
+
+
+def _some_of_each(
+    p: Tensor, y: Tensor, task: Task, groups: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Give logarithms of predictions, labels and groups of each question, of samples that are enough to calibrate."""
     for rows, q, answers in task.classifications(p, y):
-        parts.append(_sharpen(q, answers, None if groups is None else groups[rows]))
-    return Calibration(task, parts)
+        some = spread(len(q), max(_MIN_ROWS, _MAX_NUMBERS // q.shape[1]))
+        yield _logarithms(q[some]), answers[some], None if groups is None else groups[rows[some]]
 
 
-def _sharpen(p: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
-    """Calibrate predictions and labels of one question, ``(N, K)``."""
-    some = spread(len(p), max(_MIN_ROWS, _MAX_NUMBERS // p.shape[1]))
-    p, y, groups = p[some], y[some], None if groups is None else groups[some]
-    logarithms = _logarithms(p)
-    power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
-    certainty, classes = (power * logarithms).softmax(1).max(1)
+def _sharpen(logarithms: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
+    """Calibrate logarithms of predictions, and labels, of one question, ``(N, K)``."""
+    power, shares = _best_power(logarithms, y), y.mean(0)
+    q = (power * logarithms).softmax(1)
+    certainty, classes = q.max(1)
     is_right = y.gather(1, classes[:, None])[:, 0]
     accuracy = is_right.mean()
     excess = certainty.mean() - accuracy
     by_chance = (accuracy * (1 - accuracy) / len(y)).sqrt() if groups is None else stderr_of_mean(is_right, groups)
     if not excess > _ERRORS * by_chance:  # also without a label
-        return Sharpening(power, unsmoothed=power)
-    shares = y.mean(0)
-    _, best, smoothing = min(_smoothed(logarithms, y, each) for each in _POWERS)
-    found = Sharpening(best, smoothing, shares, unsmoothed=power)
+        # The most frequent class hides it where predictions of the others are too sure.
+        share = _share_beyond_chance(q, y, groups)
+        return Sharpening(power, share, shares) if share > 0 else Sharpening(power)
+    _, found = min((_smoothed(logarithms, y, each) for each in _POWERS), key=lambda each: each[0])
     # Redrawn labels are everywhere: samples that look like none of a class have its label as often as that says.
     # Without this, most of a few positives would be random samples.
-    q = found(p)
-    looks_unlike = (q < 2 * smoothing * shares).double()
+    q = found(logarithms)
+    looks_unlike = (q < 2 * found.smoothing * shares).double()
     expected, hits = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
     if bool((hits >= expected - _ERRORS * expected.sqrt()).all()):
         return found
     smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
-    return Sharpening(power, smoothing, shares, unsmoothed=power)  # the least that makes it as sure as it is right
+    return Sharpening(power, smoothing, shares)  # the least that makes it as sure as it is right
 
 
-def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, float, float]:
-    """Fit the share that is spread, in closed form, at a temperature; the Brier score comes first, to compare."""
-    q = (power * logarithms).softmax(1)
+def _best_power(logarithms: Tensor, y: Tensor) -> float:
+    """Return the inverse temperature of the lowest Brier score."""
+    return min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
+
+
+def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, Sharpening]:
+    """Fit the share that is spread at a temperature, and return the Brier score of both, to compare."""
+    q, shares = (power * logarithms).softmax(1), y.mean(0)
+    share = min(max(_best_share(q, y), 0.0), _MAX_SMOOTHING)
+    return float((q + share * (shares - q) - y).square().sum()), Sharpening(power, share, shares)
+
+
+def _best_share(q: Tensor, y: Tensor) -> float:
+    """Return the share of predictions whose spread by the mean label gives the lowest Brier score, in closed form."""
     towards = y.mean(0) - q
-    share = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
-    share = min(max(share, 0.0), _MAX_SMOOTHING)
-    return float((q + share * towards - y).square().sum()), power, share
+    return float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
+
+
+def _share_beyond_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
+    """Return the same share, up to 1; 0 if it may be chance."""
+    share, towards = _best_share(q, y), y.mean(0) - q
+    rest = ((y - q - share * towards) * towards).sum(1)
+    stderr = stderr_of_mean(rest, groups) * len(y) / float(towards.square().sum().clamp(min=_UNLIKELY))
+    return min(share, 1.0) if share > _ERRORS * stderr else 0.0
 
 
 def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
@@ -300,6 +328,63 @@ def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> 
 # How good left-out predictions are
 
 
+class Told(NamedTuple):
+    """What left-out predictions tell of one question, or of one target of a regression.
+
+    Attributes:
+        by_chance: How likely it is that they are so much better than the mean label, by score or by order.
+        is_clear: Whether labels are enough, and not all alike, so that it is the inputs that tell nothing otherwise.
+    """
+
+    by_chance: float
+    is_clear: bool
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether predictions may be no better."""
+        return self.by_chance >= _CHANCE
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether they hardly can be better: inputs that tell something are seldom so unlucky."""
+        return self.by_chance >= _NOTHING
+
+
+def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Told]:
+    """Judge how far left-out predictions tell labels better than chance, question by question.
+
+    Args:
+        p: The predictions, ``(N, C)``.
+        y: Labels, ``(N, C)``, nan where they are unknown.
+        groups: The number of the group of each sample, ``(N,)``; None without groups.
+        task: The task.
+    """
+    targets = ((~each.isnan()).nonzero()[:, 0] for each in y.T) if task.is_regression else ()
+    of_targets = [(rows, p[rows, place, None], y[rows, place, None]) for place, rows in enumerate(targets)]
+    found = []
+    for rows, q, answers in of_targets or task.classifications(p, y):
+        own = None if groups is None else groups[rows]
+        is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
+        found.append(Told(_by_chance(q, answers, own), is_clear))
+    return found
+
+
+def _by_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
+    """Return how likely it is by chance that predictions ``(N, K)`` are so much better than the mean label.
+
+    What counts is the largest of the gains: that of the score, and that of the order, which is a rank correlation
+    with each column of labels (of two classes one says all). Whole groups are independent.
+    """
+    differences = y - y.mean(0)
+    ranks = torch.from_numpy(rankdata(q.numpy(), axis=0))
+    of_order = (ranks - ranks.mean(0)) * differences
+    of_score = differences.square().sum(1) - (y - q).square().sum(1)
+    of_score = of_score.where(of_score.abs() > _ROUNDING, 0.0)
+    gains = [of_score, *of_order.T[int(y.shape[1] == 2) :]]
+    errors = torch.stack([gain.mean() / stderr_of_mean(gain, groups) for gain in gains]).nan_to_num(0.0)
+    return len(gains) * float(norm.sf(errors.max()))
+
+
 @dataclass(frozen=True)
 class Quality:
     """How good left-out predictions are; of several labels, of those that they can tell.
@@ -311,9 +396,6 @@ class Quality:
         majority: That of the most frequent class, or nan.
         unexplained: The share of labels that can't be explained, or nan.
         auroc: The area under the ROC curve, mean over classes, or nan.
-        blind_labels: Which of several labels they can't tell.
-        unclear_labels: Which columns of labels are too few, or all alike, to say that inputs tell nothing of them.
-        tells_none: Whether they are no better than the mean label, of several labels for none of them.
     """
 
     score: float
@@ -322,85 +404,50 @@ class Quality:
     majority: float
     unexplained: float
     auroc: float
-    blind_labels: list[int]
-    unclear_labels: list[int]
-    tells_none: bool
 
 
-def measure_quality(
-    p: Tensor, unsmoothed: Tensor, y: Tensor, groups: Tensor | None, task: Task, blind: list[int] | None = None
-) -> Quality:
+def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: Sequence[int]) -> Quality:
     """Measure left-out predictions; of all labels, if they can tell none of several.
 
     Args:
         p: The predictions, ``(N, C)``.
-        unsmoothed: The same without smoothing, which would explain redrawn labels.
+        tempered: The same without smoothing, which would explain redrawn labels.
         y: Labels, ``(N, C)``, nan where they are unknown.
-        groups: The number of the group of each sample, ``(N,)``; None without groups.
         task: The task.
-        blind: Which of several labels they can't tell, if that is known.
+        blind: Which of several labels they can't tell.
     """
-    if blind is None:
-        questions = task.classifications(p, y) if task.is_by_column else []
-        blind = [label for label, (_, q, answers) in enumerate(questions) if _is_blind(q, answers)]
-    unclear, tells_none = _unclear_labels(y, groups, task), len(blind) == y.shape[1]
-    if not tells_none:
+    if len(blind) < y.shape[1]:
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
-    pairs = zip(task.classifications(p, y), task.classifications(unsmoothed, y), strict=True)
+    pairs = zip(task.classifications(p, y), task.classifications(tempered, y), strict=True)
     found = [_describe_answers(q, answers, others) for (_, q, answers), (_, others, _) in pairs]
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     accuracy, majority, unexplained = columns.nanmean(0).tolist()
     auroc = math.nan
     if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
         auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
-    skill = _skill(score, chance)
-    return Quality(score, skill, accuracy, majority, unexplained, auroc, blind, unclear, tells_none or skill <= 0)
+    return Quality(score, _skill(score, chance), accuracy, majority, unexplained, auroc)
 
 
-def _unclear_labels(y: Tensor, groups: Tensor | None, task: Task) -> list[int]:
-    """Return the columns of labels that are too few, or all alike, to say that inputs tell nothing of them.
-
-    A task of a single question has one such column, and so has a regression.
-    """
-    questions = [(rows, answers) for rows, _, answers in task.classifications(y, y)] or [(torch.arange(len(y)), y)]
-    sizes = [count_groups(None if groups is None else groups[rows], len(rows)) for rows, _ in questions]
-    is_alike = [bool((answers == answers[:1]).all()) for _, answers in questions]
-    return [column for column, size in enumerate(sizes) if size < _FEWEST or is_alike[column]]
-
-
-def _describe_answers(q: Tensor, y: Tensor, unsmoothed: Tensor) -> tuple[float, float, float]:
+def _describe_answers(q: Tensor, y: Tensor, tempered: Tensor) -> tuple[float, float, float]:
     """Return the accuracy, the share of the most frequent class, and the unexplained share, of one question.
 
     Args:
         q: Left-out predictions, ``(N, K)``.
         y: Labels, ``(N, K)``.
-        unsmoothed: Predictions without smoothing, which would explain redrawn labels.
+        tempered: Predictions without smoothing.
     """
     if len(y) == 0:
         return math.nan, math.nan, math.nan
     classes = y.argmax(1)
     accuracy = float((q.argmax(1) == classes).double().mean())
     majority = float(classes.bincount().max()) / len(y)
-    has_skill = _skill_of(q, y) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
-    return accuracy, majority, unexplained_share(unsmoothed, y) if has_skill else math.nan
-
-
-def _skill_of(q: Tensor, y: Tensor) -> float:
-    """Return the skill of predictions of one question."""
-    score, chance = ((each - y).square().sum(1).mean() for each in (q, y.mean(0)))
-    return _skill(float(score), float(chance))
+    score, chance = (float((each - y).square().sum(1).mean()) for each in (q, y.mean(0)))
+    has_skill = _skill(score, chance) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
+    return accuracy, majority, unexplained_share(tempered, y) if has_skill else math.nan
 
 
 def _skill(score: float, chance: float) -> float:
     """Return how much lower a score is than that of the mean label."""
     return 1 - score / chance if chance > _ROUNDING else 0.0
-
-
-def _is_blind(q: Tensor, y: Tensor) -> bool:
-    """Return whether predictions ``(N, 2)`` of no and yes say no more than chance, by their score or their order."""
-    no, yes = (q[y.argmax(1) == each, 1].numpy() for each in (0, 1))
-    if len(no) == 0 or len(yes) == 0 or not _skill_of(q, y) > 0:
-        return True
-    return not mannwhitneyu(yes, no, alternative="greater").pvalue < _CHANCE

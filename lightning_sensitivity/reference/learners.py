@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.blocks import SOME, Block, Matrix, columns, some, spread
-from lightning_sensitivity.reference.calibration import calibrate
+from lightning_sensitivity.reference.calibration import Calibration, MeanLabel, calibrate, temper
 from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
@@ -114,7 +113,7 @@ class Learner:
         groups: The number of the group of each, ``(N,)``; None without groups.
         calibration: What its predictions need.
         left_out: The left-out predictions, calibrated, ``(N, C)``.
-        unsmoothed: The same, calibrated by a temperature alone.
+        tempered: The same, calibrated by a temperature alone.
     """
 
     def __init__(
@@ -126,14 +125,14 @@ class Learner:
         self.groups = known.groups
         self._model = model
         p = self._as_matrix(left_out)
-        self.calibration = calibrate(p, known.labels, task, known.groups)
+        self.calibration: Calibration | MeanLabel = calibrate(p, known.labels, task, known.groups)
         self.left_out = self.calibration(p)
-        self.unsmoothed = self.calibration.unsmoothed(p)
+        self.tempered = temper(p, known.labels, task)(p)
 
     def forget(self) -> None:
         """Predict the mean label of every sample, since no more is known."""
-        self.calibration = replace(self.calibration, mean_label=self.labels.nanmean(0).nan_to_num(0.5))
-        self.left_out = self.unsmoothed = self.calibration(self.left_out)
+        self.calibration = MeanLabel(self.labels.nanmean(0).nan_to_num(0.5))
+        self.left_out = self.calibration(self.left_out)
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""

@@ -267,7 +267,9 @@ def group_numbers(groups: Array) -> Tensor:
 
 def _refuse_unknown(are_some: bool) -> None:
     if are_some:  # they would become a group of their own
-        raise ValueError("Expected each sample to have a group, but some are None, nan or inf: give them one of their own.")
+        raise ValueError(
+            "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
+        )
 
 
 def _of_integers(names: Array) -> Tensor:

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near, measure_quality
+from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near, judge, measure_quality
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, rows_of, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
@@ -57,8 +57,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
         auroc_: Its area under the ROC curve, mean over classes, or nan.
         majority_: That of the most frequent class, or nan.
-        inputs_tell_nothing_: Whether neither learner is better than the mean label, though a table has 60 or more
-            labels, or groups; then the mean label is predicted.
+        inputs_tell_nothing_: Whether neither score nor order of the better learner beats chance, though a table has 60
+            or more labels, or groups; then the mean label is predicted.
         unexplained_: The share of labels that can't be explained, or nan.
         temperature_: What logarithms of probabilities were divided by.
         smoothing_: The share of a prediction that is spread over classes, as labels are.
@@ -142,17 +142,18 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
         """Set what is known of the learner, and of the samples that it knows."""
         y, groups = learner.labels, learner.groups
-        quality = measure_quality(learner.left_out, learner.unsmoothed, y, groups, task)
-        is_clear = len(quality.unclear_labels) < len(task.questions(y) or [y])
         self._learner = learner
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         # Of the rows of a table a forest and ridge regression were both tried.
         is_table = self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
-        self.inputs_tell_nothing_ = quality.tells_none and is_clear and is_table
+        told = judge(learner.left_out, y, groups, task)
+        self._is_clear_table = is_table and any(each.is_clear for each in told)
+        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in told)
+        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in told]
+        blind = [label for label, is_blind in enumerate(are_blind) if task.is_by_column and is_blind]
         if self.inputs_tell_nothing_:
             learner.forget()
-            blind = quality.unclear_labels if task.is_by_column else []
-            quality = measure_quality(learner.left_out, learner.unsmoothed, y, groups, task, blind)
+        quality = measure_quality(learner.left_out, learner.tempered, y, task, blind)
         self.learner_ = learner.name
         self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), y.numpy(), indices.numpy()
         self.groups_ = None if groups is None else groups.numpy()
@@ -160,7 +161,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.score_, self.skill_ = quality.score, quality.skill
         self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
         self.unexplained_ = quality.unexplained
-        self.blind_labels_ = np.array(quality.blind_labels, dtype=int)
+        self.blind_labels_ = np.array(blind, dtype=int)
 
     @property
     def num_samples_(self) -> int:
@@ -210,14 +211,14 @@ class Reference(BaseEstimator):  # type: ignore[misc]
     def may_choose(self, sees_all: bool = True) -> bool:
         """Return whether it sees enough to choose an epoch or a model by; else a network may know more.
 
-        Of columns it sees all there is, so that any skill will do, and if they tell nothing, its mean label; else it
-        needs more than 0.02, and of fewer than 250 samples N more than 5 / N.
+        Of columns it sees all there is, so that any skill will do, and from 60 labels on even none; else it needs more
+        than 0.02, and of fewer than 250 samples N more than 5 / N.
 
         Args:
             sees_all: Whether the samples that it was fitted to are all that the network sees.
         """
         if sees_all and self.kind_ == "columns":
-            return self.skill_ > 0 or self.inputs_tell_nothing_
+            return self.skill_ > 0 or self._is_clear_table
         return self.skill_ > _LEAST_SKILL * max(1, _FEW_SAMPLES / self.num_samples_)
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from lightning_sensitivity.functional.tasks import IGNORED, Task
 from lightning_sensitivity.reference.kinds import KINDS, Array, Samples, Seen, kind_of
 from lightning_sensitivity.reference.observations import is_missing
 
+_LARGEST = torch.finfo(torch.float32).max
 _PROBLEMS: dict[str, Callable[[Array], bool]] = {  # of columns of a data frame
     "are dates: take numbers of them, such as days": lambda column: column.dtype.kind in "Mm",
     "are no numbers: use `pandas.get_dummies`": lambda column: column.dtype.kind not in "biuf",
@@ -48,6 +49,8 @@ def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
             _refuse(problem, [name for name, column in columns.items() if has_problem(column)])
         x = np.column_stack([*columns.values()]).astype(float)
     values = _as_tensor("x", x)
+    if values.dtype == torch.float64 and bool((values.abs() > _LARGEST).any()):  # a forest sees single precision
+        raise ValueError("Input x contains infinity or a value too large for dtype('float32').")
     kind = kind or kind_of(values)
     return kind, KINDS[kind].read(values)
 
@@ -100,7 +103,13 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
         labels = torch.full((len(array),), IGNORED)
         labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
     else:
-        numbers = array.astype(float)
+        try:
+            numbers = array.astype(float)
+        except (TypeError, ValueError) as error:
+            names = "leave `task` out if they are names of classes"
+            raise ValueError(
+                f"Expected `y` to be numbers for task={task.name!r}, but got {array.dtype}: {names}."
+            ) from error
         known = torch.from_numpy(~np.isnan(numbers))
         labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(known, torch.nan)
         shape = tuple(labels.shape[1:])

@@ -22,6 +22,7 @@ from lightning_sensitivity.reference.calibration import (
     Sharpening,
     calibrate,
     estimate_class_shares,
+    judge,
     reweigh,
 )
 from lightning_sensitivity.reference.observations import largest_difference
@@ -122,6 +123,17 @@ def test_smoothing_makes_no_positives_of_samples_that_have_none(sure: float, hit
     found = calibrate(torch.stack([1 - p, p], 1), torch.stack([1 - is_positive, is_positive], 1), TASKS["binary"])
     q = found(torch.stack([1 - p, p], 1))[:, 1]
     assert found.smoothing > 0 and q[~looks_positive].sum() / q.sum() < 0.1
+
+
+def test_what_is_too_sure_of_a_rare_class_is_spread_though_the_frequent_one_hides_it() -> None:
+    """One in ten is positive: a half of what looks so by 0.4, and else one in fifteen, as others say."""
+    place = torch.arange(3000)
+    looks_positive = place % 10 == 0
+    is_positive = torch.where(looks_positive, place % 50 == 0, place % 11 == 1).double()
+    p = torch.where(looks_positive, 0.45, 0.06).double()
+    found = calibrate(torch.stack([1 - p, p], 1), torch.stack([1 - is_positive, is_positive], 1), TASKS["binary"])
+    q = found(torch.stack([1 - p, p], 1))[:, 1]
+    assert found.smoothing > 0 and float(q[looks_positive].mean()) == pytest.approx(0.2, abs=0.05)
 
 
 def test_numbers_near_probabilities_become_probabilities_whose_logarithms_a_temperature_divides() -> None:
@@ -251,6 +263,40 @@ def test_where_a_table_tells_nothing_the_mean_label_is_what_to_expect(what: str)
     assert found.is_trusted_ and not found.may_choose(sees_all=False) and math.isnan(found.unexplained_)
     np.testing.assert_allclose(found.predict_matrix(NEW), np.tile(shares, (4, 1)))
     np.testing.assert_array_equal(found.left_out_, np.tile(found.shares_, (SIZE, 1)))
+
+
+def ranked(share: float, num_samples: int = 600) -> tuple[Tensor, Tensor]:
+    """Left-out predictions that are too sure for any skill, and rank a share of a few positives first."""
+    place = torch.arange(num_samples)
+    y = one_hot((place % 15 == 0).long(), 2).double()
+    p = torch.where(place % 15 == 0, place % 100 < 100 * share, place % 5 == 1).double()
+    return torch.stack([1 - p, p], 1), y
+
+
+def sure_of_few() -> tuple[Tensor, Tensor]:
+    """Left-out predictions that are right of a tenth, and rank all others the wrong way round."""
+    place = torch.arange(600)
+    y = one_hot(place % 2, 2).double()
+    return torch.where(place[:, None] % 10 < 2, 0.1 + 0.8 * y, 0.501 - 0.002 * y), y
+
+
+REPEATED = (RANDOM[:, :2] * torch.tensor([1.0, 0.1]))[: SIZE // 10].repeat_interleave(10, 0)
+JUDGED: dict[str, tuple[tuple[Tensor, Tensor], Tensor | None, bool]] = {
+    "an order without a skill": (ranked(0.5), None, True),
+    "an order by chance": (ranked(0.2), None, False),
+    "an order of many samples": ((REPEATED[:, 1:], REPEATED.sum(1, keepdim=True)), None, True),
+    "an order of their few groups": ((REPEATED[:, 1:], REPEATED.sum(1, keepdim=True)), torch.arange(SIZE) // 10, False),
+    "a score without an order": (sure_of_few(), None, True),
+    "a correlation of targets": ((RANDOM[:, :1] + RANDOM[:, 1:2], RANDOM[:, :1]), None, True),
+    "targets of another column": ((RANDOM[:, 1:2], RANDOM[:, :1]), None, False),
+}
+
+
+@pytest.mark.parametrize("what", JUDGED)
+def test_predictions_tell_something_by_their_score_or_their_order(what: str) -> None:
+    (p, y), groups, expected = JUDGED[what]
+    (found,) = judge(p.double(), y.double(), groups, TASKS["regression" if y.shape[1] == 1 else "multiclass"])
+    assert found.is_nothing != expected and found.is_clear == (groups is None or len(groups.unique()) >= _FEWEST)
 
 
 def test_of_several_labels_those_that_are_too_few_or_all_alike_stay_blind() -> None:

@@ -153,3 +153,21 @@ def test_the_most_frequent_words_are_known(monkeypatch: pytest.MonkeyPatch) -> N
     ids = torch.tensor([[1, 2, 3], [3, 2, 4], [5, 3, 6], [7, 2, 3]])
     rows = rows_of("words", ids, torch.arange(1, 8)[None])
     assert np.count_nonzero(rows.toarray()) == 2
+
+
+HUGE = {"one of 1e8": (1e8, 1), "a thirtieth of -1e20": (-1e20, 7), "a fifth of 1e9": (1e9, 40)}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_numbers_beside_a_few_huge_ones_stay_different_in_single_precision(what: str) -> None:
+    value, number = HUGE[what]
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = x.index_fill(0, torch.arange(number), value)
+    rows = rows_of("columns", known, known).astype(np.float32)
+    assert all(len(np.unique(column)) == 201 - number for column in rows.T)
+    np.testing.assert_array_equal(np.argsort(rows[number:, 0]), x[number:, 0].argsort().numpy())
+
+
+def test_numbers_of_a_long_tail_are_standardized_as_they_are() -> None:
+    x = (3 * torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).exp()
+    np.testing.assert_array_equal(rows_of("columns", x, x), ((x - x.mean(0)) / x.std(0, correction=0)).numpy())

@@ -406,6 +406,7 @@ FRAME = pd.DataFrame({"a": range(6), "b": [0.5, None, 1, 2, 3, 4]})
 BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "inputs of nan": ("Input x contains NaN", (NAN, Y)),
     "inputs of inf": ("Input x contains infinity", (1 / torch.zeros(6, 3), Y)),
+    "doubles beyond single precision": (r"too large for dtype\('float32'\)", (1e300 * X.double(), Y)),
     "no samples": (r"Found array with 0 sample\(s\)", (X[:0], Y[:0])),
     "fewer labels": (r"`x` and `y` of the same samples, but got \[5, 6\]", (X, Y[:5])),
     "images of one color": ("4 or more different samples with labels, but got 1", (torch.ones(6, 3, 8, 8), Y)),
@@ -417,6 +418,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "texts": ("convert your data|Convert your data", (["a b", "c"] * 3, Y)),
     "complex numbers": ("Complex data not supported", (X.to(torch.cfloat), Y)),
     "names of which some are missing": ("some are None or nan", (X, ["a", None, *"ab" * (len(X) // 2 - 1)])),
+    "names for one output": ("`y` to be numbers for task='binary', .*: leave `task` out", (X, [*"ababab"], "binary")),
     "classes as floats": ("integers or names of classes .*float64. Set task='binary'", (X, Y.double())),
     "labels of nan": ("from 0 to 1, .* got nan", (X, NAN)),
     "a binary matrix": ("one label per output.* Leave `task` out", (X, X, "binary")),
