@@ -30,7 +30,7 @@ from pools import POOLS
 from rules import (
     GAINS,
     PATIENCE,
-    RECIPES,
+    VALUES,
     Recorded,
     against_the_reference,
     by_recipe,
@@ -111,12 +111,12 @@ def measure(recorded: Recorded, noisy: np.ndarray, reference: Reference, q: Tens
 
 
 def shares_run(curves: dict[str, np.ndarray], is_trusted: bool) -> dict[str, float]:
-    """Say how many percent of all epochs the recipe runs, by what one keeps by."""
+    """Say how many percent of all epochs run until one stops, by what one keeps by."""
     found = {}
-    for name in RECIPES:
+    for name in VALUES:
         if name in curves:
             share = epochs_run(watched(curves, name), PATIENCE) / len(curves[name]) if is_trusted else 1
-            found[f"recipe_{name}_epochs"] = 100 * share
+            found[f"stopped_{name}_epochs"] = 100 * share
     return found
 
 

@@ -23,8 +23,8 @@ from lightning_sensitivity.functional.expected import WORTH, Estimate, combine
 from lightning_sensitivity.functional.refined_score import TEMPERATURES
 from lightning_sensitivity.reference import Reference
 
-PATIENCE = 1 / 3  # of all epochs, without a better value of what one keeps by, after which the recipe stops
-RECIPES = ("loss", "accuracy", "auc")  # what one keeps by
+PATIENCE = 1 / 3  # of all epochs, without a better value of what one keeps by, where one stops to save time
+VALUES = ("loss", "accuracy", "auc")  # what one keeps by
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
 NUM_METRIC_DRAWS = 5  # of labels that choose by a metric or loss of their own: a tenth, or all 600
 
@@ -181,9 +181,13 @@ def watched(curves: dict[str, np.ndarray], name: str) -> np.ndarray:
     return curves[name] if name == "loss" else -curves[name]
 
 
-def by_recipe(curves: dict[str, np.ndarray], name: str = "") -> int:
-    """Stop and keep by one expected value: accuracy, or the loss of a regression, if no other is named."""
-    curve = watched(curves, name or ("accuracy" if "accuracy" in curves else "loss"))
+def by_recipe(curves: dict[str, np.ndarray]) -> int:
+    """Keep the best of all epochs by its expected accuracy, or the loss of a regression."""
+    return lowest(watched(curves, "accuracy" if "accuracy" in curves else "loss"))
+
+
+def stopped(curve: np.ndarray) -> int:
+    """Keep the best of the epochs that run until one stops."""
     return lowest(curve[: epochs_run(curve, PATIENCE)])
 
 
@@ -191,7 +195,7 @@ def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_trai
     """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
     chosen = {"never_stop": [len(curves["loss"]) - 1]}
     chosen |= {f"expected_{name}": [lowest(watched(curves, name))] for name in curves}
-    chosen |= {f"recipe_{name}": [by_recipe(curves, name)] for name in RECIPES if name in curves}
+    chosen |= {f"stopped_{name}": [stopped(watched(curves, name))] for name in VALUES if name in curves}
     chosen["former_score"] = [lowest(score_curve(run, q))]
     if run.task != "regression":
         chosen["cbpe"] = [lowest(-run.predictions("unseen").max(2).mean(1))]
@@ -293,7 +297,7 @@ def rules(with_reference: bool) -> dict[str, str]:
     by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS if gain != "accuracy"]
     by_metric += [f"{name}_by_{value}" for name in labels for value in ("loss", "accuracy")]
     found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, *HELD_OUT)}
-    ours = [*(f"recipe_{each}" for each in RECIPES), *(f"expected_{each}" for each in ("loss", *GAINS))]
+    ours = [*(f"stopped_{each}" for each in VALUES), *(f"expected_{each}" for each in ("loss", *GAINS))]
     for name in (*ours, "former_score", "tenth_unlabelled"):
         found[name] = name if with_reference else "never_stop"
     found |= {f"{name}_combined": f"{name}_and_reference" if with_reference else name for name in labels}
