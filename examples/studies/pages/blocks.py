@@ -1,12 +1,9 @@
 """What README and the guide tell of the study of stopping; its own report tells all of it."""
 
-from stopping.parts import CLASSES, NAMES, counted, difference, lost, sizes, told
+from stopping.parts import NAMES, counted, lost, sizes, told
 from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
-MAIN = {label: name for label, name in CLASSES.items() if name not in ("fifth", "rules", "redrawn", "correct")}
-TUNED = ("pretrained", "tuned", "minilm")  # are told in the guide to encoders, and in the report
-ACCURACY = {"last epoch": "never_stop", "**expected accuracy**": "expected_accuracy", "a tenth held out": "tenth"}
 AUC = {
     "last epoch": "never_stop",
     "expected accuracy": "expected_accuracy",
@@ -26,12 +23,6 @@ TARGETS = {
     "**200 and the reference**": "labels_200_combined",
 }
 LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 100, 200, 600)} | {"a tenth": "tenth"}
-LEVELS = {"tables": "tables", "large tables": "large", "few positives": "few"}
-LEVELS |= {"texts": "texts", "signals": "signals", "photos, by patches": "photos"}
-LEVELS |= {
-    "photos, by a pretrained network": "photos_lite0",
-    "a pretrained network, by a larger one": "pretrained_lite2",
-}
 NETWORKS = {
     "**`compare_models`**": "expected",
     "100 labels": "labels_100",
@@ -42,11 +33,9 @@ NETWORKS = {
 }
 
 
-COMBINED = "labels_50_combined_accuracy_lost"
+BY_LABELS = "labels_50_by_accuracy_accuracy_lost"
 WITH_LABELS = {"tables": "tables", "photos, an encoder": "photos_lite0", "texts": "texts"}
-WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[COMBINED].notna().any()}
-WITH_LOSS = LEVELS | {"large tables": "large_but_one"}  # of the other, a network knows all
-WITH_LOSS = counted(WITH_LOSS | {"regression": "numbers", "series": "series"}, "loss_error")
+WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[BY_LABELS].notna().any()}
 
 
 def judged() -> str:
@@ -80,60 +69,55 @@ def in_limits(form: str) -> str:
     return ", ".join(found)
 
 
+def of_both() -> str:
+    """Say what the mean of network and reference gains over the kept epoch."""
+    kinds = {
+        "tables": "as_they_are",
+        "few positives": "few",
+        "texts": "texts",
+        "photos, by an encoder": "photos_lite0",
+        "fine-tuned networks, by a larger encoder": "tuned_lite0",
+    }
+    gain = "{RUNS.mean_accuracy.minus[chosen_accuracy].interval:.1f} points ({RUNS.reference_leads.percent:.0f} %)"
+    found = [
+        f"on {label} by {gain.replace('RUNS', runs)}"
+        for label, runs in kinds.items()
+        if NAMES[runs].frame["chosen_accuracy"].notna().any()
+    ]
+    return f"""
+The mean of both is better than the kept epoch (in brackets: runs in which the reference is better than the network):
+{", ".join(found)}.""" * bool(found)
+
+
+def without_labels() -> str:
+    """Say what is lost where no label chooses."""
+    loses = (f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
+    return f"\n\nWithout labels, the highest expected accuracy loses {', '.join(loses)}." if WITH_LABELS else ""
+
+
+def of_stops() -> str:
+    """Say what it costs to stop, beside the best of all epochs by the same value."""
+    kinds = {
+        "tables": ("as_they_are", "accuracy"),
+        "few positives": ("few", "auc"),
+        "numbers": ("numbers", "loss"),
+        "texts": ("texts", "accuracy"),
+        "photos, by an encoder": ("photos_lite0", "accuracy"),
+    }
+    found = []
+    for label, (runs, value) in kinds.items():
+        if NAMES[runs].frame[f"stopped_{value}_epochs"].notna().any():
+            unit = " %" * (value == "loss")
+            kept, whole = (f"{{{runs}.{rule}_{value}_{value}_lost:.1f}}{unit}" for rule in ("stopped", "expected"))
+            epochs = f"{{{runs}.stopped_{value}_epochs:.0f}} % of the epochs"
+            found.append(f"of {label} it loses {kept} in {epochs}, where all of them lose {whole}")
+    text = "; ".join(found)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
 BLOCKS = {
-    "worth: accuracy": table(
-        "accuracy lost, points",
-        counted({label: name for label, name in CLASSES.items() if not name.startswith(TUNED)}),
-        across(ACCURACY, lost("COLUMN", "accuracy"))
-        | {"difference [95 %]": difference("expected_accuracy", "never_stop", "accuracy")},
-    ),
-    "worth: loss": table(
-        "the loss, all epochs, %",
-        WITH_LOSS,
-        {
-            "expected loss: off": "{ROW.loss_error:.1f}",
-            "600 labels: off": "{ROW.labels_loss_error:.1f}",
-            "its epoch is above the lowest by": lost("expected_loss", "noisy_loss"),
-            "that of 600 labels by": lost("labels_600_by_loss", "noisy_loss"),
-            "the last by": lost("never_stop", "noisy_loss"),
-        },
-    ),
-    "worth: better than the reference": table(
-        "points of accuracy",
-        counted(LEVELS, "off_where_it_leads"),
-        {
-            "epochs in which the network is better": "{ROW.network_leads.percent:.0f} %",
-            "by": "{ROW.leads_by:.1f}",
-            "**expected accuracy is there off by**": "{ROW.off_where_it_leads:+.1f}",
-            "elsewhere by": "{ROW.off_elsewhere:+.1f}",
-        },
-    ),
-    "worth: level": table(
-        "expected accuracy, points",
-        counted(LEVELS),
-        {
-            "off": "{ROW.level_error:.1f}",
-            "too high (+) or low (−)": "{ROW.level_bias:+.1f}",
-            "the network's own probabilities: off": "{ROW.cbpe_level_error:.1f}",
-            "follows the truth within a run, ρ": "{ROW.spearman_expected:.2f}",
-            "600 labels, ρ": "{ROW.spearman_labels:.2f}",
-        },
-    ),
-    "worth: the reference itself": table(
-        "accuracy, %",
-        counted(
-            {label: name for label, name in MAIN.items() if not name.endswith(("_body", "_lite2", "minilm"))},
-            "chosen_accuracy",
-        ),
-        {
-            "last epoch": "{ROW.last_accuracy:.1f}",
-            "chosen epoch": "{ROW.chosen_accuracy:.1f}",
-            "the reference": "{ROW.reference_accuracy:.1f}",
-            "is better in": "{ROW.reference_leads.percent:.0f} %",
-            "**mean of both**": "{ROW.mean_accuracy:.1f}",
-            "mean − chosen [95 %]": "{ROW.mean_accuracy.minus[chosen_accuracy].interval:+.1f}",
-        },
-    ),
+    "stops: in words": of_stops(),
+    "worth: the reference itself": of_both(),
     "worth: tenth": table(
         "accuracy lost, points",
         counted(HELD_OUT),
@@ -152,7 +136,7 @@ BLOCKS = {
 {tables.expected_accuracy_balanced_lost:.1f} points of balanced accuracy, that of its own expectation
 {tables.expected_balanced_balanced_lost:.1f}.
 - **Sizes.** """
-    + sizes(),
+    + (sizes() or "Networks of less than a million weights."),
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
     "worth: balanced": """
 Of balanced accuracy, its own expectation loses {few.expected_balanced_balanced_lost:.1f} points, the last epoch
@@ -186,14 +170,14 @@ epoch loses {texts_words.expected_accuracy_accuracy_lost:.1f} points, that by Mi
         {
             f"{label}: {by}": f"{{{name}.ROW{end}_accuracy_lost:.1f}}"
             for label, name in WITH_LABELS.items()
-            for by, end in (("labels alone", ""), ("**and the reference**", "_combined"))
+            for by, end in {
+                "their accuracy": "_by_accuracy",
+                "their loss": "_by_loss",
+                "**and the reference**": "_combined",
+            }.items()
         },
     )
-    + """
-
-Without labels, the highest expected accuracy loses """
-    + ", ".join(f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
-    + ".",
+    + without_labels(),
     "worth: compare": table(
         "chosen by",
         NETWORKS,

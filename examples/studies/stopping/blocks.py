@@ -11,7 +11,6 @@ COUNTS = (50, 100, 200, 600)
 EXPECTED = {
     "never stopping": "never_stop",
     "**expected accuracy**": "expected_accuracy",
-    "the same, with a stop": "stopped_accuracy",
     "expected loss": "expected_loss",
 }
 LABELS = {f"{count} labels": f"labels_{count}" for count in COUNTS} | {"a tenth": "tenth"}
@@ -120,6 +119,9 @@ KINDS = [
 ]
 
 
+MAIN = ("as_they_are", "fifth", "large", "few", "numbers", "texts", "signals", "photos_lite0", "tuned_lite0")
+
+
 def gains() -> str:
     """Say for which data a gain on the last epoch is shown."""
     found: dict[str, list[str]] = {"is shown": [], "is not shown": [], "is negative": []}
@@ -130,16 +132,19 @@ def gains() -> str:
     return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
 
-def in_short() -> str:
+def in_short(kinds: list[Kind]) -> str:
     """Say of each kind of data how far the estimate is off, and what its epoch loses, and others do."""
     head = "| data (runs) | off | kept | last | kept − last [95 %] | a tenth | 600 labels |"
-    return "\n".join([head, "|---" * 7 + "|", *(kind.line() for kind in KINDS if NAMES[kind.runs].count > 1)])
+    return "\n".join([head, "|---" * 7 + "|", *(kind.line() for kind in kinds if NAMES[kind.runs].count > 1)])
 
 
 def stops() -> str:
     """Say of each kind of data what it saves and costs to stop."""
     head = "| data (runs) | epochs that run | with a stop | without | difference [95 %] |"
-    return "\n".join([head, "|---" * 5 + "|", *(kind.price() for kind in KINDS if NAMES[kind.runs].count > 1)])
+    lines = [
+        kind.price() for kind in KINDS if NAMES[kind.runs].frame[kind.lost(f"stopped_{kind.measure}")].notna().sum() > 1
+    ]
+    return "\n".join([head, "|---" * 5 + "|", *lines])
 
 
 def of_texts() -> str:
@@ -202,7 +207,8 @@ LEADS = counted(
     {label: name for label, name in CLASSES.items() if name not in ("rules", "correct")}, "off_where_it_leads"
 )
 BLOCKS = {
-    "stopping: in short": in_short(),
+    "stopping: in short": in_short(KINDS),
+    "worth: in short": in_short([kind for kind in KINDS if kind.runs in MAIN]),
     "stopping: gains": gains(),
     "stopping: sizes": sizes(),
     "stopping: texts": of_texts(),

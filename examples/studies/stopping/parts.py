@@ -154,10 +154,11 @@ def heaviest() -> str:
 
 def sizes() -> str:
     """Say how large the networks and the tables were."""
-    tried = [f"{', '.join(told)} ({NAMES[name].count} runs)" for name, told in SIZES.items() if NAMES[name].count > 1]
+    tried = [f"{', '.join(what)} ({NAMES[name].count} runs)" for name, what in SIZES.items() if NAMES[name].count > 1]
     rows = [
         f"{label} {NAMES[name].frame['n'].max():,} ({NAMES[name].count} runs)"
         for label, name in ROWS_OF.items()
         if NAMES[name].count
     ]
-    return f"The largest networks: {'; '.join(tried)}. The most rows in training: {'; '.join(rows)}."
+    told = {"The largest networks": tried, "The most rows in training": rows}
+    return " ".join(f"{what}: {'; '.join(found)}." for what, found in told.items() if found)
