@@ -1,6 +1,6 @@
 """What README and the guide tell of the study of stopping; its own report tells all of it."""
 
-from stopping.parts import NAMES, counted, lost, sizes, told
+from stopping.parts import NAMES, counted, lost, told
 from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -12,27 +12,7 @@ AUC = {
 }
 FEW = {"as they come": "few_plain", "class weights": "few_weights", "weighted sampler": "few_sampler"}
 FEW |= {"undersampled": "few_undersampled", "undersampled, `class_shares=`": "few_undersampled_known"}
-HELD_OUT = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
-HELD_OUT = {label: f"{name}_held" for label, name in HELD_OUT.items() if NAMES[f"{name}_held"].count}
-NUMBERS = {"targets as they are": "clear", "with noise": "noisy", "series": "series"}
-TARGETS = {
-    "last epoch": "never_stop",
-    "**expected loss**": "expected_loss",
-    "50 targets held out": "labels_50",
-    "200 targets held out": "labels_200",
-    "**200 and the reference**": "labels_200_combined",
-}
 LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 100, 200, 600)} | {"a tenth": "tenth"}
-NETWORKS = {
-    "**`compare_models`**": "expected",
-    "100 labels": "labels_100",
-    "**100 labels and the reference**": "labels_100_combined",
-    "600 labels": "labels_600",
-    "the networks' own confidence": "confidence",
-    "a network drawn at random": "random",
-}
-
-
 BY_LABELS = "labels_50_by_accuracy_accuracy_lost"
 WITH_LABELS = {"tables": "tables", "photos, an encoder": "photos_lite0", "texts": "texts"}
 WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[BY_LABELS].notna().any()}
@@ -89,6 +69,17 @@ The mean of both is better than the kept epoch (in brackets: runs in which the r
 {", ".join(found)}.""" * bool(found)
 
 
+def of_tenth() -> str:
+    """Say what it costs to hold out a tenth, and to choose by its loss, of each kind of data that there is."""
+    kinds = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
+    found = [
+        f"on {label} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
+        for label, name in kinds.items()
+        if NAMES[f"{name}_held"].count > 1
+    ]
+    return f"That cost more points than `RiskMonitor`, trained on all: {', '.join(found)}." if found else ""
+
+
 def without_labels() -> str:
     """Say what is lost where no label chooses."""
     loses = (f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
@@ -118,36 +109,21 @@ def of_stops() -> str:
 BLOCKS = {
     "stops: in words": of_stops(),
     "worth: the reference itself": of_both(),
-    "worth: tenth": table(
-        "accuracy lost, points",
-        counted(HELD_OUT),
-        {
-            "trained on all, **expected accuracy**": lost("expected_accuracy", "accuracy"),
-            "trained on 90 %, the loss on 10 %": lost("held_out_by_loss", "accuracy"),
-            "the same, then trained again on all": lost("retrained", "accuracy"),
-            "the second − the first [95 %]": "{ROW.gained.interval:+.1f}",
-        },
-    ),
+    "worth: tenth": of_tenth(),
     "worth: limits": f"""
 - **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst run loses
-{in_limits("worst:.0f")}.
-"""
-    + """- **Choose by what counts.** On tables, the epoch of the highest expected accuracy loses
-{tables.expected_accuracy_balanced_lost:.1f} points of balanced accuracy, that of its own expectation
-{tables.expected_balanced_balanced_lost:.1f}.
-- **Sizes.** """
-    + (sizes() or "Networks of less than a million weights."),
+{in_limits("worst:.0f")}.""",
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
     "worth: balanced": """
 Of balanced accuracy, its own expectation loses {few.expected_balanced_balanced_lost:.1f} points, the last epoch
 {few.never_stop_balanced_lost:.1f}, expected accuracy {few.expected_accuracy_balanced_lost:.1f}, and balanced accuracy
 on a tenth {few.tenth_by_balanced_balanced_lost:.1f}; of macro F1 {few.expected_f1_f1_lost:.1f},
 {few.never_stop_f1_lost:.1f}, {few.expected_accuracy_f1_lost:.1f} and {few.tenth_by_f1_f1_lost:.1f}.""",
-    "worth: regression": table(
-        "squared error above the lowest, %",
-        counted(NUMBERS, "expected_loss_loss_lost"),
-        across(TARGETS, lost("COLUMN", "loss")),
-    ),
+    "worth: regression": """
+On {numbers.expected_loss_loss_lost.count} runs of real tables, half of them with noise added to the targets, the
+squared error of the kept epoch was {numbers.expected_loss_loss_lost:.1f} % above the lowest of its run, of the last
+{numbers.never_stop_loss_lost:.1f}, of one that 50 targets chose {numbers.labels_50_loss_lost:.1f}, and 200
+{numbers.labels_200_loss_lost:.1f}.""",
     "worth: unexplained": """
 In the study, {fifth.its_unexplained.percent:.0f} % of the labels of tables could not be explained where a fifth had
 been redrawn at random, and {as_they_are.its_unexplained.percent:.0f} % where none had."""
@@ -178,18 +154,15 @@ epoch loses {texts_words.expected_accuracy_accuracy_lost:.1f} points, that by Mi
         },
     )
     + without_labels(),
-    "worth: compare": table(
-        "chosen by",
-        NETWORKS,
-        {"points lost": "{alike.ROW_lost:.2f}", "worst": "{alike.ROW_lost.worst:.1f}", "τ": "{alike.ROW_tau:.2f}"},
-    )
-    + """
-
-Points of test accuracy lost against the best of 6 networks, each at its chosen epoch, on {alike.count} tables"""
-    + (
-        "; on {photos_alike.count} sets of photos {photos_alike.expected_lost:.1f}, with an encoder "
-        "{photos_alike_lite0.expected_lost:.1f}, at random {photos_alike.random_lost:.1f}"
-    )
-    * bool(NAMES["photos_alike"].count)
-    + ".",
+    "worth: compare": """
+Of 6 networks, each at its kept epoch, on {alike.expected_lost.tables} tables, it took one that loses
+{alike.expected_lost:.2f} points against the best, 100 labels {alike.labels_100_lost:.2f}, both together
+{alike.labels_100_combined_lost:.2f}, 600 labels
+{alike.labels_600_lost:.2f}, the networks' own confidence {alike.confidence_lost:.2f}, chance
+{alike.random_lost:.2f}."""
+    + told(
+        "photos_alike",
+        """ On {photos_alike.count} sets of photos it lost {photos_alike.expected_lost:.1f}, chance
+{photos_alike.random_lost:.1f}.""",
+    ),
 }
