@@ -111,8 +111,9 @@ BLOCKS = {
     "worth: the reference itself": of_both(),
     "worth: tenth": of_tenth(),
     "worth: limits": f"""
-- **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst run loses
-{in_limits("worst:.0f")}.""",
+- **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst run loses {in_limits("worst:.0f")}."""
+    if in_limits("worst:.0f")
+    else "",
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
     "worth: balanced": """
 Of balanced accuracy, its own expectation loses {few.expected_balanced_balanced_lost:.1f} points, the last epoch

@@ -124,7 +124,7 @@ def how_good() -> str:
 BLOCKS = {
     "settings": "\n".join(TABLE),
     "price": price(),
-    "sizes": f"- **Measured** up to {heaviest()}.",
+    "sizes": f"- **Measured** up to {heaviest()}." if heaviest() else "",
     "worth in labels": f"**How good is the estimate?** {how_good()}" if NAMES["as_they_are"].count else "",
     "tenth": """
 **Why not hold out a tenth?** Over {tables_held.gained.count} runs on tables, that cost

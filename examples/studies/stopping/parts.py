@@ -147,9 +147,9 @@ ROWS_OF = {"classes": "large", "few positives": "few_large", "numbers": "numbers
 
 
 def heaviest() -> str:
-    """Say how large the largest network was."""
+    """Say how large the largest network was, if one was large."""
     found = [size for name, (_, size, _) in SIZES.items() if NAMES[name].count > 1]
-    return f"{found[0].removesuffix(' weights')} weights" if found else "less than a million weights"
+    return f"{found[0].removesuffix(' weights')} weights" if found else ""
 
 
 def sizes() -> str:
