@@ -111,7 +111,7 @@ BLOCKS = {
     "worth: the reference itself": of_both(),
     "worth: tenth": of_tenth(),
     "worth: limits": f"""
-- **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst run loses {in_limits("worst:.0f")}."""
+- **One run in ten** loses these points or more: {in_limits("p90:.1f")}. The worst loses {in_limits("worst:.0f")}."""
     if in_limits("worst:.0f")
     else "",
     "worth: few positives": table("AUROC lost, points", counted(FEW), across(AUC, lost("COLUMN", "auc"))),
