@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
 from lightning_sensitivity import OutputSensitivity, SensitivityMonitor
@@ -83,6 +84,28 @@ def test_a_run_of_two_pools_is_refused(runs: Any, tmp_path: Path) -> None:
 def test_a_number_that_is_not_there_is_refused(field: str, runs: Any) -> None:
     with pytest.raises(AttributeError, match="another_lost|mode"):
         field.format(runs=runs)
+
+
+@pytest.mark.parametrize("field", ["{none.never_lost:.1f}", "{runs.nothing_lost:.1f}"], ids=["no run", "no value"])
+def test_a_text_without_runs_is_empty(field: str, runs: Any) -> None:
+    filled_in = importlib.import_module("tables").filled_in
+    frame = runs.frame.assign(nothing_lost=np.nan)
+    assert filled_in(f"It loses {field}.", {"none": runs.where("run > 9"), "runs": type(runs)(frame)}) == ""
+
+
+@pytest.mark.parametrize(
+    ("curve", "patience", "ran"),
+    [([3, 2, 1, 4, 5, 0], 1 / 3, 5), ([3, 2, 1, 4, 5, 0], 1, 6), ([5, 4, 3, 2], 1 / 4, 4), ([1, 1, 1, 1], 1 / 2, 3)],
+    ids=["stops before it falls again", "never", "falls to the end", "equal values are no better"],
+)
+def test_a_stop_counts_epochs_as_early_stopping_does(
+    curve: list[float], patience: float, ran: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(STUDIES / "stopping")
+    stop = EarlyStopping("loss", patience=round(patience * len(curve)))
+    told = [bool(stop._evaluate_stopping_criteria(torch.tensor(float(each)))[0]) for each in curve]
+    assert importlib.import_module("rules").epochs_run(np.array(curve), patience) == ran
+    assert ran == (told.index(True) + 1 if True in told else len(curve))
 
 
 def test_a_table_is_rows_columns_and_a_cell(runs: Any) -> None:

@@ -29,6 +29,10 @@ from scipy import stats
 MOST_FOR_STUDENT = 20  # tables
 
 
+class NoRunsError(ValueError):
+    """No run has a value: those of a text were not recorded, or judged by another version of the package."""
+
+
 class Number(float):
     """A number with a true minus sign."""
 
@@ -54,7 +58,7 @@ class Values:
         self.runs = runs
         self.values = values.dropna()
         if self.values.empty:
-            raise ValueError(f"no run has a value of {values.name!r}")
+            raise NoRunsError(f"no run has a value of {values.name!r}")
         has_tables = "table" in runs and pd.api.types.is_numeric_dtype(values)
         self.means = self.values.groupby(runs["table"]).mean() if has_tables else self.values
 
@@ -202,6 +206,8 @@ class Runs:
         return Runs(self.frame.query(condition))
 
     def __getattr__(self, column: str) -> Values:
+        if self.frame.empty and not column.startswith("_"):
+            raise NoRunsError(f"there are no runs to tell {column!r} of")
         if column.startswith("_") or column not in self.frame:
             raise AttributeError(f"the runs have no column {column!r}")
         return Values(self.frame, self.frame[column])
@@ -214,7 +220,9 @@ def lines(rows: dict[str, str], columns: dict[str, str]) -> str:
 
 
 def table(corner: str, rows: dict[str, str], columns: dict[str, str]) -> str:
-    """Give the text of a table, by what its rows and its columns are called."""
+    """Give the text of a table, by what its rows and its columns are called; none without rows or columns."""
+    if not rows or not columns:
+        return ""
     head = " | ".join([corner, *columns])
     rule = "|---" * (1 + head.count(" | "))
     return f"| {head} |\n{rule}|\n{lines(rows, columns)}"

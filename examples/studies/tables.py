@@ -5,6 +5,7 @@
 
 A page has a block of numbers between `<!-- numbers: NAME -->` and `<!-- end -->`. What is in a block is said by the
 `blocks.py` of a study (`summaries.py` shows how). A block may be on any page, on several or on none, and has no links.
+One whose runs are not there is empty.
 """
 
 from __future__ import annotations
@@ -36,8 +37,18 @@ def blocks() -> dict[str, str]:
         for name, text in study["BLOCKS"].items():
             if name in found:
                 raise ValueError(f"two blocks are called {name!r}")
-            found[name] = text.strip().format_map(study["NAMES"])
+            found[name] = filled_in(text.strip(), study["NAMES"])
     return found
+
+
+def filled_in(text: str, names: dict[str, object]) -> str:
+    """Put numbers into the text of a block; without runs, there is none."""
+    from summaries import NoRunsError
+
+    try:
+        return text.format_map(names)
+    except NoRunsError:
+        return ""
 
 
 def filled(page: Path, text: str, found: dict[str, str]) -> str:
@@ -85,6 +96,7 @@ def main() -> None:
             if not args.check:
                 page.write_text(after)
     print(f"{len(used)} of {len(found)} blocks are on pages. On none: {', '.join(found.keys() - used) or 'none'}.")
+    print(f"Without runs: {', '.join(name for name, text in found.items() if not text) or 'none'}.")
     if args.check and changed:
         sys.exit(f"run examples/studies/tables.py: it would change {', '.join(changed)}")
     print(f"Changed: {', '.join(changed) or 'nothing'}.")

@@ -47,6 +47,12 @@ BLOCKS = {
         ]
     ),
     "molecules: AUROC lost": table("AUROC lost, points", ROWS | CHEMPROP, LOST | LEVEL),
+    "molecules: in words": """
+By fingerprints of three sets of molecules, in {all.count} runs of MLPs, the epoch of the highest expected AUROC loses
+{all.expected_auroc_auroc_lost:.1f} points, the last {all.never_auroc_lost:.1f}, that of a tenth of the labels
+{all.tenth_auroc_lost:.1f}; what is expected is {all.auroc_level_error:.1f} points off. In {chemprop.count} runs of
+chemprop it is {chemprop.expected_auroc_auroc_lost:.1f}, {chemprop.never_auroc_lost:.1f},
+{chemprop.tenth_auroc_lost:.1f} and {chemprop.auroc_level_error:.1f}.""",
     "molecules: loss": table("loss above the lowest, %", ROWS | CHEMPROP, LOSS),
     "molecules: spread": table("standard error, worst", ROWS, across(RULES, SPREAD)),
     "molecules: differences": table(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stopping.parts import NAMES as STOPPING
-from stopping.parts import sizes
+from stopping.parts import heaviest
 
 __all__ = ["BLOCKS", "NAMES"]
 STUDIES = Path(__file__).parents[1]
@@ -21,92 +21,113 @@ NAMES: dict[str, Any] = STOPPING | names_of("molecules") | names_of("groups")
 WORTH = runpy.run_path(str(STUDIES / "stopping" / "blocks.py"))["labels_worth"]
 
 
+VALUES = {"accuracy": "accuracy", "auc": "AUROC", "loss": "loss, min"}
+
+
 class Setting(NamedTuple):
-    """A row of the table of settings: what to write for which data, and where its numbers are."""
+    """A row of the table of settings: what to write for which data, and where its numbers are.
+
+    `columns` are those of the kept and the last epoch, of a study that calls them otherwise than that of stopping.
+    """
 
     data: str
     write: str
     runs: str
-    kept: str = "expected_accuracy_accuracy_lost"
-    last: str = "never_stop_accuracy_lost"
-    off: str = "{RUNS.level_error:.1f}"
-    unit: str = ""
-    keep_by: str = "accuracy, max"
+    measure: str = "accuracy"
+    columns: tuple[str, str] | None = None
+
+    def lost(self, rule: str) -> str:
+        return f"{rule}_{self.measure}_lost"
+
+    @property
+    def kept(self) -> str:
+        return self.columns[0] if self.columns else self.lost(f"expected_{self.measure}")
+
+    @property
+    def last(self) -> str:
+        return self.columns[1] if self.columns else self.lost("never_stop")
+
+    @property
+    def count(self) -> int:
+        """The number of runs that were judged by this version."""
+        return int(NAMES[self.runs].frame[self.kept].notna().sum())
 
     def line(self) -> str:
-        kept = getattr(NAMES[self.runs], self.kept)
-        lost = [f"{{{self.runs}.{column}:.1f}}{self.unit}" for column in (self.kept, self.last)]
-        if kept.minus[self.last].chance:
-            lost[0] = "no gain shown"
-        off = self.off.replace("RUNS", self.runs)
-        return f"| {' | '.join([self.data, self.write, self.keep_by, str(kept.count), off, *lost])} |"
+        unit = " %" * (self.measure == "loss")
+        kept, last = (f"{{{self.runs}.{column}:.1f}}{unit}" for column in (self.kept, self.last))
+        if getattr(NAMES[self.runs], self.kept).minus[self.last].chance:
+            kept = "no gain shown"
+        return f"| {self.data} | {self.write} | {VALUES[self.measure]} | {kept} ({last}) |"
 
 
-AUC = {"keep_by": "AUROC, max", "kept": "expected_auc_auc_lost", "last": "never_stop_auc_lost"}
-MOLECULES = {
-    "keep_by": "AUROC, max",
-    "kept": "expected_auroc_auroc_lost",
-    "last": "never_auroc_lost",
-    "off": "{RUNS.auroc_level_error:.1f}",
-}
-NUMBERS = {
-    "keep_by": "loss, min",
-    "kept": "expected_loss_loss_lost",
-    "last": "never_stop_loss_lost",
-    "off": "{RUNS.loss_error:.0f} %",
-    "unit": " %",
-}
-GROUPS = {
-    "kept": "groups_by_accuracy_accuracy_lost",
-    "last": "never_accuracy_lost",
-    "off": "{groups_all_heard.groups_accuracy_level_error:.1f}",
-}
 SETTINGS = [
     Setting("table", "`RiskMonitor()`", "as_they_are"),
     Setting(
-        "several samples of one person or machine; measured on tables",
+        "several samples of one person or machine",
         "[`RiskMonitor(inputs=…, targets=…, groups=…)`](docs/guide/hold_out.md#groups)",
         "groups_all",
-        **GROUPS,
+        columns=("groups_by_accuracy_accuracy_lost", "never_accuracy_lost"),
     ),
     Setting(
         "[few positives](docs/guide/few_positives.md), but one in a hundred or more: churn, fraud",
         '`RiskMonitor("binary")`',
         "few",
-        **AUC,
+        "auc",
     ),
     Setting(
-        "[several labels, some unknown](docs/guide/several_labels.md): molecules",
+        "[several labels, some unknown](docs/guide/several_labels.md): molecules, by fingerprints",
         '`RiskMonitor("multilabel")`',
         "molecules_all",
-        **MOLECULES,
+        "auc",
+        ("expected_auroc_auroc_lost", "never_auroc_lost"),
     ),
     Setting(
-        "[a number](docs/guide/regression.md), in half of the runs with added noise",
-        '`RiskMonitor("regression")`',
-        "numbers",
-        **NUMBERS,
+        "[a number](docs/guide/regression.md), half with added noise", '`RiskMonitor("regression")`', "numbers", "loss"
     ),
     Setting("texts, from scratch", "`RiskMonitor()`", "texts"),
-    Setting("[signals](docs/guide/data.md#signals)", "`RiskMonitor()`", "signals"),
     Setting("photos, from scratch", "[`RiskMonitor(features=encoder)`](docs/guide/encoders.md)", "photos_lite0"),
     Setting("photos, fine-tuned; the encoder is larger", "`RiskMonitor(features=encoder)`", "tuned_lite0"),
-    Setting("the same; the encoder is no larger", "`RiskMonitor(features=encoder)`", "pretrained_lite0"),
 ]
-too_low = -NAMES["tables"].off_where_it_leads.mean
+SETTINGS = [each for each in SETTINGS if each.count > 1]
 TABLE = [
-    "| your data | write | keep by | runs | estimate is off | kept epoch loses | last epoch loses |",
-    "|---|---|---|---|---|---|---|",
-    *(each.line() for each in SETTINGS if NAMES[each.runs].count),
+    "| your data | write | value | kept epoch (last) loses |",
+    "|---|---|---|---|",
+    *(each.line() for each in SETTINGS),
 ]
+
+
+def price() -> str:
+    """Say what a stop saves and costs, over the rows of the study of stopping that tell points."""
+    shares, more = [], []
+    for each in SETTINGS:
+        runs, stopped = NAMES[each.runs], each.lost(f"stopped_{each.measure}")
+        if not each.columns and each.measure != "loss" and runs.frame[stopped].notna().any():
+            shares.append(getattr(runs, f"stopped_{each.measure}_epochs").mean)
+            more.append(getattr(runs, stopped).minus[each.kept].mean)
+    if not shares:
+        return ""
+    return f"""
+**To save time**, stop where the value was no better for a third of all epochs, by
+`EarlyStopping("val/expected_accuracy", mode="max", patience=10)`: that runs {min(shares):.0f} to {max(shares):.0f} % of
+them, and loses up to {max(more):.1f} points more."""
+
+
+def how_good() -> str:
+    """Say what an estimate on tables is worth."""
+    worth = f"On tables, the estimate is as good as that of {WORTH('as_they_are')} validation labels."
+    if NAMES["tables"].frame["off_where_it_leads"].isna().all():
+        return worth
+    too_low = -NAMES["tables"].off_where_it_leads.mean
+    return f"{worth} Networks better than the reference are underestimated by {too_low:.1f} points."
+
+
 BLOCKS = {
     "settings": "\n".join(TABLE),
-    "sizes": f"- **Measured.** {sizes()}",
-    "worth in labels": f"""
-On tables, it is as good as that of {WORTH("as_they_are")} validation labels. Networks better than the reference are
-underestimated by {too_low:.1f} points.""",
+    "price": price(),
+    "sizes": f"- **Measured** up to {heaviest()}." if heaviest() else "",
+    "worth in labels": f"**How good is the estimate?** {how_good()}" if NAMES["as_they_are"].count else "",
     "tenth": """
-Over {tables_held.gained.count} runs on tables, that cost {tables_held.gained.interval:.1f} points more than
-`RiskMonitor`; with a second training on all labels,
+**Why not hold out a tenth?** Over {tables_held.gained.count} runs on tables, that cost
+{tables_held.gained.interval:.1f} points more than `RiskMonitor`; with a second training on all labels,
 {tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
 }

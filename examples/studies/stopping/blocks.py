@@ -11,7 +11,6 @@ COUNTS = (50, 100, 200, 600)
 EXPECTED = {
     "never stopping": "never_stop",
     "**expected accuracy**": "expected_accuracy",
-    "**the recipe**": "recipe",
     "expected loss": "expected_loss",
 }
 LABELS = {f"{count} labels": f"labels_{count}" for count in COUNTS} | {"a tenth": "tenth"}
@@ -51,29 +50,50 @@ SHIFTED = counted({
 
 # %% In short.
 class Kind(NamedTuple):
-    """A row: where its runs are, and by which measure an epoch is chosen and judged."""
+    """A row: where its runs are, and by which measure one stops, keeps and judges."""
 
     label: str
     runs: str
     measure: str = "accuracy"
 
+    def lost(self, rule: str) -> str:
+        return f"{rule}_{self.measure}_lost"
+
+    @property
+    def kept(self) -> str:
+        return self.lost(f"expected_{self.measure}")
+
+    @property
+    def epochs(self) -> str:
+        return f"{{{self.runs}.stopped_{self.measure}_epochs:.0f}} %"
+
     @property
     def gain(self) -> Values:
         """By how much less than the last epoch the kept one loses."""
-        runs = NAMES[self.runs]
-        last = getattr(runs, f"never_stop_{self.measure}_lost")
-        found: Values = last.minus[f"expected_{self.measure}_{self.measure}_lost"]
+        found: Values = getattr(NAMES[self.runs], self.lost("never_stop")).minus[self.kept]
         return found
 
+    def cell(self, column: str) -> str:
+        return f"{{{self.runs}.{column}:.1f}}" + " %" * (self.measure == "loss")
+
+    def difference(self, first: str, second: str) -> str:
+        return f"{{{self.runs}.{first}.minus[{second}].interval:+.1f}}"
+
+    def row(self, *cells: str) -> str:
+        return f"| {self.label} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
+
     def line(self) -> str:
-        unit = " %" if self.measure == "loss" else ""
-        by = "" if self.measure in ("accuracy", "loss") else f"_by_{self.measure}"
-        kept, last = f"expected_{self.measure}_{self.measure}_lost", f"never_stop_{self.measure}_lost"
+        """Say how far the estimate is off, and what the kept epoch, the last one and some labels lose."""
         off = "loss_error:.0f} %" if self.measure == "loss" else "level_error:.1f}"
-        columns = [kept, last, f"tenth{by}_{self.measure}_lost", f"labels_600{by}_{self.measure}_lost"]
-        cells = [f"{{{self.runs}.{column}:.1f}}{unit}" for column in columns]
-        cells.insert(2, f"{{{self.runs}.{kept}.minus[{last}].interval:+.1f}}")
-        return f"| {self.label} ({{{self.runs}.{kept}.count}}) | {{{self.runs}.{off} | {' | '.join(cells)} |"
+        last, by = self.lost("never_stop"), "" if self.measure in ("accuracy", "loss") else f"_by_{self.measure}"
+        kept = [self.cell(self.kept), self.cell(last), self.difference(self.kept, last)]
+        labels = [self.cell(self.lost(f"{name}{by}")) for name in ("tenth", "labels_600")]
+        return self.row(f"{{{self.runs}.{off}", *kept, *labels)
+
+    def price(self) -> str:
+        """Say what it saves and costs to stop, by the same value."""
+        stopped = self.lost(f"stopped_{self.measure}")
+        return self.row(self.epochs, self.cell(stopped), self.cell(self.kept), self.difference(stopped, self.kept))
 
 
 KINDS = [
@@ -99,6 +119,9 @@ KINDS = [
 ]
 
 
+MAIN = ("as_they_are", "fifth", "large", "few", "numbers", "texts", "signals", "photos_lite0", "tuned_lite0")
+
+
 def gains() -> str:
     """Say for which data a gain on the last epoch is shown."""
     found: dict[str, list[str]] = {"is shown": [], "is not shown": [], "is negative": []}
@@ -109,10 +132,19 @@ def gains() -> str:
     return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
 
-def in_short() -> str:
+def in_short(kinds: list[Kind]) -> str:
     """Say of each kind of data how far the estimate is off, and what its epoch loses, and others do."""
     head = "| data (runs) | off | kept | last | kept − last [95 %] | a tenth | 600 labels |"
-    return "\n".join([head, "|---" * 7 + "|", *(kind.line() for kind in KINDS if NAMES[kind.runs].count > 1)])
+    return "\n".join([head, "|---" * 7 + "|", *(kind.line() for kind in kinds if NAMES[kind.runs].count > 1)])
+
+
+def stops() -> str:
+    """Say of each kind of data what it saves and costs to stop."""
+    head = "| data (runs) | epochs that run | with a stop | without | difference [95 %] |"
+    lines = [
+        kind.price() for kind in KINDS if NAMES[kind.runs].frame[kind.lost(f"stopped_{kind.measure}")].notna().sum() > 1
+    ]
+    return "\n".join([head, "|---" * 5 + "|", *lines])
 
 
 def of_texts() -> str:
@@ -175,7 +207,8 @@ LEADS = counted(
     {label: name for label, name in CLASSES.items() if name not in ("rules", "correct")}, "off_where_it_leads"
 )
 BLOCKS = {
-    "stopping: in short": in_short(),
+    "stopping: in short": in_short(KINDS),
+    "worth: in short": in_short([kind for kind in KINDS if kind.runs in MAIN]),
     "stopping: gains": gains(),
     "stopping: sizes": sizes(),
     "stopping: texts": of_texts(),
@@ -194,11 +227,7 @@ BLOCKS = {
 One large table makes the mean of its row: there the network is right in {no_loss.best_accuracy:.1f} % of the test
 samples, at a loss of {no_loss.best_loss:.4f}, and the reference in {no_loss.reference_accuracy:.1f} %. What is
 expected is then far above the loss in percent, and hardly in nats."""),
-    "stopping: the recipe": table("points of accuracy lost", ROWS, {
-        "the recipe": lost("recipe", "accuracy", ".2f"),
-        "the recipe − never stopping": difference("recipe", "never_stop", "accuracy", "+.2f"),
-        "− expected accuracy, all epochs": difference("recipe", "expected_accuracy", "accuracy", "+.2f"),
-    }),
+    "stopping: stops": stops(),
     "stopping: worth": worth(),
     "stopping: rivals": table("points of accuracy", LEADS, {
         "epochs in which the network is better": "{ROW.network_leads.percent:.0f} %",
@@ -276,9 +305,9 @@ sampler and {few_undersampled.alarm.percent:.0f} % of those undersampled, and in
     }),
     "stopping: rival": table("accuracy", ROWS, {
         "the best epoch": "{ROW.best_accuracy:.1f}", "the last": "{ROW.last_accuracy:.1f}",
-        "that of the recipe": "{ROW.chosen_accuracy:.1f}", "**the reference**": "{ROW.reference_accuracy:.1f}",
+        "the kept one": "{ROW.chosen_accuracy:.1f}", "**the reference**": "{ROW.reference_accuracy:.1f}",
         "**mean of both**": "{ROW.mean_accuracy:.1f}",
-        "mean of both − the recipe": "{ROW.mean_accuracy.minus[chosen_accuracy].interval:+.1f}",
+        "mean of both − the kept epoch": "{ROW.mean_accuracy.minus[chosen_accuracy].interval:+.1f}",
     }),
     "stopping: reference": table("the reference", ROWS, {
         "skill": "{ROW.its_skill:.2f}", "accuracy, left out": "{ROW.its_accuracy.percent:.0f} %",

@@ -44,7 +44,7 @@ def lost(scores: np.ndarray, accuracy: np.ndarray) -> float:
 def compare(measured: list[dict[str, Any]]) -> pd.DataFrame:
     """Return a row for each group of networks of the same data, from what `judge.py` measured of each."""
     if not measured:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["pool", "judge", "version", "group", "table"])
     frame, rows = pd.DataFrame(measured), []
     for (pool, judge, group), part in frame.groupby(["pool", "judge", "group"]):
         accuracy = part["accuracy"].to_numpy()

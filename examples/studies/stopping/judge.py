@@ -29,17 +29,21 @@ from compare import compare, numbers
 from pools import POOLS
 from rules import (
     GAINS,
+    PATIENCE,
+    VALUES,
     Recorded,
     against_the_reference,
     by_recipe,
     candidates,
     epochs_of_tenth,
+    epochs_run,
     expected_curves,
     gain_curve,
     level,
     loss,
     lowest,
     rules,
+    watched,
 )
 from runs import ALIKE, NUM_ALIKE, RATERS, SHIFTED
 from said import Said, file_of, fit_run
@@ -94,6 +98,7 @@ def measure(recorded: Recorded, noisy: np.ndarray, reference: Reference, q: Tens
     found: dict[str, Any] = {}
     for name, epochs in candidates(recorded, curves, q, reference.num_samples_).items():
         found |= {f"{name}_{what}_lost": float(each[epochs].mean()) for what, each in lost.items()}
+    found |= shares_run(curves, reference.is_trusted_)
     chosen = by_recipe(curves) if reference.is_trusted_ else -1
     for name, curve in values.items():
         best = curve.min() if name == "loss" else curve.max()
@@ -103,6 +108,16 @@ def measure(recorded: Recorded, noisy: np.ndarray, reference: Reference, q: Tens
     found |= level(recorded, curves, truth, noisy) | against_the_reference(recorded, curves, q_test, noisy)
     names = ("learner", "features", "kind", "skill", "unexplained", "is_trusted", "accuracy", "auroc", "majority")
     return found | {f"its_{name}": getattr(reference, f"{name}_") for name in (*names, "temperature", "smoothing")}
+
+
+def shares_run(curves: dict[str, np.ndarray], is_trusted: bool) -> dict[str, float]:
+    """Say how many percent of all epochs run until one stops, by what one keeps by."""
+    found = {}
+    for name in VALUES:
+        if name in curves:
+            share = epochs_run(watched(curves, name), PATIENCE) / len(curves[name]) if is_trusted else 1
+            found[f"stopped_{name}_epochs"] = 100 * share
+    return found
 
 
 def held_out(whole: Recorded, tenth: Recorded) -> dict[str, float]:

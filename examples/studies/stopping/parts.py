@@ -137,21 +137,28 @@ def told(part: str, text: str) -> str:
 
 
 SIZES = {
-    "MiniLM, 22 million weights, fine-tuned": "minilm_body",
-    "ResNet-18, 11 million, from scratch": "resnet18_lite0",
-    "EfficientNet-Lite0, 5 million, fine-tuned": "pretrained_lite0",
-    "a ResNet of 5 million, fine-tuned": "tuned_lite0",
-    "FT-Transformer, up to 1 million": "transformer",
-}
+    "minilm_body": ("MiniLM", "22 million weights", "fine-tuned"),
+    "resnet18_lite0": ("ResNet-18", "11 million", "from scratch"),
+    "pretrained_lite0": ("EfficientNet-Lite0", "5 million", "fine-tuned"),
+    "tuned_lite0": ("a ResNet", "5 million", "fine-tuned"),
+    "transformer": ("FT-Transformer", "1 million", "from scratch"),
+}  # the largest networks first
 ROWS_OF = {"classes": "large", "few positives": "few_large", "numbers": "numbers_large"}
+
+
+def heaviest() -> str:
+    """Say how large the largest network was, if one was large."""
+    found = [size for name, (_, size, _) in SIZES.items() if NAMES[name].count > 1]
+    return f"{found[0].removesuffix(' weights')} weights" if found else ""
 
 
 def sizes() -> str:
     """Say how large the networks and the tables were."""
-    tried = [f"{label} ({NAMES[name].count} runs)" for label, name in SIZES.items() if NAMES[name].count > 1]
+    tried = [f"{', '.join(what)} ({NAMES[name].count} runs)" for name, what in SIZES.items() if NAMES[name].count > 1]
     rows = [
         f"{label} {NAMES[name].frame['n'].max():,} ({NAMES[name].count} runs)"
         for label, name in ROWS_OF.items()
         if NAMES[name].count
     ]
-    return f"The largest networks: {'; '.join(tried)}. The most rows in training: {'; '.join(rows)}."
+    told = {"The largest networks": tried, "The most rows in training": rows}
+    return " ".join(f"{what}: {'; '.join(found)}." for what, found in told.items() if found)

@@ -22,7 +22,8 @@ from lightning_sensitivity.functional import draw_labels, expected_metric
 from lightning_sensitivity.functional.expected import WORTH, Estimate, combine
 from lightning_sensitivity.reference import Reference
 
-PATIENCE = 10  # epochs without a lower expected loss, after which the recipe stops
+PATIENCE = 1 / 3  # of all epochs, without a better value of what one keeps by, where one stops to save time
+VALUES = ("loss", "accuracy", "auc")  # what one keeps by
 COUNTS, NUM_DRAWS = (50, 100, 200, 600), 20  # of noisy labels that choose an epoch, and draws of them
 TEMPERATURES = tuple(2 ** (half / 2) for half in range(-2, 7))  # from 0.5 to 8, of the refined score
 NUM_METRIC_DRAWS = 5  # of labels that choose by a metric or loss of their own: a tenth, or all 600
@@ -168,24 +169,38 @@ def lowest(curve: np.ndarray) -> int:
     return int(np.nanargmin(curve)) if np.isfinite(curve).any() else len(curve) - 1
 
 
-def by_recipe(curves: dict[str, np.ndarray]) -> int:
-    """Stop ten epochs after the lowest expected loss, and keep the epoch of the highest expected accuracy."""
-    by = -curves["accuracy"] if "accuracy" in curves else curves["loss"]
-    best = 0
-    for epoch, value in enumerate(curves["loss"]):
-        if value < curves["loss"][best]:
+def epochs_run(curve: np.ndarray, patience: float) -> int:
+    """Return how many epochs run, with `EarlyStopping` at a patience of a share of all of them; the lowest is best."""
+    best, most = 0, max(1, round(patience * len(curve)))
+    for epoch, value in enumerate(curve):
+        if value < curve[best]:
             best = epoch
-        if epoch >= best + PATIENCE:
-            return lowest(by[: epoch + 1])
-    return lowest(by)
+        if epoch >= best + most:
+            return epoch + 1
+    return len(curve)
+
+
+def watched(curves: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """Return a curve of which the lowest value is the best."""
+    return curves[name] if name == "loss" else -curves[name]
+
+
+def by_recipe(curves: dict[str, np.ndarray]) -> int:
+    """Keep the best of all epochs by its expected accuracy, or the loss of a regression."""
+    return lowest(watched(curves, "accuracy" if "accuracy" in curves else "loss"))
+
+
+def stopped(curve: np.ndarray) -> int:
+    """Keep the best of the epochs that run until one stops."""
+    return lowest(curve[: epochs_run(curve, PATIENCE)])
 
 
 def candidates(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_training: int) -> dict[str, list[int]]:
     """Return the epochs that are taken by each number by itself: one, or one for each draw of labels."""
-    chosen = {"never_stop": [len(curves["loss"]) - 1], "recipe": [by_recipe(curves)]}
-    chosen |= {f"expected_{name}": [lowest(curve if name == "loss" else -curve)] for name, curve in curves.items()}
+    chosen = {"never_stop": [len(curves["loss"]) - 1]}
+    chosen |= {f"expected_{name}": [lowest(watched(curves, name))] for name in curves}
+    chosen |= {f"stopped_{name}": [stopped(watched(curves, name))] for name in VALUES if name in curves}
     chosen["former_score"] = [lowest(score_curve(run, q))]
-    chosen["labels_600_by_loss"] = [lowest(run.losses_of("unseen", run.found["y_unseen"]))]
     if run.task != "regression":
         chosen["cbpe"] = [lowest(-run.predictions("unseen").max(2).mean(1))]
         chosen |= by_metrics_of_labels(run)
@@ -207,15 +222,19 @@ def counts(run: Recorded) -> dict[str, int]:
 
 
 def by_labels(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_training: int) -> dict[str, list[int]]:
-    """Choose by the refined score of noisy labels; and by what a monitor expects by them and the reference."""
+    """Choose by noisy labels: their refined score, loss or accuracy, and what a monitor expects by them as well."""
     outputs, chosen = run.outputs("unseen"), {}
     y = run.labels("y_unseen", outputs.shape[2])
     scores, ours, theirs = sample_scores(outputs, y), costs(outputs, y), costs(outputs, q)
+    losses = sample_losses(outputs, y)
     whole = -curves["accuracy"] if "accuracy" in curves else curves["loss"]
     expected = [Estimate(*each, len(y)) for each in zip(whole, theirs.var(1) / len(y), strict=True)]
     for name, number in counts(run).items():
         draws = draws_of(run, number)
         chosen[name] = [lowest(refined(scores, rows)) for rows in draws]
+        chosen[f"{name}_by_loss"] = [lowest(losses[:, rows].mean(1)) for rows in draws]
+        if run.task != "regression":
+            chosen[f"{name}_by_accuracy"] = [lowest(ours[:, rows].mean(1)) for rows in draws]
         both = [combined(expected, ours[:, rows], num_training) for rows in draws]
         chosen[f"{name}_and_reference"] = [lowest(curve) for curve in both]
     draws = draws_of(run, counts(run)["tenth"])
@@ -243,14 +262,21 @@ def costs(outputs: Tensor, y: Tensor) -> np.ndarray:
     return -hits[:, :, 0].numpy()
 
 
+def sample_losses(outputs: Tensor, y: Tensor) -> np.ndarray:
+    """Return the loss of each sample (E, M): cross-entropy, or squared error."""
+    if outputs.shape[2] == 1:
+        return costs(outputs, y)
+    return -(outputs.double().log_softmax(2) * y).sum(2).numpy()
+
+
 @cache  # further judges see the same labels
 def by_metrics_of_labels(run: Recorded) -> dict[str, list[int]]:
-    """Choose by a metric of noisy labels."""
+    """Choose by another metric of noisy labels than accuracy."""
     p, y, chosen = run.predictions("unseen"), run.found["y_unseen"], {}
     for label, number in counts(run).items():
         if label in ("tenth", "labels_600"):
             draws = draws_of(run, number)[:NUM_METRIC_DRAWS]
-            for name in GAINS:
+            for name in (each for each in GAINS if each != "accuracy"):
                 chosen[f"{label}_by_{name}"] = [lowest(-gain_curve(name, p[:, rows], y[rows])) for rows in draws]
     return chosen
 
@@ -272,9 +298,11 @@ HELD_OUT = [*(f"held_out_by_{each}" for each in ("loss", "accuracy", "auc", "sco
 def rules(with_reference: bool) -> dict[str, str]:
     """Say which candidate each rule takes: without a reference that sees, labels alone or the last epoch."""
     labels = ["tenth", *(f"labels_{count}" for count in COUNTS)]
-    by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS]
-    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, "labels_600_by_loss", *HELD_OUT)}
-    for name in ("recipe", "former_score", *(f"expected_{each}" for each in ("loss", *GAINS)), "tenth_unlabelled"):
+    by_metric = [f"{name}_by_{gain}" for name in ("tenth", "labels_600") for gain in GAINS if gain != "accuracy"]
+    by_metric += [f"{name}_by_{value}" for name in labels for value in ("loss", "accuracy")]
+    found = {name: name for name in ("never_stop", "cbpe", *labels, *by_metric, *HELD_OUT)}
+    ours = [*(f"stopped_{each}" for each in VALUES), *(f"expected_{each}" for each in ("loss", *GAINS))]
+    for name in (*ours, "former_score", "tenth_unlabelled"):
         found[name] = name if with_reference else "never_stop"
     found |= {f"{name}_combined": f"{name}_and_reference" if with_reference else name for name in labels}
     return found | {"tenth_alone_combined": "tenth_alone_and_reference" if with_reference else "tenth"}
