@@ -36,9 +36,7 @@ class Input:
     mask: Place | None = None
 
 
-Sight: TypeAlias = tuple[
-    list[Input], list[str]
-]  # what a reference sees, and names of arguments that it can't read
+Sight: TypeAlias = tuple[list[Input], list[str]]  # what a reference sees, and names of arguments that it can't read
 
 
 @dataclass(frozen=True)

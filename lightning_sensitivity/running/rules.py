@@ -64,9 +64,7 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def required_names(model: nn.Module) -> list[str]:
     """List the names of the positional arguments that ``forward`` requires."""
-    return [
-        name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL
-    ]
+    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL]
 
 
 def _kinds(model: nn.Module) -> list[object]:
@@ -122,15 +120,11 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
         MisconfigurationException: If ``forward`` has none of such a name.
     """
     batch, chosen = both
-    unknown = (
-        [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
-    )
+    unknown = [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
     if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
-            raise Refused(
-                f"`inputs` should return arguments of `forward`, which has none that is called {names}."
-            )
+            raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
         return _layout(model, batch, chosen, True, {name: (name,) for name in chosen})
     positions = [(step,) for step in range(len(chosen))] if type(chosen) is tuple else [()]
     return _layout(model, batch, chosen, False, by_position(model, positions))
@@ -142,9 +136,7 @@ def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     found: dict[str, Place] = {"0": (1,)}
     if isinstance(chosen, Mapping) or type(chosen) is tuple:
         found = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(
-        model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ())
-    )
+    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ()))
 
 
 def _layout(
@@ -159,16 +151,12 @@ def _layout(
     arguments = {name: at(value, place) for name, place in found.items()}
     if inputs is None:
         asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
-        inputs = {
-            name: labels_in(arguments[name]) for name in found if name in asked or not is_like_targets(name)
-        }
+        inputs = {name: labels_in(arguments[name]) for name in found if name in asked or not is_like_targets(name)}
     named = {name: without(arguments[name], names) for name, names in inputs.items()}
     left_out = [] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES})
     rows = _find_rows(arguments)
     sight = None if rows is None else find_sight(named, len(at(arguments, rows)))
-    return Layout(
-        by_name, found, inputs, left_out, rows, sight, find_labels(model, batch), value is not batch
-    )
+    return Layout(by_name, found, inputs, left_out, rows, sight, find_labels(model, batch), value is not batch)
 
 
 def is_like_targets(name: object) -> bool:
@@ -236,9 +224,7 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
     if found or not is_sequence(batch):
         return found[0] if len(found) == 1 else None
     rest = _split(model, batch)[1]  # what follows the inputs
-    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (
-        rest[1:] and _has_options(model)
-    )
+    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (rest[1:] and _has_options(model))
     return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
 
 
@@ -248,9 +234,7 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
     found = [each for place in rest for each, _ in places(at(batch, place), place) if each]
     named = [place for place in found if is_like_targets(place[-1])]
     hint = _say("targets", [*map(code_of, named or found)])
-    return Refused(
-        f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}."
-    )
+    return Refused(f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}.")
 
 
 # What a reference sees
@@ -258,9 +242,7 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
 
 def _find_rows(arguments: Mapping[str, object]) -> Place | None:
     """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
-    found = (
-        [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
-    )
+    found = [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
     return found[0][0] if len({size for _, size in found}) == 1 and found[0][1] > 0 else None
 
 
@@ -292,9 +274,7 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     masks = {x.shape: place for name, place, x in found if name == _MASK}
     numbers = {x.shape for _, _, x in found if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    inputs = [
-        (n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))
-    ]
+    inputs = [(n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
     has_numbers = not all(_are_integers(x) for _, _, x in inputs)
     seen = []
     for name, place, x in inputs:
@@ -305,9 +285,7 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def _find_readable(
-    named: Mapping[str, object], size: int
-) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
+def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
     """List the tensors that can be read, with their arguments, and the arguments that hold more."""
     found, unread = [], []
     for name, value in named.items():
@@ -345,9 +323,7 @@ def find_outputs(result: Any) -> object:
     if len({x.shape[1] for _, x in places(result) if x.ndim == 2 and is_floating(x)}) > 1:
         has_tensors = is_sequence(result) and any(map(is_floating, result))
         example = (
-            "such as `outputs=lambda out: out[1]`"
-            if has_tensors
-            else "if none, set `call=lambda module, batch: ...`"
+            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
         )
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
@@ -389,15 +365,11 @@ def find_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, obj
     Raises:
         MisconfigurationException: If it is not clear which one, or none is floating.
     """
-    floating: list[
-        tuple[str, str]
-    ] = []  # the name of each argument, and the code that selects what floats in it
+    floating: list[tuple[str, str]] = []  # the name of each argument, and the code that selects what floats in it
     for name in layout.inputs if layout.by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        floating += [
-            (name, code_of(place, name)) for place, x in places(beside) if is_floating(x) and not is_empty(x)
-        ]
+        floating += [(name, code_of(place, name)) for place, x in places(beside) if is_floating(x) and not is_empty(x)]
     has_choice = len(floating) > 1 and not layout.is_chosen
     if len({name for name, _ in floating}) == 1 and not has_choice:
         return floating[0][0]
@@ -425,9 +397,7 @@ def inputs_hint(batch: object) -> str:
     if not isinstance(batch, Mapping):
         return ""
     named = [(place, x) for place, x in places(batch) if place[-1] not in TARGET_NAMES]
-    hint = _say(
-        "inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)]
-    )
+    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)])
     return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 
 
