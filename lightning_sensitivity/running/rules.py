@@ -14,6 +14,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
+    TARGET_NAMES,
     Attribute,
     Place,
     at,
@@ -28,7 +29,7 @@ from lightning_sensitivity.running.batches import (
     is_floating,
     places,
 )
-from lightning_sensitivity.running.layout import TARGET_NAMES, Input, Layout, Sight, without
+from lightning_sensitivity.running.layout import Input, Layout, Sight, without
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
+_FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transformers return
 
 
 # What a `forward` takes
@@ -151,12 +153,24 @@ def _layout(
     arguments = {name: at(value, place) for name, place in found.items()}
     if inputs is None:
         asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
-        inputs = {name: labels_in(arguments[name]) for name in found if name in asked or not is_like_targets(name)}
-    named = {name: without(arguments[name], names) for name, names in inputs.items()}
-    left_out = [] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES})
+        names = [name for name in found if name in asked or not is_like_targets(name)]
+        inputs = {name: labels_in(arguments[name]) for name in names}
+    named = {name: without(arguments[name], labels) for name, labels in inputs.items()}
     rows = _find_rows(arguments)
-    sight = None if rows is None else find_sight(named, len(at(arguments, rows)))
-    return Layout(by_name, found, inputs, left_out, rows, sight, find_labels(model, batch), value is not batch)
+    is_chosen = value is not batch
+    floating = _floating(by_name, inputs, arguments)
+    is_clear = len({name for name, _ in floating}) == 1 and (is_chosen or len(floating) == 1)
+    return Layout(
+        by_name=by_name,
+        places=found,
+        inputs=inputs,
+        left_out=[] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES}),
+        perturbed=floating[0][0] if is_clear else None,
+        rows=rows,
+        sight=None if rows is None else find_sight(named, len(at(arguments, rows))),
+        labels=find_labels(model, batch),
+        is_chosen=is_chosen,
+    )
 
 
 def is_like_targets(name: object) -> bool:
@@ -309,8 +323,36 @@ def _are_integers(x: Tensor) -> bool:
 def _are_graphs(value: object) -> bool:
     """Return whether a value holds graphs: that of each node, and the nodes of each edge."""
     of_node, ends = entry(value, "batch"), entry(value, "edge_index")
-    are_tensors = isinstance(of_node, Tensor) and isinstance(ends, Tensor)
-    return are_tensors and ends.shape[:1] == (2,) and of_node.ndim == 1
+    if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor):
+        return False
+    return ends.shape[:1] == (2,) and of_node.ndim == 1
+
+
+# An encoder
+
+
+def encoder_arguments(encoder: nn.Module, layout: Layout, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Choose those inputs that an encoder names, or the only one, as arguments by position and by name."""
+    names = parameters_of(encoder)
+    if not layout.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+        return [*inputs.values()], {}
+    return [], {name: value for name, value in inputs.items() if name in names}
+
+
+def find_features(result: object, mask: object) -> object:
+    """Find features in what transformers return, or in the only entry of a mapping; None if there are none.
+
+    Hidden states of tokens, ``(N, L, D)``, are averaged over those that a mask leaves.
+    """
+    if not isinstance(result, Mapping):
+        return result
+    hidden = result.get("last_hidden_state")
+    if isinstance(hidden, Tensor) and hidden.ndim == 3:
+        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+            return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return hidden.mean(1)
+    names = _FEATURES if len(result) > 1 else tuple(result)
+    return next((result[name] for name in names if name in result), None)
 
 
 # Outputs
@@ -318,6 +360,8 @@ def _are_graphs(value: object) -> bool:
 
 def find_outputs(result: Any) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
+    if isinstance(result, Tensor):
+        return result
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for _, x in places(result) if x.ndim == 2 and is_floating(x)}) > 1:
@@ -344,6 +388,8 @@ def no_outputs(result: object, selected: object) -> Refused:
 
 def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
+    if outputs.ndim < 3:
+        return
     first, last = outputs.shape[1:-1], outputs.shape[2:]
     if min(first.numel(), last.numel()) <= 1:
         return
@@ -356,32 +402,33 @@ def check_class_dimension(outputs: Tensor, arguments: object) -> None:
         )
 
 
-# Noise
+# Noise, which is added to the first argument by position, or to the only one by name that has floating tensors
 
 
-def find_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> str:
-    """Find the name of the argument to perturb, which is the first one by position.
-
-    Raises:
-        MisconfigurationException: If it is not clear which one, or none is floating.
-    """
-    floating: list[tuple[str, str]] = []  # the name of each argument, and the code that selects what floats in it
-    for name in layout.inputs if layout.by_name else [*arguments][:1]:
+def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[str, object]) -> list[tuple[str, str]]:
+    """List the argument of each dense floating tensor that noise may be added to, and the code that selects it."""
+    listed = []
+    for name in inputs if by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        floating += [(name, code_of(place, name)) for place, x in places(beside) if is_floating(x) and not is_empty(x)]
-    has_choice = len(floating) > 1 and not layout.is_chosen
-    if len({name for name, _ in floating}) == 1 and not has_choice:
-        return floating[0][0]
+        tensors = [(place, x) for place, x in places(beside) if is_floating(x) and not is_empty(x)]
+        listed += [(name, code_of(place, name)) for place, _ in tensors]
+    return listed
+
+
+def no_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> Refused:
+    """Say that it is not clear where noise belongs, and what to write."""
+    floating = _floating(layout.by_name, layout.inputs, arguments)
     listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
     modules = original_module(model).named_modules()
     layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
     layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
     at_layer = repr(layers[0][0]) if layers else ""
-    selected = ", ".join(map(code_of, layout.places.values()))
-    select = f"`inputs=lambda batch: ({selected},)`"
-    hint = f"; of a tuple, the first one is perturbed, with all that it holds: {select}" if has_choice else ""
-    raise Refused(
+    hint = ""
+    if len(floating) > 1 and not layout.is_chosen:
+        selected = ", ".join(map(code_of, layout.places.values()))
+        hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
+    return Refused(
         f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` "
         f"({described}). Perturb the output of a submodule by `at={at_layer}`, or select an input by "
         f"`inputs=`{hint}.",
