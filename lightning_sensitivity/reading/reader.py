@@ -13,7 +13,7 @@ from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
-from lightning_sensitivity.reference.kinds import Seen
+from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
 from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, places, take
 from lightning_sensitivity.running.call import (
@@ -141,23 +141,41 @@ class BatchReader:
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
-    def check_labels(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
-        """Refuse labels that are hardly those of the task, or are among what a reference sees, but for an encoder.
+    def check_samples(
+        self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True
+    ) -> None:
+        """Refuse labels that are hardly those of the task, or that a reference sees, and samples that it can't read.
+
+        What an encoder makes of samples is not looked at.
+
+        Args:
+            model: The model.
+            batch: A training batch.
+            call: The call of the model on it.
+            labels: Its labels.
+            need_reference: Whether nothing can be said if it can read no sample.
 
         Raises:
-            MisconfigurationException: If they are; the message names the entry that holds them.
+            MisconfigurationException: If there are such; the message names the entry that holds labels.
         """
         if doubt := self.task.doubt(labels):
             raise Refused(doubt, entry="task")
         if self._encoder is not None:
             return
-        seen: Mapping[str, object] = call.inputs()
-        if self._features is not None:
-            seen = {"features": self.see(model, batch, call, len(labels))["columns"]}
-        if answer := find_answer(seen, labels, self.task.has_label(labels)):
+        seen = self.see(model, batch, call, len(labels))
+        inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
+        if answer := find_answer(inputs, labels, self.task.has_label(labels)):
             raise Refused(
                 f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
                 "of what `inputs=` or `features=` returns."
+            )
+        if need_reference and not seen:
+            raise Refused(f"the reference can read nothing of {call}: set `features=`.", "features")
+        if need_reference and len(labels) > 0 and not bool(are_finite(seen).any()):
+            raise Refused(
+                "all samples have nan or inf in inputs or features, so that the reference can read none: fill missing "
+                "values in, with a column that says where, by `inputs=` or `features=`.",
+                "nan",
             )
 
     def kept_labels(

@@ -100,7 +100,10 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
         labels = torch.full((len(array),), IGNORED)
         labels[torch.from_numpy(counts)] = torch.from_numpy(indices)
     else:
-        numbers = array.astype(float)
+        try:
+            numbers = array.astype(float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected numbers in `y` for task {task.name!r}, but got {array.ravel()[0]!r}.") from error
         known = torch.from_numpy(~np.isnan(numbers))
         labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(known, torch.nan)
         shape = tuple(labels.shape[1:])

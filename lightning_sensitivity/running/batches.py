@@ -63,6 +63,8 @@ def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:
         value: A batch, or a part of one.
         depth: How many objects, one within the other, are copied.
     """
+    if type(value) is Tensor:  # by far the most
+        return value.detach().clone()
     return apply_to_collection(value, (_Cloneable, _Holder), _copied, depth, allow_frozen=True)
 
 

@@ -99,7 +99,7 @@ class ModelCall:
         Raises:
             MisconfigurationException: If it is not clear what to perturb, or where outputs are.
         """
-        call = self._with(clone_tensors(self.arguments))
+        call = self._with({name: clone_tensors(value) for name, value in self.arguments.items()})
         if perturb is not None:
             name = self.layout.perturbed
             if name is None:

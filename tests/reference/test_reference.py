@@ -417,6 +417,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "texts": ("convert your data|Convert your data", (["a b", "c"] * 3, Y)),
     "complex numbers": ("Complex data not supported", (X.to(torch.cfloat), Y)),
     "names of which some are missing": ("some are None or nan", (X, ["a", None, *"ab" * (len(X) // 2 - 1)])),
+    "names for one output": ("Expected numbers in `y` for task 'binary', but got .*a", (X, [*"ababab"], "binary")),
     "classes as floats": ("integers or names of classes .*float64. Set task='binary'", (X, Y.double())),
     "labels of nan": ("from 0 to 1, .* got nan", (X, NAN)),
     "a binary matrix": ("one label per output.* Leave `task` out", (X, X, "binary")),

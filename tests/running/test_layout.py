@@ -1,4 +1,4 @@
-"""What a batch is to a model is found once for all batches of one structure: nobody may tell that from finding it anew."""
+"""What a batch is to a model is found once for all of one structure: nobody may tell that from finding it anew."""
 
 import random
 from collections import Counter, OrderedDict, UserDict, namedtuple
