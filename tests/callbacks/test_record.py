@@ -291,7 +291,7 @@ def test_predictions_of_samples_that_there_are_not_are_made_again(tmp_path: Path
     torch.save(checkpoint, path)
     with said():
         run = fit(Still(), quick_risk(), max_epochs=3, ckpt_path=path, num_sanity_val_steps=0)
-    assert run.current_epoch == 3 and "expected_loss" in values(run)[-1]
+    assert run.current_epoch == 3 and LOSS in values(run)[-1]
 
 
 def test_two_monitors_of_different_prefixes_save_two_states(tmp_path: Path) -> None:
