@@ -216,7 +216,7 @@ class _Judge:
             moved = move_batch(self._model, batch)
             if index == 0:
                 labels = reader.labels(self._model, moved, self._shape)
-                reader.check_labels(self._model, moved, reader.call(self._model, moved), labels)
+                reader.check_samples(self._model, moved, reader.call(self._model, moved), labels)
                 self._like = labels[:0]
             reader.keep_observations(kept, self._model, moved, self._shape)
         known = kept.joined()

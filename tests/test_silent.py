@@ -181,7 +181,7 @@ CASES = {
         step=lambda m, b, noise: m.net(b[0]), seen=lambda b: b[0] / 2),
     "mapping with a mask": Case(batch=lambda x, y: UserDict(x=x, mask=x > 0.5, y=y, weight=x[:, 0]), forward=masked,
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: torch.cat([b["x"], b["mask"]], 1)),
-    "object": Case("!`inputs=", "?has no reference", batch=lambda x, y: SimpleNamespace(x=x, y=y),
+    "object": Case("!`inputs=", "!the reference can read nothing of", batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x), step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
     "object that forward writes into": Case(None, batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x.mul_(0.5)), step=lambda m, b, noise: m(SimpleNamespace(x=b.x.clone(), y=b.y)),

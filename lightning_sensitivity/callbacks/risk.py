@@ -291,7 +291,7 @@ class RiskMonitor(Monitor):
             is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
             shape = tuple(labels.shape[1:]) if any_outputs else shape
             check_count(labels, len(outputs))
-            self.reader.check_labels(module, batch, call, labels)
+            self.reader.check_samples(module, batch, call, labels, need_reference=not self.validation_labels)
             self.reader.groups(module, batch, len(outputs))
             num_columns = self.task.num_columns(shape)
             check_class_shares(self._class_shares, self.task, num_columns)

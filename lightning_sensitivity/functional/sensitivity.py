@@ -58,10 +58,11 @@ def sensitivity_sums(clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> Tensor:
         if draw.shape != clean.shape:
             shapes = f"{tuple(clean.shape)}, but got {tuple(draw.shape)}"
             raise ValueError(f"Expected `noisy` to have the shape {shapes}.")
-        rows.append(torch.cat(in_chunks(_rows_of_draw, by_position(draw), by_position(clean))))
+        chunks = in_chunks(_rows_of_draw, by_position(draw), by_position(clean))
+        rows.append(chunks[0] if len(chunks) == 1 else torch.cat(chunks))
     if not rows:
         raise ValueError("Expected `noisy` to hold the outputs of at least one noise draw, but got none.")
-    return torch.stack(rows).sum(0)
+    return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 
 def _rows_of_draw(noisy: Tensor, clean: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from bisect import insort
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -80,7 +79,7 @@ class KeptSamples:
         self.size = 0
         self.is_complete = False
         self.is_truncated = False
-        self._by_priority: list[KeptBatch] = []
+        self._batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
@@ -89,7 +88,7 @@ class KeptSamples:
     @property
     def batches(self) -> list[KeptBatch]:
         """The batches, in the order of the loader."""
-        return sorted(self._by_priority, key=attrgetter("index"))
+        return sorted(self._batches, key=attrgetter("index"))
 
     def fingerprints(self) -> Tensor:
         """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
@@ -109,19 +108,26 @@ class KeptSamples:
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        return not self.is_complete and spaced_fraction(batch_idx) < self._threshold
+        has_dropped = self._threshold < 1.0
+        return not (self.is_complete or (has_dropped and spaced_fraction(batch_idx) >= self._threshold))
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty, and as few others as hold the wanted number of samples."""
         if batch.size == 0:
             return
-        insort(self._by_priority, batch, key=lambda each: spaced_fraction(each.index))
+        self._batches.append(batch)
         self.size += batch.size
         self.is_truncated |= batch.is_truncated
         self._num_bytes += batch.num_bytes
-        while self.size - self._by_priority[-1].size >= self.num_wanted:
+        if self.size > self.num_wanted or self._num_bytes > self.max_bytes:
+            self._drop_surplus()
+
+    def _drop_surplus(self) -> None:
+        """Drop the batches of the highest priority numbers: those that are not wanted, then those that do not fit."""
+        self._batches.sort(key=lambda each: spaced_fraction(each.index))
+        while self.size - self._batches[-1].size >= self.num_wanted:
             self._drop_last()
-        while self._num_bytes > self.max_bytes and len(self._by_priority) > 1:
+        while self._num_bytes > self.max_bytes and len(self._batches) > 1:
             self.is_truncated = True
             self._drop_last()
 
@@ -130,7 +136,7 @@ class KeptSamples:
         self.is_complete = self.size > 0
 
     def _drop_last(self) -> None:
-        batch = self._by_priority.pop()
+        batch = self._batches.pop()
         self.size -= batch.size
         self._num_bytes -= batch.num_bytes
         self._threshold = spaced_fraction(batch.index)
@@ -207,9 +213,9 @@ class KeptObservations:
 
     def _thin_out(self) -> None:
         """Keep no more samples than are wanted."""
-        parts, self._parts = self._parts, []
+        parts, self._parts, limit = self._parts, [], self._limit
         for priorities, samples in parts:
-            is_wanted = priorities < self._limit
+            is_wanted = priorities < limit
             if bool(is_wanted.all()):
                 self._parts.append((priorities, samples))
             elif bool(is_wanted.any()):

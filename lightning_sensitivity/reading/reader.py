@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
-from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer, see_inputs
+from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
-from lightning_sensitivity.reference.kinds import Seen
+from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
 from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, places, take
-from lightning_sensitivity.running.call import Function, ModelCall, labels_at, select_outputs, select_targets
+from lightning_sensitivity.running.call import (
+    Function,
+    ModelCall,
+    labels_at,
+    select_outputs,
+    select_seen,
+    select_targets,
+)
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.layout import resolved
-from lightning_sensitivity.running.rules import find_labels
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -136,23 +141,41 @@ class BatchReader:
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
-    def check_labels(self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor) -> None:
-        """Refuse labels that are hardly those of the task, or are among what a reference sees, but for an encoder.
+    def check_samples(
+        self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True
+    ) -> None:
+        """Refuse labels that are hardly those of the task, or that a reference sees, and samples that it can't read.
+
+        What an encoder makes of samples is not looked at.
+
+        Args:
+            model: The model.
+            batch: A training batch.
+            call: The call of the model on it.
+            labels: Its labels.
+            need_reference: Whether nothing can be said if it can read no sample.
 
         Raises:
-            MisconfigurationException: If they are; the message names the entry that holds them.
+            MisconfigurationException: If there are such; the message names the entry that holds labels.
         """
         if doubt := self.task.doubt(labels):
             raise Refused(doubt, entry="task")
         if self._encoder is not None:
             return
-        seen: Mapping[str, object] = call.inputs()
-        if self._features is not None:
-            seen = {"features": self.see(model, batch, call, len(labels))["columns"]}
-        if answer := find_answer(seen, labels, self.task.has_label(labels)):
+        seen = self.see(model, batch, call, len(labels))
+        inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
+        if answer := find_answer(inputs, labels, self.task.has_label(labels)):
             raise Refused(
                 f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
                 "of what `inputs=` or `features=` returns."
+            )
+        if need_reference and not seen:
+            raise Refused(f"the reference can read nothing of {call}: set `features=`.", "features")
+        if need_reference and len(labels) > 0 and not bool(are_finite(seen).any()):
+            raise Refused(
+                "all samples have nan or inf in inputs or features, so that the reference can read none: fill missing "
+                "values in, with a column that says where, by `inputs=` or `features=`.",
+                "nan",
             )
 
     def kept_labels(
@@ -163,9 +186,9 @@ class BatchReader:
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
-        if self._targets is None and resolved(find_labels, model, batch) is None:
+        if self._targets is None and kept.call.layout.labels is None:
             return None
-        labels = self.labels(model, batch, output_shape)
+        labels = self.labels(model, batch, output_shape, kept.call)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]
         check_count(labels, kept.size)
@@ -197,8 +220,8 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            found = call.layout.sight if call.size == size else None
-            seen, unread = see_inputs(call.inputs() if found is None else call.arguments, size, indices, found)
+            sight = call.layout.sight if call.size == size else None
+            seen, unread = select_seen(call.inputs() if sight is None else call.arguments, size, indices, sight)
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
@@ -245,11 +268,13 @@ class BatchReader:
         indices = whole.spread(min(max_samples, num_that_fit))
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
-        kept = KeptBatch(index, self.size(model, call), call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
-        size = whole.size or kept.size
+        num_kept = call.size or self.size(model, call)
+        kept = KeptBatch(index, num_kept, call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
+        size = whole.size or num_kept
         if self._features is not None:  # all else can be found in the call
             kept.seen = self.see(model, batch, whole, size, indices)
-        kept.groups = self.groups(model, batch, size, indices)
+        if self._groups is not None:
+            kept.groups = self.groups(model, batch, size, indices)
         return kept
 
     def join(self, model: nn.Module, batches: Iterable[KeptBatch]) -> Observations:

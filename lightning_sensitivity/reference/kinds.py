@@ -46,6 +46,10 @@ class Kind:
         """Give samples of any array their form."""
         return x
 
+    def of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Turn an input of a model into samples, by a mask beside it, if its layout has one."""
+        return self.shrunk(x).float()
+
     def shrunk(self, x: Tensor) -> Tensor:
         """Make samples as small as a reference sees them; those that are so small already stay as they are."""
         return x
@@ -66,8 +70,10 @@ class Kind:
         """
         if len({x.shape[1] for x in parts}) > 1:
             raise ValueError("Inputs of several batches have different sizes")
-        largest = max((x.shape for x in parts), key=lambda shape: shape[2:])
-        return torch.cat([self.fitted(x, largest) for x in parts])
+        if len({x.shape[1:] for x in parts}) > 1:
+            largest = max((x.shape for x in parts), key=lambda shape: shape[2:])
+            parts = [self.fitted(x, largest) for x in parts]
+        return torch.cat([*parts])
 
 
 class Columns(Kind):
@@ -126,6 +132,10 @@ class Tokens(Kind):
     name = "tokens"
     blocks = words, columns
     num_fixed = 1
+
+    def of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Mark padding, where the mask is 0."""
+        return x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
 
     def beside(self, parts: Sequence[Tensor]) -> Tensor:
         """Return several texts as one; the words of each are other words."""

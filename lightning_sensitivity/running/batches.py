@@ -2,11 +2,12 @@
 
 import copy
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,10 +18,18 @@ from torch import Tensor, nn
 from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.running.isolation import isolated
 
+T = TypeVar("T")
+
 Place = tuple[Any, ...]  # where a value is in a batch: keys, one within the other
+# Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
+TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
 
 _MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
+
+_CONSTANTS = {str, int, float, bool, type(None)}
+_MAX_STRUCTURES = 100  # that are remembered of a model
+_FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
 
 # Copies
 
@@ -54,6 +63,8 @@ def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:
         value: A batch, or a part of one.
         depth: How many objects, one within the other, are copied.
     """
+    if type(value) is Tensor:  # by far the most
+        return value.detach().clone()
     return apply_to_collection(value, (_Cloneable, _Holder), _copied, depth, allow_frozen=True)
 
 
@@ -159,6 +170,48 @@ def code_of(place: Place, path: str = "batch") -> str:
     return path + "".join(f".{step}" if isinstance(step, Attribute) else f"[{step!r}]" for step in place)
 
 
+# Structure
+
+
+def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: object) -> T:
+    """Return what a rule finds for a model and a value, once for all values of one structure.
+
+    Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
+    """
+    known = _FOUND.setdefault(model, {})
+    if len(known) >= _MAX_STRUCTURES:
+        return rule(model, value)
+    key = rule, structure_of(value)
+    if key not in known:
+        known[key] = rule(model, value)
+    remembered: T = known[key]
+    return remembered
+
+
+def structure_of(value: object) -> object:
+    """Return all of a value that rules look at: types, names, ranks, and which sizes are 0, 1, 2 or equal."""
+    found: list[object] = []
+    sizes: dict[int, int] = {}  # a number for each size
+    items: list[Any] = [value]
+    for item in items:  # which become more
+        found.append(type(item))
+        if isinstance(item, Tensor):
+            found += (item.dtype, item.layout, item.ndim)
+            for size in () if item.is_nested else item.shape:
+                found.append(size if size < 3 else sizes.setdefault(size, -len(sizes) - 1))
+        elif isinstance(item, Mapping):
+            found.append((*item,))
+            items += item.values()
+        elif isinstance(item, list | tuple):
+            found.append(len(item))
+            items += item
+        elif type(item) not in _CONSTANTS:
+            held = {name: x for name in TARGET_NAMES if isinstance(x := getattr(item, name, None), Tensor)}
+            found.append((*held,))
+            items += held.values()
+    return (*found,)
+
+
 # Tensors
 
 
@@ -178,8 +231,17 @@ def has_samples(x: Tensor, size: int) -> bool:
 
 
 def tensors_in(value: object) -> list[Tensor]:
-    """List the tensors in a value and its tuples, lists and mappings."""
-    return [x for _, x in places(value)]
+    """List the tensors in a value and its tuples, lists and mappings, those of its own first."""
+    tensors: list[Tensor] = []
+    items: list[Any] = [value]
+    for item in items:  # which become more
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, Mapping):
+            items += item.values()
+        elif isinstance(item, list | tuple):
+            items += item
+    return tensors
 
 
 def first_of(result: object) -> object:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,14 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 import lightning_sensitivity.running.rules as rules
+from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
-from lightning_sensitivity.running.batches import Place, at, clone_tensors, is_floating, take
-from lightning_sensitivity.running.layout import resolved, without
+from lightning_sensitivity.reference.kinds import KINDS, Seen
+from lightning_sensitivity.running.batches import Place, at, clone_tensors, is_floating, resolved, take
+from lightning_sensitivity.running.graphs import sum_graphs
+from lightning_sensitivity.running.layout import Sight, without
+
+_MANY = 1000  # from which on integers are names, and no categories
 
 Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
@@ -94,9 +99,11 @@ class ModelCall:
         Raises:
             MisconfigurationException: If it is not clear what to perturb, or where outputs are.
         """
-        call = self._with(clone_tensors(self.arguments))
+        call = self._with({name: clone_tensors(value) for name, value in self.arguments.items()})
         if perturb is not None:
-            name = rules.find_perturbed(self._model, self.layout, self.arguments, str(self))
+            name = self.layout.perturbed
+            if name is None:
+                raise rules.no_perturbed(self._model, self.layout, self.arguments, str(self))
             call.arguments[name] = apply_to_collection(
                 call.arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
@@ -195,3 +202,43 @@ def labels_at(place: Place | None, model: nn.Module, batch: Any) -> Tensor:
         raise rules.no_labels(model, batch)
     found: Tensor = at(batch, place)
     return found
+
+
+# What a reference sees
+
+
+def select_seen(
+    arguments: Mapping[str, object], size: int, indices: Tensor | None = None, sight: Sight | None = None
+) -> tuple[Seen, list[str]]:
+    """Select what a reference sees of samples.
+
+    Args:
+        arguments: The arguments of the model, by their names.
+        size: N, the number of samples.
+        indices: Which of them to look at; None for all.
+        sight: What a reference sees of them, if that is known; else they have to be inputs, and no labels.
+
+    Returns:
+        What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
+    """
+    inputs, unread = rules.find_sight(arguments, size) if sight is None else sight
+    unread = [*unread]
+    seen: dict[str, list[Tensor]] = {}
+    for each in inputs:
+        kind, value = each.kind, at(arguments, each.place)
+        if kind == rules.GRAPHS:
+            kind, value = "columns", sum_graphs(value, size)
+        x = take(value, indices).detach()
+        if kind == "columns":
+            x = in_floats(x)
+        elif kind == rules.INTEGERS:
+            kind, x = "columns", x[:, None].flatten(1).cpu().long().float()
+            unread += [each.name] * bool((x >= _MANY).any())  # names, of which nothing is seen
+            x = x.clamp(max=_MANY)
+        else:
+            mask = None if each.mask is None else take(at(arguments, each.mask), indices)
+            x = KINDS[kind].of_input(x, mask)
+        seen.setdefault(kind, []).append(x.cpu())
+    alone = {kind: parts[0] for kind, parts in seen.items() if len(parts) == 1 and parts[0].ndim > 1}
+    joined = {kind: alone[kind] if kind in alone else KINDS[kind].beside(parts) for kind, parts in seen.items()}
+    return joined, [*dict.fromkeys(unread)]

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -93,10 +92,12 @@ def perturbation(noise: NoiseFunction, key: Key) -> Perturb:
         noise: The noise.
         key: Seed, rank, loader, batch and draw; see :func:`noise_generator`.
     """
-    generator_on = cache(lambda device: noise_generator(*key, device=device))
+    generators: dict[torch.device, torch.Generator] = {}  # whose streams several tensors share
 
     def perturb(x: Tensor) -> Tensor:
-        new: object = noise(x.clone(), generator_on(x.device))  # a user's function may write to it
+        if x.device not in generators:
+            generators[x.device] = noise_generator(*key, device=x.device)
+        new: object = noise(x.clone(), generators[x.device])  # a user's function may write to it
         if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (x.shape, x.dtype, x.device):
             raise Refused(f"`noise` should return {describe(x)}, like its input, got {describe(new)}.", "noise")
         return new

@@ -14,6 +14,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
+    TARGET_NAMES,
     Attribute,
     Place,
     at,
@@ -28,7 +29,7 @@ from lightning_sensitivity.running.batches import (
     is_floating,
     places,
 )
-from lightning_sensitivity.running.layout import TARGET_NAMES, Input, Layout, Sight, without
+from lightning_sensitivity.running.layout import Input, Layout, Sight, without
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
+_FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transformers return
 
 
 # What a `forward` takes
@@ -64,9 +66,7 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def required_names(model: nn.Module) -> list[str]:
     """List the names of the positional arguments that ``forward`` requires."""
-    return [
-        name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL
-    ]
+    return [name for name, p in parameters_of(model).items() if p.default is p.empty and p.kind in _POSITIONAL]
 
 
 def _kinds(model: nn.Module) -> list[object]:
@@ -122,15 +122,11 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
         MisconfigurationException: If ``forward`` has none of such a name.
     """
     batch, chosen = both
-    unknown = (
-        [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
-    )
+    unknown = [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
     if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
-            raise Refused(
-                f"`inputs` should return arguments of `forward`, which has none that is called {names}."
-            )
+            raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
         return _layout(model, batch, chosen, True, {name: (name,) for name in chosen})
     positions = [(step,) for step in range(len(chosen))] if type(chosen) is tuple else [()]
     return _layout(model, batch, chosen, False, by_position(model, positions))
@@ -142,9 +138,7 @@ def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     found: dict[str, Place] = {"0": (1,)}
     if isinstance(chosen, Mapping) or type(chosen) is tuple:
         found = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(
-        model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ())
-    )
+    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ()))
 
 
 def _layout(
@@ -159,15 +153,23 @@ def _layout(
     arguments = {name: at(value, place) for name, place in found.items()}
     if inputs is None:
         asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
-        inputs = {
-            name: labels_in(arguments[name]) for name in found if name in asked or not is_like_targets(name)
-        }
-    named = {name: without(arguments[name], names) for name, names in inputs.items()}
-    left_out = [] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES})
+        names = [name for name in found if name in asked or not is_like_targets(name)]
+        inputs = {name: labels_in(arguments[name]) for name in names}
+    named = {name: without(arguments[name], labels) for name, labels in inputs.items()}
     rows = _find_rows(arguments)
-    sight = None if rows is None else find_sight(named, len(at(arguments, rows)))
+    is_chosen = value is not batch
+    floating = _floating(by_name, inputs, arguments)
+    is_clear = len({name for name, _ in floating}) == 1 and (is_chosen or len(floating) == 1)
     return Layout(
-        by_name, found, inputs, left_out, rows, sight, find_labels(model, batch), value is not batch
+        by_name=by_name,
+        places=found,
+        inputs=inputs,
+        left_out=[] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES}),
+        perturbed=floating[0][0] if is_clear else None,
+        rows=rows,
+        sight=None if rows is None else find_sight(named, len(at(arguments, rows))),
+        labels=find_labels(model, batch),
+        is_chosen=is_chosen,
     )
 
 
@@ -236,9 +238,7 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
     if found or not is_sequence(batch):
         return found[0] if len(found) == 1 else None
     rest = _split(model, batch)[1]  # what follows the inputs
-    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (
-        rest[1:] and _has_options(model)
-    )
+    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (rest[1:] and _has_options(model))
     return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
 
 
@@ -248,9 +248,7 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
     found = [each for place in rest for each, _ in places(at(batch, place), place) if each]
     named = [place for place in found if is_like_targets(place[-1])]
     hint = _say("targets", [*map(code_of, named or found)])
-    return Refused(
-        f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}."
-    )
+    return Refused(f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}.")
 
 
 # What a reference sees
@@ -258,9 +256,7 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
 
 def _find_rows(arguments: Mapping[str, object]) -> Place | None:
     """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
-    found = (
-        [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
-    )
+    found = [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
     return found[0][0] if len({size for _, size in found}) == 1 and found[0][1] > 0 else None
 
 
@@ -292,9 +288,7 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     masks = {x.shape: place for name, place, x in found if name == _MASK}
     numbers = {x.shape for _, _, x in found if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    inputs = [
-        (n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))
-    ]
+    inputs = [(n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
     has_numbers = not all(_are_integers(x) for _, _, x in inputs)
     seen = []
     for name, place, x in inputs:
@@ -305,9 +299,7 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def _find_readable(
-    named: Mapping[str, object], size: int
-) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
+def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
     """List the tensors that can be read, with their arguments, and the arguments that hold more."""
     found, unread = [], []
     for name, value in named.items():
@@ -331,8 +323,36 @@ def _are_integers(x: Tensor) -> bool:
 def _are_graphs(value: object) -> bool:
     """Return whether a value holds graphs: that of each node, and the nodes of each edge."""
     of_node, ends = entry(value, "batch"), entry(value, "edge_index")
-    are_tensors = isinstance(of_node, Tensor) and isinstance(ends, Tensor)
-    return are_tensors and ends.shape[:1] == (2,) and of_node.ndim == 1
+    if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor):
+        return False
+    return ends.shape[:1] == (2,) and of_node.ndim == 1
+
+
+# An encoder
+
+
+def encoder_arguments(encoder: nn.Module, layout: Layout, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Choose those inputs that an encoder names, or the only one, as arguments by position and by name."""
+    names = parameters_of(encoder)
+    if not layout.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+        return [*inputs.values()], {}
+    return [], {name: value for name, value in inputs.items() if name in names}
+
+
+def find_features(result: object, mask: object) -> object:
+    """Find features in what transformers return, or in the only entry of a mapping; None if there are none.
+
+    Hidden states of tokens, ``(N, L, D)``, are averaged over those that a mask leaves.
+    """
+    if not isinstance(result, Mapping):
+        return result
+    hidden = result.get("last_hidden_state")
+    if isinstance(hidden, Tensor) and hidden.ndim == 3:
+        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
+            return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return hidden.mean(1)
+    names = _FEATURES if len(result) > 1 else tuple(result)
+    return next((result[name] for name in names if name in result), None)
 
 
 # Outputs
@@ -340,14 +360,14 @@ def _are_graphs(value: object) -> bool:
 
 def find_outputs(result: Any) -> object:
     """Find the logits by name, else the first item; refuse (features, logits), which may be either."""
+    if isinstance(result, Tensor):
+        return result
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for _, x in places(result) if x.ndim == 2 and is_floating(x)}) > 1:
         has_tensors = is_sequence(result) and any(map(is_floating, result))
         example = (
-            "such as `outputs=lambda out: out[1]`"
-            if has_tensors
-            else "if none, set `call=lambda module, batch: ...`"
+            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
         )
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
@@ -368,6 +388,8 @@ def no_outputs(result: object, selected: object) -> Refused:
 
 def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
+    if outputs.ndim < 3:
+        return
     first, last = outputs.shape[1:-1], outputs.shape[2:]
     if min(first.numel(), last.numel()) <= 1:
         return
@@ -380,36 +402,33 @@ def check_class_dimension(outputs: Tensor, arguments: object) -> None:
         )
 
 
-# Noise
+# Noise, which is added to the first argument by position, or to the only one by name that has floating tensors
 
 
-def find_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> str:
-    """Find the name of the argument to perturb, which is the first one by position.
-
-    Raises:
-        MisconfigurationException: If it is not clear which one, or none is floating.
-    """
-    floating: list[
-        tuple[str, str]
-    ] = []  # the name of each argument, and the code that selects what floats in it
-    for name in layout.inputs if layout.by_name else [*arguments][:1]:
+def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[str, object]) -> list[tuple[str, str]]:
+    """List the argument of each dense floating tensor that noise may be added to, and the code that selects it."""
+    listed = []
+    for name in inputs if by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        floating += [
-            (name, code_of(place, name)) for place, x in places(beside) if is_floating(x) and not is_empty(x)
-        ]
-    has_choice = len(floating) > 1 and not layout.is_chosen
-    if len({name for name, _ in floating}) == 1 and not has_choice:
-        return floating[0][0]
+        tensors = [(place, x) for place, x in places(beside) if is_floating(x) and not is_empty(x)]
+        listed += [(name, code_of(place, name)) for place, _ in tensors]
+    return listed
+
+
+def no_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> Refused:
+    """Say that it is not clear where noise belongs, and what to write."""
+    floating = _floating(layout.by_name, layout.inputs, arguments)
     listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
     modules = original_module(model).named_modules()
     layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
     layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
     at_layer = repr(layers[0][0]) if layers else ""
-    selected = ", ".join(map(code_of, layout.places.values()))
-    select = f"`inputs=lambda batch: ({selected},)`"
-    hint = f"; of a tuple, the first one is perturbed, with all that it holds: {select}" if has_choice else ""
-    raise Refused(
+    hint = ""
+    if len(floating) > 1 and not layout.is_chosen:
+        selected = ", ".join(map(code_of, layout.places.values()))
+        hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
+    return Refused(
         f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` "
         f"({described}). Perturb the output of a submodule by `at={at_layer}`, or select an input by "
         f"`inputs=`{hint}.",
@@ -425,9 +444,7 @@ def inputs_hint(batch: object) -> str:
     if not isinstance(batch, Mapping):
         return ""
     named = [(place, x) for place, x in places(batch) if place[-1] not in TARGET_NAMES]
-    hint = _say(
-        "inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)]
-    )
+    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)])
     return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 
 

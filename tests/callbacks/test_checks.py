@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -239,6 +242,44 @@ def test_labels_among_the_inputs_are_refused_before_the_first_step_unless_featur
     selectors: Any = {"inputs": lambda batch: (batch,), "targets": lambda batch: batch[1]}
     refused(RiskMonitor(**selectors), OfBatch(), match="the labels are among the inputs", **options)
     fitted([quick_risk(features=lambda batch: batch[0], **selectors)], OfBatch(), **options)
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    y: Tensor
+
+
+class OfObject(Linear):
+    """It takes a dataclass, or fills in what is nan."""
+
+    def forward(self, x: Any) -> Tensor:
+        return super().forward((x.x if isinstance(x, Batch) else x).nan_to_num(0.0))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = (batch.x, batch.y) if isinstance(batch, Batch) else batch
+        return cross_entropy(super().forward(x), y)
+
+
+UNREADABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a dataclass": (
+        lambda samples: Batch(*default_collate(samples)),
+        "can read nothing of 'x': Batch: set",
+    ),
+    "a column of nan": (
+        lambda samples: [torch.full((len(samples), 12), torch.nan), default_collate(samples)[1]],
+        "all samples have nan or inf in inputs or features",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_batches_of_which_a_reference_can_read_nothing_are_refused_before_the_first_step(what: str) -> None:
+    collate, match = UNREADABLE[what]
+    train, val = (loader(collate_fn=collate, seed=seed) for seed in (0, 1))
+    refused(RiskMonitor(), OfObject(), train, val, match=match)
+    run, _ = helpers.fitted_and_said(quick_risk(validation_labels=True), OfObject(), train, val)
+    assert "val/expected_loss" in run.callback_metrics  # by labels alone
 
 
 SHARES: dict[str, tuple[str, Any, str]] = {

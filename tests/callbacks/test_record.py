@@ -284,6 +284,16 @@ def test_a_state_of_another_version_is_left_alone_with_a_warning(state: Any, tmp
     assert len(values(run)) == len(monitor.history) == 1 and monitor.summary["num_validations"] == 1
 
 
+def test_predictions_of_samples_that_there_are_not_are_made_again(tmp_path: Path) -> None:
+    fit(Still(), quick_risk(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"][KEY]["predicted"]["unseen"][0]["indices"] += 10**6
+    torch.save(checkpoint, path)
+    with said():
+        run = fit(Still(), quick_risk(), max_epochs=3, ckpt_path=path, num_sanity_val_steps=0)
+    assert run.current_epoch == 3 and LOSS in values(run)[-1]
+
+
 def test_two_monitors_of_different_prefixes_save_two_states(tmp_path: Path) -> None:
     def monitors() -> list[RiskMonitor]:
         return [quick_risk(), quick_risk(prefix="b/", num_samples=20)]

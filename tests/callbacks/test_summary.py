@@ -231,12 +231,21 @@ class Scheduled(Plain):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
 
 
+class Frozen(Plain):
+    """It trains one of its parameters at a rate of zero."""
+
+    def configure_optimizers(self) -> Any:
+        *trained, frozen = self.parameters()
+        return torch.optim.Adam([{"params": trained, "lr": self.lr}, {"params": [frozen], "lr": 0.0}])
+
+
 STOPPED: dict[str, tuple[Any, Any, int, bool]] = {  # a model, another callback, epochs; was it still improving?
     "EarlyStopping that waits": (Plain, lambda: cb.EarlyStopping(LOSS, patience=2), 3, True),
     "EarlyStopping at its goal": (Plain, lambda: cb.EarlyStopping(LOSS, stopping_threshold=1.394), 9, False),
     "another callback that stops it": (Plain, Stopping, 4, True),
     "a single epoch": (Plain, Stopping, 1, False),
     "a schedule that has ended": (Scheduled, Stopping, 3, False),
+    "a frozen parameter": (Frozen, Stopping, 4, True),
 }
 
 

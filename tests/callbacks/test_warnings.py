@@ -263,6 +263,30 @@ def test_outputs_of_torchs_sigmoid_are_refused_before_the_first_step(task: str) 
     assert said(quick_risk(task, outputs=lambda p: p.logit(1e-6)), model, of(X, y)) == []
 
 
+class TwoHeads(Sigmoid):
+    """The second head has a sigmoid, too."""
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.net(x)
+        return z.sigmoid(), z.exp().sigmoid()
+
+
+class Inexact(Sigmoid):
+    """Sums in another order each time, as on a GPU."""
+
+    num_passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).num_passes += 1
+        return (self.net(x) + 1e-6 * (self.num_passes % 2)).sigmoid()
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(TwoHeads, lambda result: result[0]), (Inexact, None)])
+def test_outputs_of_a_sigmoid_are_refused_also_of(kind: Any, outputs: Any) -> None:
+    data = of(X, (X[:, :1] < 0.5).float())
+    refused(quick_risk("binary", outputs=outputs), kind(), data, VAL, match="outputs are probabilities")
+
+
 GATES = {  # what networks that nobody has trained give: logits, of any sign, of some, of one, or in [0, 1]
     "a linear layer": lambda z: z,
     "zeros": lambda z: 0 * z,

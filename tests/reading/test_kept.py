@@ -64,6 +64,11 @@ def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: 
     assert samples.is_truncated == (samples.size < sum(sizes))
 
 
+def test_memory_was_not_short_where_all_wanted_samples_are_kept() -> None:
+    samples = kept([2] * 6, 4, max_bytes=4 * 5)
+    assert samples.size == 4 and not samples.is_truncated
+
+
 def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
     samples = KeptSamples(20)
     samples.complete()

@@ -39,7 +39,8 @@ def test_without_functions_it_takes_what_is_usual() -> None:
     kept = reader.keep(MODEL, (X, Y), 0)
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
     assert kept.seen is None and torch.equal(see(reader, MODEL, (X, Y))["columns"], X)
-    assert torch.equal(reader.kept_labels(MODEL, (X, Y), kept), Y) and reader.kept_labels(MODEL, X, kept) is None
+    assert torch.equal(reader.kept_labels(MODEL, (X, Y), kept), Y)
+    assert reader.kept_labels(MODEL, X, reader.keep(MODEL, X, 0)) is None
 
 
 SHOWN: dict[str, tuple[Any, Tensor]] = {

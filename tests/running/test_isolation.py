@@ -1,9 +1,11 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ class Stateful(LightningModule):
         self.hidden, self.of_graph = torch.zeros(2), 2 * self.target
         self.items, self.names, self.queue, self.ids = [X.clone()], {"x": X}, deque([X.clone()], 2), {1}
         self.alias, self.counts, self.generator = self.names, Counter("a"), torch.Generator().manual_seed(1)
+        self.array, self.object = np.zeros(2), SimpleNamespace(number=0, hidden=torch.zeros(2), items=[1])
+        self.random, self.numbers = random.Random(0), np.random.default_rng(0)
+        self.target.grad = torch.ones(2)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
@@ -58,7 +63,16 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
     "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
+    "a counter": lambda m, x: torch.tensor([m.counts["a"], m.counts.update("a")][0]),
+    "an array": lambda m, x: torch.from_numpy(m.array + m.array.__iadd__(1)),
+    "the number of an object": lambda m, x: torch.tensor([m.object.number, vars(m.object).update(number=1)][0]),
+    "the tensor of an object": lambda m, x: m.object.hidden.add_(1).sum(),
+    "the list of an object": lambda m, x: torch.tensor(len([*m.object.items, m.object.items.append(x)])),
     "a generator": lambda m, x: torch.rand(2, generator=m.generator),
+    "a generator of Python": lambda m, x: torch.tensor(m.random.random()),
+    "a generator of NumPy": lambda m, x: torch.tensor(m.numbers.random()),
+    "gradients": lambda m, x: m.zero_grad(),
+    "what is trained": lambda m, x: m.requires_grad_(False),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
     "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
     "a hook": lambda m, x: m.bn(m.bn.register_forward_hook(lambda module, args, y: y + 1) and x),
@@ -72,6 +86,10 @@ def contents(value: Any) -> Any:
         return id(value), (value.to_dense() if value.is_sparse else value).tolist()
     if isinstance(value, torch.Generator):
         return id(value), value.get_state().tolist()
+    if isinstance(value, random.Random | np.random.Generator):
+        return id(value), str(value.getstate() if isinstance(value, random.Random) else value.bit_generator.state)
+    if isinstance(value, SimpleNamespace | np.ndarray):
+        return id(value), str(value)
     if isinstance(value, dict):
         return id(value), [(key, contents(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | deque):
@@ -82,7 +100,8 @@ def contents(value: Any) -> Any:
 def snapshot(model: Any) -> list[Any]:
     """All that modules have."""
     dicts = [each for m in model.modules() for each in (vars(m), m._buffers, m._parameters)]
-    return [sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts]
+    trained = [(each.requires_grad, contents(each.grad)) for each in model.parameters()]
+    return [trained, *(sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts)]
 
 
 def interrupt() -> None:
@@ -177,14 +196,56 @@ def test_a_pass_compiles_nothing() -> None:
 
 def test_lazy_and_scripted_models_are_refused() -> None:
     scripted = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
-    for model, match in ((nn.LazyLinear(3), "some are lazy"), (scripted, "no scripted parts")):
+    lazy = nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False)  # the latter has no weights
+    for model, match in (*zip(lazy, ["some are lazy"] * 2, strict=True), (scripted, "no scripted parts")):
         with pytest.raises(MisconfigurationException, match=match), isolated(model):
             pass
 
 
+REFUSED: dict[
+    str, tuple[Any, Callable[[Any], Any], str]
+] = {  # what a module holds, what a pass does with it, the message
+    "a tensor in a list": ([torch.zeros(1)], lambda held: held[0].add_(1), "writes to a tensor in `held`"),
+    "a tensor in a tuple": ((torch.zeros(1),), lambda held: held[0].add_(1), "writes to a tensor in `held`"),
+    "a tensor in a dict": ({0: torch.zeros(1)}, lambda held: held[0].add_(1), "writes to a tensor in `held`"),
+    "an iterator": (iter([1, 2]), next, "advances the iterator `held`"),
+    "a count": (itertools.count(), next, "advances the iterator `held`"),
+    "the count of an object": (
+        SimpleNamespace(n=itertools.count()),
+        lambda held: next(held.n),
+        "advances the iterator `n`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_pass_that_can_not_be_undone_is_refused_by_name(what: str) -> None:
+    held, change, match = REFUSED[what]
+    model = nn.Linear(2, 2)
+    model.held = held
+    with isolated(model) as run:
+        run(model, X)
+        with pytest.raises(MisconfigurationException, match=f"`forward` {match} in eval"):
+            run(lambda: change(model.held))
+
+
+def test_a_large_array_may_be_read_and_not_written() -> None:
+    model = nn.Linear(2, 2)
+    model.table = np.zeros(2**17)
+    with isolated(model) as run:
+        assert run(lambda: model.table.sum()) == 0
+        with pytest.raises(ValueError, match="read-only"):
+            run(lambda: model.table.__iadd__(1))
+    assert model.table.flags.writeable
+
+
 def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model(X).sum().backward()
     with isolated(model) as run:
         run(model, X)
         with pytest.raises(MisconfigurationException, match="`forward` writes to 0.weight, 0.bias, 1.weight in eval"):
             run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
+    refused = pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval")
+    with isolated(model) as run, refused:
+        run(lambda: model[0].weight.grad.zero_())
