@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.expected.fitted import FittedReference
-from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, losses
+from lightning_sensitivity.functional.expected import WEIGHT, Loss, complete_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, check_count
@@ -229,7 +229,7 @@ class _Judge:
             raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
         is_other = self._shape is None and self._num_outputs != num_columns  # such as quantiles
         unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_other, False)
-        weights = torch.full((len(new),), fitted.verdict.is_trusted * WORTH / len(new), dtype=torch.float64)
+        weights = torch.full((len(new),), fitted.verdict.is_trusted * WEIGHT / len(new), dtype=torch.float64)
         self._answers.append((weights, unseen.q, unseen.draws))
 
     def add_labels(self, batches: Iterable[object], groups: Tensor | None) -> None:
@@ -267,6 +267,7 @@ class _Judge:
 
 
 def warn(entry: str, message: str, kind: str = "") -> None:
+    """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
     warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=6)
 
 

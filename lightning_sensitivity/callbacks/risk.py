@@ -37,6 +37,7 @@ from lightning_sensitivity.expected.record import (
 )
 from lightning_sensitivity.expected.summary import Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
+from lightning_sensitivity.functional.tasks import AnyMetric
 from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
 from lightning_sensitivity.messages import BLIND, Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
@@ -295,7 +296,7 @@ class RiskMonitor(Monitor):
             self.reader.groups(module, batch, len(outputs))
             num_columns = self.task.num_columns(shape)
             check_class_shares(self._class_shares, self.task, num_columns)
-            metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
+            metrics = self._metrics_of(num_columns)
             may_predict = try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
             self._expectation = Expectation(
                 self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
@@ -313,11 +314,15 @@ class RiskMonitor(Monitor):
     # A validation
 
     @property
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, AnyMetric]:
         """The metrics by name: yours, or the default, which are those of two classes until a batch tells how many."""
         if self._expectation is not None:
             return self._expectation.metrics
-        return self.task.default_metrics(2) if self._own_metrics is None else self._own_metrics
+        return self._metrics_of(2)
+
+    def _metrics_of(self, num_columns: int) -> dict[str, AnyMetric]:
+        """Return the metrics of so many classes."""
+        return {**(self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics)}
 
     @property
     def directions(self) -> dict[str, bool]:
@@ -393,7 +398,8 @@ class RiskMonitor(Monitor):
                 "some, set `targets=`."
             )
             self.run.warn("labels", message, kind="none")
-        known = Known(labels, numbers if self.reader.has_groups else None, unseen)
+        fingerprint = 0.0 if self._predicted is None else self._predicted.fingerprint(dataloader_idx)
+        known = Known(labels, numbers if self.reader.has_groups else None, unseen, fingerprint)
         # Losses and metrics may be parts of the module, or draw numbers.
         with isolated_with(trainer.lightning_module, self.loss) as run:
             values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
@@ -414,4 +420,4 @@ class RiskMonitor(Monitor):
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        self.history.append({**row, "reference": None, "num_labels": 0, **values})
+        self.history.append({**row, "reference": None, "num_labels": 0, "curve": None, **values})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.expected.doubts import Warn, say_differences, say_shares, say_unused
 from lightning_sensitivity.expected.record import Predictions, Unseen, Verdict
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART, draw_labels
+from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
@@ -99,14 +99,15 @@ class FittedReference:
         draws = draw_labels(q, model.task, model.residuals_near(q) if is_local else model.residuals_)
         q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
         groups = None if model.groups_ is None else torch.from_numpy(model.groups_)
-        return Unseen(indices, q, draws, model.score_, count_groups(groups, model.num_samples_), self._sure_as)
+        num_calibrating = count_groups(groups, model.num_samples_)
+        return Unseen(indices, q, draws, model.score_, num_calibrating, self._sees)
 
     @property
-    def _sure_as(self) -> int:
-        """As how many labels it is sure of a network, which may know more than columns, or features."""
+    def _sees(self) -> str:
+        """What it sees of what a network may know."""
         if self._reader.has_features:
-            return SURE_OF_FEATURES
-        return SURE_AS if self._is_table and self._reader.sees_all else SURE_OF_PART
+            return "features"
+        return "table" if self._is_table and self._reader.sees_all else "part"
 
     def predict_both(self, network: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
         """Predict samples by a network and by the reference.

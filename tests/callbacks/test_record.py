@@ -266,7 +266,7 @@ def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp
     assert values(resumed)[-1].keys() == values(whole)[-1].keys()
 
 
-ROW = {"epoch": 0, "step": 6, "dataloader_idx": 0, "reference": 0.5, "num_labels": 0}
+ROW = {"epoch": 0, "step": 6, "dataloader_idx": 0, "reference": 0.5, "num_labels": 0, "curve": 1}
 STATES: list[Any] = [
     {"verdict": {"a": 1}}, {"history": [{"epoch": 0, "reference": 1}]}, {"history": None}, None, [1],
     {"history": [{**ROW, "expected_loss": "low"}]}, {"history": [ROW], "predicted": {"unseen": 3}},

@@ -31,7 +31,7 @@ from lightning_sensitivity.functional.expected import (
     jackknife,
     metric_value,
     one_draw,
-    worth_beside,
+    weight_beside,
 )
 from lightning_sensitivity.functional.tasks import TASKS
 from tests.helpers import Watch
@@ -318,13 +318,13 @@ def estimate(value: float, size: int, p: float = 0.7) -> Estimate:
 
 
 def test_the_error_of_an_expected_value_is_that_of_unseen_samples_of_left_out_labels_and_of_a_thousand() -> None:
-    found = combine(estimate(0.7, 600), None, num_training=300)
+    found = combine(estimate(0.7, 600), None, num_calibrating=300)
     assert found == (0.7, pytest.approx(math.sqrt(0.21 * (1 / 600 + 1 / 300 + 1 / 1000))), 1000, False)
     assert combine(None, estimate(0.7, 50)) == (0.7, pytest.approx(math.sqrt(0.21 / 50)), 1000, False)
 
 
 def test_labels_that_agree_count_as_many_as_they_are() -> None:
-    found = combine(estimate(0.72, 600), estimate(0.7, 200), num_training=300)
+    found = combine(estimate(0.72, 600), estimate(0.7, 200), num_calibrating=300)
     own, reference = 0.21 / 200, 0.21 * (1 / 600 + 1 / 300 + 1 / 1000)
     stderr = math.sqrt(200**2 * own + 1000**2 * reference) / 1200
     assert found == (pytest.approx((200 * 0.7 + 1000 * 0.72) / 1200), pytest.approx(stderr), 1000, False)
@@ -333,26 +333,28 @@ def test_labels_that_agree_count_as_many_as_they_are() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_labels_that_contradict_leave_the_reference_what_their_difference_allows(sign: int) -> None:
     known, far = estimate(0.7, 100), math.sqrt(0.21 / 100)
-    assert worth_beside(estimate(0.7 + sign * 1.99 * far, 600), known) == 1000
-    assert worth_beside(estimate(0.7 + sign * 2.01 * far, 600), known) == pytest.approx(100 / (2.01**2 - 1))
-    found = combine(estimate(0.7 + sign * 5 * far, 600), known, num_training=300)
+    assert weight_beside(estimate(0.7 + sign * 1.99 * far, 600), known) == 1000
+    assert weight_beside(estimate(0.7 + sign * 2.01 * far, 600), known) == pytest.approx(100 / (2.01**2 - 1))
+    found = combine(estimate(0.7 + sign * 5 * far, 600), known, num_calibrating=300)
     assert found.is_contradicted and abs(found.value - 0.7) < 0.25 * far
 
 
 @pytest.mark.parametrize("variance", [0.0, math.nan])
 def test_a_few_labels_that_are_all_right_contradict_no_more_than_others(variance: float) -> None:
     few = Estimate(1.0, variance, 5)
-    assert worth_beside(estimate(0.7, 600), few) == 1000
+    assert weight_beside(estimate(0.7, 600), few) == 1000
 
 
 def test_the_reference_counts_as_the_median_of_three_validations_says() -> None:
     near, far, known = estimate(0.7, 600), estimate(0.99, 600), estimate(0.7, 100)
     first = combine(far, known, 300)
-    assert first.is_contradicted and first.worth < 20
+    assert first.is_contradicted and first.equivalent_labels < 20
     assert not combine(far, known, 300, earlier=[1000.0]).is_contradicted
-    found = combine(near, known, 300, earlier=[1000.0, first.worth, first.worth])
-    assert found.is_contradicted and found.worth == 1000
-    assert not combine(near, known, 300, earlier=[first.worth, first.worth, 1000.0]).is_contradicted
+    found = combine(near, known, 300, earlier=[1000.0, first.equivalent_labels, first.equivalent_labels])
+    assert found.is_contradicted and found.equivalent_labels == 1000
+    assert not combine(
+        near, known, 300, earlier=[first.equivalent_labels, first.equivalent_labels, 1000.0]
+    ).is_contradicted
 
 
 @pytest.mark.parametrize("variance", [0.0, math.nan])
@@ -366,5 +368,5 @@ def test_of_few_labels_the_variance_is_that_of_the_reference(variance: float) ->
 @pytest.mark.parametrize("size", [2, 20, 300])
 def test_labels_that_are_all_wrong_where_all_should_be_right_contradict(size: int) -> None:
     both = combine(Estimate(1.0, 0.0, 600), Estimate(0.0, 0.0, size), 500)
-    assert both.is_contradicted and both.worth == 1 and both.value == pytest.approx(1 / (size + 1))
+    assert both.is_contradicted and both.equivalent_labels == 1 and both.value == pytest.approx(1 / (size + 1))
     assert math.isnan(both.stderr)  # samples that are all alike say nothing of it
