@@ -158,8 +158,8 @@ class RiskMonitor(Monitor):
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
-            ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if
-            these are set. There is no ``mean`` where the network gives quantiles, logarithms of rates or the like.
+            ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
+            set, or for those that were estimated in the fit; they are nan where an input is. There is no ``mean`` where the network gives quantiles, logarithms of rates or the like.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.
@@ -172,7 +172,10 @@ class RiskMonitor(Monitor):
         fitted = None if self._reference is None else self._reference.fitted
         if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return fitted.predict_both(model, dataloader, self._expectation.are_predictions)
+        # Shares that were estimated are those of the samples that the reference has predicted in the fit.
+        unseen = {} if self._predicted is None else self._predicted.unseen
+        shares = unseen[min(unseen)].q.double().mean(0) if unseen else None
+        return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch, with 90 % intervals.
