@@ -12,11 +12,11 @@ from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
     BLOCKS,
-    EQUIVALENT_LABELS,
     Estimate,
     Loss,
     combine,
     complete_labels,
+    equivalent_labels_of,
     estimate,
     is_area,
     jackknife,
@@ -318,7 +318,9 @@ def _joined(expected: Estimates, of_labels: Estimates, unseen: Unseen | None, ea
     for name in expected | of_labels:
         both = name in expected and name in of_labels
         counted = [row[f"{name}_equivalent_labels"] for row in earlier if f"{name}_equivalent_labels" in row]
-        numbers = (1, 1) if unseen is None else (unseen.num_calibrating, EQUIVALENT_LABELS[unseen.sees])
+        numbers = 1, 1  # of no reference
+        if unseen is not None:
+            numbers = unseen.num_calibrating, equivalent_labels_of(unseen.sees, name.removeprefix(EXPECTED))
         combined = combine(expected.get(name), of_labels.get(name), *numbers, counted)
         values[name] = combined.value
         if not math.isnan(combined.stderr):

@@ -20,9 +20,13 @@ from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_
 ESTIMATES = 1  # the version of expected values, raised with whatever changes one, so that studies can tell theirs
 VALIDATIONS = 3  # of which the median says as how many labels a reference counts
 WEIGHT = 1000  # as how many labels a reference counts beside labels
-# As how many labels a reference is sure of a network, which may err elsewhere, by what it sees, and by value: a whole
-# table, what `features=` shows it, or a part, such as patches and words. Chosen on the design half.
-EQUIVALENT_LABELS = {"table": 1000, "features": 200, "part": 30}
+# As how many labels a reference is sure of a network, which may err elsewhere, by what it sees: a whole table, what
+# `features=` shows it, or a part, such as patches and words. Chosen on the design half of `examples/studies/sureness`.
+_EQUIVALENT_LABELS = {
+    "table": {"accuracy": 500, "auroc": 500, "loss": 200},
+    "features": {"accuracy": 200, "auroc": 50, "loss": 100},
+    "part": {"accuracy": 30, "auroc": 30, "loss": 30},
+}
 BLOCKS = 10  # of samples, each of which is left out once
 _BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 _QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
@@ -259,6 +263,17 @@ class Combined(NamedTuple):
     is_contradicted: bool
 
 
+def equivalent_labels_of(sees: str, value: str) -> int:
+    """Return as how many labels a reference is sure of a value of a network; of one nobody has measured, the fewest.
+
+    Args:
+        sees: What the reference sees: a whole ``"table"``, ``"features"``, or a ``"part"``.
+        value: The name of the value, such as ``"loss"``.
+    """
+    numbers = _EQUIVALENT_LABELS[sees]
+    return numbers.get(value, min(numbers.values()))
+
+
 def combine(
     expected: Estimate | None,
     by_labels: Estimate | None,
@@ -356,13 +371,14 @@ def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate
     if measured.influences is None:
         return Estimate(measured.value, math.nan, size)
     units = number_units(groups, measured.influences.shape[1])
-    sizes = units.bincount().double()
-    number = float(sizes.sum() ** 2 / sizes.square().sum())  # of groups, as many as if they were equally large
+    shares = units.bincount().double() / len(units)
+    number = 1 / float(shares.square().sum())  # of groups, as many as if they were equally large
     if number < 2:
         return Estimate(measured.value, math.nan, size)
-    influences = measured.influences.new_zeros(len(measured.influences), len(sizes))
+    influences = measured.influences.new_zeros(len(measured.influences), len(shares))
     influences = influences.index_add(1, units, measured.influences)
-    variance = float(influences.square().mean(0).sum()) * number / (number - 1)
+    # The mean is nearer to a unit the larger that is (Bell and McCaffrey, 2002).
+    variance = float((influences.square().mean(0) / (1 - shares)).sum())
     if variance == 0 and measured.num_answers > 0:
         # All answers are right, or none: two more of each are taken to be there (Agresti and Coull, 1998).
         answers = measured.num_answers + 4
