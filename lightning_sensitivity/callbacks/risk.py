@@ -159,7 +159,8 @@ class RiskMonitor(Monitor):
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
             ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
-            set, or for those that were estimated in the fit; they are nan where an input is. There is no ``mean`` where the network gives quantiles, logarithms of rates or the like.
+            set, or for those that were estimated in the fit; they are nan where an input is. There is no ``mean``
+            where the network gives quantiles, logarithms of rates or the like.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.

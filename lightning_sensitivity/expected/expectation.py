@@ -156,7 +156,7 @@ class Expectation:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = own.to(outputs)
-        values = self._combined(outputs, self._are_finite(outputs), known, earlier=())
+        values = self._combined(outputs, self._are_finite(outputs), known, None)
         names = [EXPECTED + name for name in (*self.metrics, "loss")]
         self._reference_values[dataloader_idx] = {f"reference_{each}": values[each] for each in names if each in values}
         return self._reference_values[dataloader_idx]
@@ -201,17 +201,22 @@ class Expectation:
         """Count labels ``(N, C)``, those of all columns as one."""
         return math.ceil(float(self._task.known(labels).double().mean(1).sum()) - _ROUNDING)
 
-    def _combined(self, outputs: Tensor, is_finite: Tensor, known: Known, earlier: Sequence[Row]) -> Values:
-        """Compute each value by a reference and by labels, and combine both, by names that begin with its own."""
+    def _combined(self, outputs: Tensor, is_finite: Tensor, known: Known, earlier: Sequence[Row] | None) -> Values:
+        """Compute each value by a reference and by labels, and combine both, by names that begin with its own.
+
+        The jackknife takes longer than all else. It is needed where values are compared with labels, and of the epoch
+        that may be chosen; there is none without earlier validations.
+        """
         by_reference = self._by_reference(outputs, is_finite, known)
         by_labels = self._by_labels(outputs, is_finite, known)
         expected, of_labels = self._estimates(by_reference), self._estimates(by_labels)
-        values = _joined(expected, of_labels, known.unseen, earlier)
+        values = _joined(expected, of_labels, known.unseen, earlier or ())
         lacking = [name for name, each in (expected | of_labels).items() if math.isnan(each.variance)]
-        if lacking and (self._is_best(values, earlier) or (expected and of_labels)):
+        may_be_chosen = earlier is not None and self._is_best(values, earlier)
+        if lacking and (may_be_chosen or (expected and of_labels)):
             expected |= self._by_jackknife(by_reference, expected, lacking)
             of_labels |= self._by_jackknife(by_labels, of_labels, lacking)
-            values = _joined(expected, of_labels, known.unseen, earlier)
+            values = _joined(expected, of_labels, known.unseen, earlier or ())
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that outputs mask" if self._loss is None else f"gets {loss} from `loss`"
             self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.")
