@@ -23,7 +23,20 @@ from lightning_sensitivity import Reference, RiskMonitor
 from lightning_sensitivity.functional import expected_metric
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.observations import projection
-from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, LOSS, NOISY, Plain, Truth, X, batches_of, fit
+from tests.callbacks.plain_loop import (
+    ACCURACY,
+    AUROC,
+    CORRECT,
+    HOLDOUT,
+    LOSS,
+    NOISY,
+    Plain,
+    Truth,
+    X,
+    batches_of,
+    fit,
+    names_of,
+)
 from tests.helpers import (
     Classifier,
     first_tensor,
@@ -226,7 +239,7 @@ def test_each_of_several_loaders_has_values_under_lightnings_names() -> None:
     both, alone, other = values([first, second]), values(first), values(second)
     expected = {f"{name}/dataloader_idx_0": value for name, value in alone.items()}
     expected |= {f"{name}/dataloader_idx_1": value for name, value in other.items()}
-    assert both == pytest.approx(expected, rel=1e-5) and len(both) == 6
+    assert both == pytest.approx(expected, rel=1e-5) and len(both) == 2 * len(names_of("multiclass"))
 
 
 # Metrics
@@ -270,9 +283,10 @@ def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outp
 def test_of_a_thousand_classes_there_is_no_auroc() -> None:
     train, model = batches_of(X, 300 * NOISY), Plain(1000)
     run = fit(model, monitor := quick_risk(), train=train)
-    assert logged(run, "val/").keys() == {LOSS, ACCURACY}
+    names = names_of("multiclass", 1000)
+    assert logged(run, "val/").keys() == names and AUROC not in names
     run.validate(model, unlabelled(seed=1), verbose=False)
-    assert monitor.names == ("expected_accuracy", "expected_loss")
+    assert {f"val/{name}" for name in monitor.names} == names and monitor.names[0] == "expected_accuracy"
     stopping = cb.EarlyStopping(AUROC, mode="max")
     helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
 
