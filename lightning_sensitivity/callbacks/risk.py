@@ -51,48 +51,29 @@ _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, ov
 class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands in for
-    validation labels. It is calibrated on labels that it has not seen, and never sees the network. In every validation
-    of a fit, these are logged after ``prefix``, for labels that are drawn once from its predictions:
-
-    - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
-    - ``expected_accuracy`` and ``expected_auroc``, none in a regression, and no AUROC of more than 100 classes or
-      200 labels; or ``expected_<name>`` for each of ``metrics``. Of several labels, those that the reference can't
-      tell are left out.
-
-    The reference is made once, of the first whole epoch: 50,000 rows of a table, 10,000 images, signals or texts,
-    3,000 samples that an encoder sees, 512 MiB over all processes. If it sees too little of the inputs, nothing is
-    logged, and callbacks that monitor it take the last epoch.
+    From the first whole epoch on a small model of the training labels, the *reference*, stands in for validation labels.
+    Logged are ``expected_loss``, ``expected_accuracy`` and ``expected_auroc``, or ``expected_<name>`` of ``metrics``.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
-        loss: A function of outputs and labels that returns their mean, or one number for each; in a regression
-            outputs may be anything, such as quantiles ``(N, Q)``.
-        metrics: Torchmetrics by name, which get probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and
-            classes; in a regression outputs and targets.
-        targets: A function ``batch -> labels``, by default
-            :func:`~lightning_sensitivity.running.select_targets`; -100, or nan for several labels and in a
-            regression, is unknown.
-        validation_labels: Use validation labels, too; the reference counts as 1,000 of them, or fewer if they
-            contradict it.
-        features: What the reference sees, by default the inputs: a pretrained ``nn.Module`` that gets these, or a
-            function ``batch -> (N, D)``. It must know as much as the network.
-        reference: An estimator of scikit-learn to be the reference, with ``predict_proba`` unless in a regression.
-        groups: A function ``batch -> (N,)`` of numbers or strings, such as the patient, if unseen samples are of
-            other ones.
-        class_shares: The shares of classes among unseen samples, if training samples have others, or
-            ``"estimate"`` (Saerens et al., 2002).
-        num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000;
-            None for all.
+        loss: Of outputs and labels, their mean, or one number for each.
+        metrics: Torchmetrics by name.
+        targets: ``batch -> labels``; -100, or nan in a regression, is unknown.
+        validation_labels: Use validation labels beside the reference.
+        features: What the reference sees of the inputs: a pretrained ``nn.Module``, or ``batch -> (N, D)``.
+        reference: An estimator of scikit-learn in its place.
+        groups: ``batch -> (N,)``, such as the patient, if unseen samples are of others.
+        class_shares: Those of unseen samples, if training has others, or ``"estimate"``.
+        num_samples: Validation samples per loader; with labels at least 2,000; None for all.
         prefix: Prefix of the logged names.
-        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
-        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        call: A function ``(module, batch) -> result`` in place of ``forward``, beside ``inputs`` or ``features``.
+        inputs: ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
+        outputs: ``result -> logits``, ``(N, K)`` or ``(N,)``.
+        call: ``(module, batch) -> result`` in place of ``forward``.
         prog_bar: Show the first value on the progress bar.
 
     Attributes:
-        history: A dict for each validation and loader, with standard errors, which ``pandas.DataFrame`` takes.
-        summary: What the line at the end of a fit says, as a dict that ``json`` takes; empty before.
+        history: A dict for each validation and loader.
+        summary: What the last line says, as a dict.
 
     Raises:
         MisconfigurationException: Before the first step, if something is invalid or does not fit.

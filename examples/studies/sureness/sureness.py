@@ -30,7 +30,15 @@ from rules import Recorded, lowest
 from said import Said
 
 from lightning_sensitivity.functional import draw_labels
-from lightning_sensitivity.functional.expected import VALIDATIONS, WEIGHT, Estimate, estimate, weight_beside
+from lightning_sensitivity.functional.expected import (
+    VALIDATIONS,
+    WEIGHT,
+    Estimate,
+    combine,
+    equivalent_labels_of,
+    estimate,
+    weight_beside,
+)
 from lightning_sensitivity.functional.tasks import AUROC, TASKS, Measured, measure_mean
 from lightning_sensitivity.reference import Reference
 
@@ -125,10 +133,11 @@ def advice(run: Judged, name: str, epoch: int) -> Row:
     }
 
 
-def beside_labels(run: Judged, name: str) -> Row:
+def beside_labels(run: Judged, name: str, sees: str) -> Row:
     """Return how far values by labels, by the reference and by both are off, and what their epoch loses.
 
-    They are off in the mean over all epochs; all is a mean over draws of labels.
+    They are off in the mean over all epochs; all is a mean over draws of labels. It also tells in how many of the
+    epochs labels are said to contradict the reference.
     """
     y, size, found = run.targets("unseen"), run.q["unseen"].shape[0], []
     sign, truth = (
@@ -144,6 +153,7 @@ def beside_labels(run: Judged, name: str) -> Row:
         for _ in range(NUM_DRAWS if number < size else 1):
             rows, row = torch.randperm(size, generator=generator)[:number], {}
             known = [Estimate(float(each[rows].mean()), float(each[rows].var()) / number, number) for each in of_labels]
+            row[f"said_{count}"] = contradicted(expected, known, run.num_training, equivalent_labels_of(sees, name))
             for rule, weights in rules(expected, known).items():
                 values = np.array([
                     (number * second.value + weight * first.value) / (number + weight)
@@ -155,6 +165,17 @@ def beside_labels(run: Judged, name: str) -> Row:
                     row[f"lost_{rule}_{count}"] = float((sign * truth).max() - sign * truth[lowest(-sign * values)])
             found.append(row)
     return pd.DataFrame(found).mean().to_dict()
+
+
+def contradicted(expected: list[Estimate], known: list[Estimate], num_training: int, equivalent: int) -> float:
+    """Return in how many of the epochs labels are said to contradict the reference, a share."""
+    counted: list[float] = []
+    said = []
+    for both in zip(expected, known, strict=True):
+        found = combine(*both, num_training, equivalent, counted)
+        counted.append(found.equivalent_labels)
+        said.append(found.is_contradicted)
+    return float(np.mean(said))
 
 
 def rules(expected: list[Estimate], known: list[Estimate]) -> dict[str, Weights]:
@@ -182,7 +203,8 @@ def rows_of(file: Path) -> Iterator[Row]:
         row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name}
         row |= how_sure(run, name, epoch) | advice(run, name, epoch)
         if name != "auroc":
-            off = beside_labels(run, name)
+            sees = "table" if pool in TABLES else "part" if judge == "inputs" else "features"
+            off = beside_labels(run, name, sees)
             others = tuple(f"off_at_{least}" for least in THRESHOLDS[1:])  # are told of the design half alone
             row |= {key: each for key, each in off.items() if is_design or not key.startswith(others)}
         yield row
