@@ -1,7 +1,7 @@
 """What to expect of a network: by labels that were drawn from a reference, by labels of its samples, or by both."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 from zlib import crc32
@@ -109,6 +109,7 @@ class Expectation:
         self._task = task
         self._loss = loss
         self.metrics = dict(metrics)
+        self._names = [EXPECTED + name for name in (*metrics, "loss")]
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._doubts = doubts
@@ -134,7 +135,7 @@ class Expectation:
             message = f"on dataloader {dataloader_idx}: {number} samples gave nan or inf, and were left out."
             self._doubts.warn("nan", message, kind=str(dataloader_idx))
         if len(outputs) > 0 and not bool(is_finite.any()):
-            return dict.fromkeys([EXPECTED + name for name in (*self.metrics, "loss")], math.nan)
+            return dict.fromkeys(self._names, math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
             self._note(outputs, is_finite, known.unseen)
         curve = self._identity(dataloader_idx, known)
@@ -158,9 +159,9 @@ class Expectation:
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = own.to(outputs)
         values = self._combined(outputs, self._are_finite(outputs), known, None)
-        names = [EXPECTED + name for name in (*self.metrics, "loss")]
-        self._reference_values[dataloader_idx] = {f"reference_{each}": values[each] for each in names if each in values}
-        return self._reference_values[dataloader_idx]
+        found = {f"reference_{name}": values[name] for name in self._names if name in values}
+        self._reference_values[dataloader_idx] = found
+        return found
 
     def _are_finite(self, outputs: Tensor) -> Tensor:
         """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
@@ -177,26 +178,27 @@ class Expectation:
             by_mean = q.var(0, correction=0).mean()
             self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
 
-    def _by_reference(self, outputs: Tensor, is_finite: Tensor, known: Known) -> Labelled | None:
-        """Return the samples that a reference has labelled; None without any."""
-        if known.unseen is None:
-            return None
-        rows = is_finite[known.unseen.indices]
-        indices = known.unseen.indices[rows]
-        groups = None if known.groups is None else known.groups[indices]
-        size = count_groups(groups, len(indices))
-        return _of_samples(outputs[indices], known.unseen.q[rows], known.unseen.draws[:, rows], groups, size)
+    def _labelled(self, outputs: Tensor, is_finite: Tensor, known: Known) -> list[Labelled | None]:
+        """Return the samples that a reference has labelled, and those that somebody has; None without any."""
+        labels, groups, unseen, _ = known
+        by_reference = None
+        if unseen is not None:
+            rows = is_finite[unseen.indices]
+            indices = unseen.indices[rows]
+            of_indices = None if groups is None else groups[indices]
+            of_reference = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_indices
+            by_reference = Labelled(*of_reference, count_groups(of_indices, len(indices)))
 
-    def _by_labels(self, outputs: Tensor, is_finite: Tensor, known: Known) -> Labelled | None:
-        """Return the samples that have labels, without those that a reference can't tell; None without any."""
-        labels, unseen = known.labels, known.unseen
+        # Labels that the reference can't tell are left out.
         rows = self._task.has_label(labels) & is_finite
         y, draws = labels[rows], self._task.hard_labels(labels)[None]
         if unseen is not None:
             y = y.where(~unseen.q.isnan().all(0), math.nan)
             draws = complete_labels(draws[0], unseen.draws, unseen.indices)
-        groups = None if known.groups is None else known.groups[rows]
-        return _of_samples(outputs[rows], y, draws[:, rows], groups, count_groups(groups, self._count(labels[rows])))
+        of_rows = None if groups is None else groups[rows]
+        size = count_groups(of_rows, self._count(labels[rows]))
+        by_labels = Labelled(outputs[rows], y, draws[:, rows], of_rows, size)
+        return [each if each is not None and each.draws.numel() > 0 else None for each in (by_reference, by_labels)]
 
     def _count(self, labels: Tensor) -> int:
         """Count labels ``(N, C)``, those of all columns as one."""
@@ -208,15 +210,14 @@ class Expectation:
         The jackknife takes longer than all else. It is needed where values are compared with labels, and of the epoch
         that may be chosen; there is none without earlier validations.
         """
-        by_reference = self._by_reference(outputs, is_finite, known)
-        by_labels = self._by_labels(outputs, is_finite, known)
-        expected, of_labels = self._estimates(by_reference), self._estimates(by_labels)
+        labelled = self._labelled(outputs, is_finite, known)
+        expected, of_labels = map(self._estimates, labelled)
         values = _joined(expected, of_labels, known.unseen, earlier or ())
         lacking = [name for name, each in (expected | of_labels).items() if math.isnan(each.variance)]
         may_be_chosen = earlier is not None and self._is_best(values, earlier)
         if lacking and (may_be_chosen or (expected and of_labels)):
-            expected |= self._by_jackknife(by_reference, expected, lacking)
-            of_labels |= self._by_jackknife(by_labels, of_labels, lacking)
+            for some, estimates in zip(labelled, (expected, of_labels), strict=True):
+                estimates |= self._by_jackknife(some, estimates, lacking)
             values = _joined(expected, of_labels, known.unseen, earlier or ())
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that outputs mask" if self._loss is None else f"gets {loss} from `loss`"
@@ -228,12 +229,9 @@ class Expectation:
         """Compute each value, and how sure it is where that is known in closed form."""
         if labelled is None:
             return {}
-        measured = self._measure(labelled, [*self.metrics, "loss"]).items()
-        return {
-            name: estimate(each, labelled.size, labelled.groups)
-            for name, each in measured
-            if math.isfinite(each.value) or name == _LOSS
-        }
+        measured = self._measure(labelled, self._names)
+        known = {name: each for name, each in measured.items() if math.isfinite(each.value) or name == _LOSS}
+        return {name: estimate(each, labelled.size, labelled.groups) for name, each in known.items()}
 
     def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates, names: Sequence[str]) -> Estimates:
         """Return some of the estimates with the variance that leaving out blocks of samples shows."""
@@ -241,45 +239,39 @@ class Expectation:
             return {}
         draws = one_draw(labelled.draws, labelled.groups)
         y = self._task.label_matrix(draws[0], labelled.y.shape[1]).where(~labelled.y.isnan(), math.nan)
-        one, wanted = labelled._replace(y=y, draws=draws), [name.removeprefix(EXPECTED) for name in names]
-        variances = jackknife(
-            lambda rows: {name: each.value for name, each in self._measure(one.take(rows), wanted).items()},
-            len(y),
-            labelled.groups,
-        )
+        one = labelled._replace(y=y, draws=draws)
+
+        def values_of(rows: Tensor) -> Values:
+            return {name: each.value for name, each in self._measure(one.take(rows), names).items()}
+
+        variances = jackknife(values_of, len(y), labelled.groups)
         degrees = min(BLOCKS, count_groups(labelled.groups, len(y))) - 1
-        return {
-            name: estimates[name]._replace(variance=variance, degrees=degrees)
-            for name, variance in variances.items()
-            if name in estimates
-        }
+        known = [name for name in variances if name in estimates]
+        return {name: estimates[name]._replace(variance=variances[name], degrees=degrees) for name in known}
 
     def _is_best(self, values: Values, earlier: Sequence[Row]) -> bool:
         """Return whether a value is better than in all earlier validations."""
-        for name in ("loss", *self.metrics):
-            sign = 1 if name in self.metrics and self.metrics[name].higher_is_better else -1
-            key = EXPECTED + name
-            if key in values and all(sign * (values[key] - row[key]) > 0 for row in earlier if key in row):
-                return True
-        return False
+        signs = {EXPECTED + name: 1 if metric.higher_is_better else -1 for name, metric in self.metrics.items()}
+        return any(
+            all(sign * (values[name] - row[name]) > 0 for row in earlier if name in row)
+            for name, sign in (signs | {_LOSS: -1}).items()
+            if name in values
+        )
 
-    def _measure(self, labelled: Labelled, names: Sequence[str]) -> dict[str, Measured]:
+    def _measure(self, labelled: Labelled, names: Iterable[str]) -> dict[str, Measured]:
         """Compute the loss of the task or of the user, and metrics where these say something."""
+        y, draws, can_measure = labelled.y, labelled.draws, self._task.can_measure(labelled.draws)
+        p = self._task.predictions(labelled.outputs)
+        known = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
+        tells_nothing = labelled.tells_nothing
         measured: dict[str, Measured] = {}
-        if self._task.can_measure(labelled.draws):
-            p = self._task.predictions(labelled.outputs)
-            draws, tells_nothing = labelled.draws, labelled.tells_nothing
-            known = draws.where(~labelled.y.isnan(), math.nan) if self._task.is_by_column else draws
-            for name in names:
-                if name in self.metrics:
-                    metric = self.metrics[name]
-                    some = known if isinstance(metric, ClosedForm) else draws
-                    value = measure(metric, p, some, self._task)
-                    measured[EXPECTED + name] = (
-                        value._replace(value=0.5) if tells_nothing and is_area(metric) else value
-                    )
-        if "loss" in names:
-            measured[_LOSS] = self._measure_loss(labelled)
+        for name in names:
+            if name == _LOSS:
+                measured[name] = self._measure_loss(labelled)
+            elif can_measure:
+                metric = self.metrics[name.removeprefix(EXPECTED)]
+                each = measure(metric, p, known if isinstance(metric, ClosedForm) else draws, self._task)
+                measured[name] = each._replace(value=0.5) if tells_nothing and is_area(metric) else each
         return measured
 
     def _measure_loss(self, labelled: Labelled) -> Measured:
@@ -308,15 +300,9 @@ class Expectation:
             samples = outputs.expand(len(known.labels), *shape), torch.ones(len(known.labels), dtype=torch.bool), known
             facts = [0.0 if known.unseen is None else known.unseen.score, known.fingerprint]
             with suppress(Exception):  # of a loss that takes no such outputs
-                for labelled in (self._by_reference(*samples), self._by_labels(*samples)):
-                    facts.append(0.0 if labelled is None else self._measure_loss(labelled).value)
+                facts += [0.0 if each is None else self._measure_loss(each).value for each in self._labelled(*samples)]
             self._identities[key] = crc32(" ".join(f"{fact:.5g}" for fact in facts).encode())
         return self._identities[key]
-
-
-def _of_samples(outputs: Tensor, y: Tensor, draws: Tensor, groups: Tensor | None, size: int) -> Labelled | None:
-    """Return labelled samples; None if there is no label."""
-    return Labelled(outputs, y, draws, groups, size) if draws.numel() > 0 else None
 
 
 def _joined(expected: Estimates, of_labels: Estimates, unseen: Unseen | None, earlier: Sequence[Row]) -> Values:

@@ -368,22 +368,21 @@ def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate
         size: How many labels there are.
         groups: The number of the group of each sample, ``(N,)``, whose labels are alike; None without groups.
     """
-    if measured.influences is None:
-        return Estimate(measured.value, math.nan, size)
-    units = number_units(groups, measured.influences.shape[1])
+    value, influences, num_answers = measured
+    if influences is None:
+        return Estimate(value, math.nan, size)
+    units = number_units(groups, influences.shape[1])
     shares = units.bincount().double() / len(units)
     number = 1 / float(shares.square().sum())  # of groups, as many as if they were equally large
     if number < 2:
-        return Estimate(measured.value, math.nan, size)
-    influences = measured.influences.new_zeros(len(measured.influences), len(shares))
-    influences = influences.index_add(1, units, measured.influences)
+        return Estimate(value, math.nan, size)
+    influences = influences.new_zeros(len(influences), len(shares)).index_add(1, units, influences)
     # The mean is nearer to a unit the larger that is (Bell and McCaffrey, 2002).
     variance = float((influences.square().mean(0) / (1 - shares)).sum())
-    if variance == 0 and measured.num_answers > 0:
+    if variance == 0 and num_answers > 0:
         # All answers are right, or none: two more of each are taken to be there (Agresti and Coull, 1998).
-        answers = measured.num_answers + 4
-        variance = 2 * (answers - 2) / answers**3
-    return Estimate(measured.value, variance, size, number - 1)
+        variance = 2 * (num_answers + 2) / (num_answers + 4) ** 3
+    return Estimate(value, variance, size, number - 1)
 
 
 def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_sensitivity.functional.expected import (
     ESTIMATES,
     Estimate,
     combine,
+    equivalent_labels_of,
     estimate,
     jackknife,
     metric_value,
@@ -362,6 +363,17 @@ def test_labels_contradict_a_reference_by_chance_in_one_of_twenty_runs_if_it_err
         found = combine(expected, by_labels, 2000, 1000)
         said, held = said + found.is_contradicted, held + (abs(found.value - 0.8) <= 1.645 * found.stderr)
     assert said <= 60 and held >= 880  # of 1,000; 50 and 900 are meant
+
+
+@pytest.mark.parametrize(("sees", "is_said"), [("table", True), ("features", True), ("part", False)])
+def test_seventy_labels_of_molecules_contradict_fingerprints_which_are_more_off_than_their_interval_admits(
+    sees: str, is_said: bool
+) -> None:
+    """Squared errors of 0.16 by labels, 0.41 as a reference of fingerprints expects."""
+    of_reference, of_labels = Estimate(0.41, 2 * 0.41**2 / 600, 600), Estimate(0.16, 2 * 0.16**2 / 70, 70, 69)
+    found = combine(of_reference, of_labels, 1000, equivalent_labels_of(sees, "loss"))
+    assert found.is_contradicted == is_said
+    assert found.value == pytest.approx(0.16, abs=0.03)  # the reference counts for less in any case
 
 
 # The jackknife
