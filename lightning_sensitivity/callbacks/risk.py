@@ -51,7 +51,7 @@ _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, ov
 class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    From the first whole epoch on a small model of the training labels, the *reference*, stands in for validation labels.
+    From the first whole epoch on, a model of the training labels, the *reference*, stands in for validation labels.
     Logged are ``expected_loss``, ``expected_accuracy`` and ``expected_auroc``, or ``expected_<name>`` of ``metrics``.
 
     Args:
