@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.expected.fitted import FittedReference
-from lightning_sensitivity.functional.expected import WORTH, Loss, complete_labels, losses
+from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
+from lightning_sensitivity.functional.expected import WEIGHT, Loss, complete_labels, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, check_count
@@ -132,16 +132,19 @@ def compare_models(
     reader = BatchReader(
         inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
     )
-    found = _run_all(models, batches, reader, rules.has_any_outputs(loss))
-    first, some = next(iter(models.values())), next(iter(found.values()))
+    outputs_of = _run_all(models, batches, reader, rules.has_any_outputs(loss))
+    first, some = next(iter(models.values())), next(iter(outputs_of.values()))
     judge = _Judge(first, reader, loss, some)
     new = reader.join(first, (reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches)))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
+        rows = finite_samples(new, "samples of `dataloader`", warn)
+        new = new.take(rows)
         judge.fit(training, reference, new, is_alone=not validation_labels)
     if validation_labels:
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            judge.add_labels(batches, new.groups)
-    return _rank({name: judge.worth(each) for name, each in found.items()}, judge.is_highest_best, new.groups)
+            judge.add_labels(batches, rows, new.groups)
+    values = {name: judge.value(name, each[rows]) for name, each in outputs_of.items()}
+    return _rank(values, judge.is_highest_best, new.groups)
 
 
 def _run_all(
@@ -166,8 +169,6 @@ def _run_all(
                     "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a "
                     "single one `outputs=lambda p: p.logit(1e-6)`."
                 )
-            if not bool(outputs.isfinite().all()):
-                raise Refused("outputs should be finite, but some are nan or inf.")
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
     if not reader.has_features and len({*inputs.values()}) > 1:
@@ -185,7 +186,7 @@ class _Judge:
         outputs: Outputs of the model, ``(N, ...)``.
 
     Attributes:
-        is_highest_best: Whether the best model is that of the highest :meth:`worth`.
+        is_highest_best: Whether the best model is that of the highest :meth:`value`.
     """
 
     def __init__(self, model: nn.Module, reader: BatchReader, loss: Loss | None, outputs: Tensor) -> None:
@@ -193,7 +194,7 @@ class _Judge:
         self._model = model
         self._reader = reader
         self._loss = loss
-        self._num_outputs = outputs.shape[1:].numel()
+        self._num_samples, self._num_outputs = len(outputs), outputs.shape[1:].numel()
         has_any_outputs = reader.task.has_any_outputs(loss)
         self._shape = None if has_any_outputs else tuple(without_ones(outputs).shape[1:])
         self._like = torch.zeros(0)  # no labels, in the form that they have
@@ -220,6 +221,7 @@ class _Judge:
                 self._like = labels[:0]
             reader.keep_observations(kept, self._model, moved, self._shape)
         known = kept.joined()
+        known = known.take(finite_samples(known, "training samples", warn))
         fitted = FittedReference(reader, known, estimator, warn)
         if fitted.verdict.inputs_tell_nothing and reader.sees_all:
             text = "expects the mean label of any model, since the inputs tell nothing of the labels."
@@ -229,15 +231,16 @@ class _Judge:
             raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
         is_other = self._shape is None and self._num_outputs != num_columns  # such as quantiles
         unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_other, False)
-        weights = torch.full((len(new),), fitted.verdict.is_trusted * WORTH / len(new), dtype=torch.float64)
+        weights = torch.full((len(new),), fitted.verdict.is_trusted * WEIGHT / len(new), dtype=torch.float64)
         self._answers.append((weights, unseen.q, unseen.draws))
 
-    def add_labels(self, batches: Iterable[object], groups: Tensor | None) -> None:
+    def add_labels(self, batches: Iterable[object], rows: Tensor, groups: Tensor | None) -> None:
         """Let labels of new samples answer, too, of which those of one group count as one; what they lack is drawn."""
         task, (_, q, draws) = self._reader.task, self._answers[0]
-        found = [self._reader.labels(self._model, move_batch(self._model, batch), self._shape) for batch in batches]
-        labels = torch.cat(found)
-        check_count(labels, len(q))
+        parts = [self._reader.labels(self._model, move_batch(self._model, batch), self._shape) for batch in batches]
+        labels = torch.cat(parts)
+        check_count(labels, self._num_samples)
+        labels = labels[rows]
         y = task.label_matrix(labels, q.shape[1])
         drawn = complete_labels(task.hard_labels(y), draws)
         y = y.where(~q.isnan().all(0), torch.nan)
@@ -248,8 +251,10 @@ class _Judge:
         if not any(bool(weights.any()) for weights, _, _ in self._answers):
             raise Refused("no sample of `dataloader` has one, and the reference sees too little: set `features=`.")
 
-    def worth(self, outputs: Tensor) -> Tensor:
-        """Return the loss of each sample, or the chance to be right, by all answers, ``(N,)``."""
+    def value(self, name: str, outputs: Tensor) -> Tensor:
+        """Return the loss of each sample, or the chance to be right, by all answers, of a named model, ``(N,)``."""
+        if not bool(outputs.isfinite().all()):
+            raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
         task, size = self._reader.task, len(outputs)
         total = torch.stack([weights for weights, _, _ in self._answers]).sum(0).mean()
         found = torch.zeros(size, dtype=torch.float64)
@@ -267,6 +272,7 @@ class _Judge:
 
 
 def warn(entry: str, message: str, kind: str = "") -> None:
+    """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
     warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=6)
 
 

@@ -79,6 +79,25 @@ def test_models_are_ranked_by_the_mean_probability_of_the_class_that_each_choose
     assert list(found(rows).values()) == sorted(found(rows).values(), reverse=True)
 
 
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_rows_with_nan_are_left_out(is_new: bool, has_labels: bool) -> None:
+    """The models read them, the reference can't."""
+    models = three()
+    for model in models.values():
+        model.register_forward_pre_hook(lambda module, args: (args[0].nan_to_num(),))
+
+    def with_nan(x: Tensor, y: Tensor) -> TensorDataset:
+        row = torch.full((1, 12), math.nan)
+        return TensorDataset(torch.cat([x[:7], row, x[7:]]), torch.cat([y[:7], y[:1], y[7:]]))
+
+    new, known = TensorDataset(V, L), TensorDataset(X, Y)
+    some, training = (with_nan(V, L), known) if is_new else (new, with_nan(X, Y))
+    with pytest.warns(UserWarning, match="leaves out 1 .* with nan or inf"):
+        rows = compare(models, DataLoader(some, 16), training=DataLoader(training, 40), validation_labels=has_labels)
+    assert rows == compare(models, DataLoader(new, 16), validation_labels=has_labels)
+
+
 def test_a_loss_may_write_to_what_it_gets() -> None:
     def writing(outputs: Tensor, y: Tensor) -> Tensor:
         values = cross_entropy(outputs, y, reduction="none")

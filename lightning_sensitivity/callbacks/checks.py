@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, metric_value
-from lightning_sensitivity.functional.tasks import Task
+from lightning_sensitivity.functional.tasks import AnyMetric, Task
 from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
@@ -151,7 +151,7 @@ def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str,
 
 def try_values(
     module: LightningModule,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, AnyMetric],
     loss: Loss | None,
     outputs: Tensor,
     labels: Tensor,

@@ -37,6 +37,7 @@ from lightning_sensitivity.expected.record import (
 )
 from lightning_sensitivity.expected.summary import Curve, summarize
 from lightning_sensitivity.functional.expected import Loss
+from lightning_sensitivity.functional.tasks import AnyMetric
 from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
 from lightning_sensitivity.messages import BLIND, Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
@@ -50,48 +51,29 @@ _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, ov
 class RiskMonitor(Monitor):
     r"""A callback that logs what to expect of unseen samples in every validation, without their labels.
 
-    A small model of the training labels, the *reference* (:class:`~lightning_sensitivity.Reference`), stands in for
-    validation labels. It is calibrated on labels that it has not seen, and never sees the network. In every validation
-    of a fit, these are logged after ``prefix``, for labels that are drawn once from its predictions:
-
-    - ``expected_loss``: the cross-entropy, the squared error in a regression, or your ``loss``.
-    - ``expected_accuracy`` and ``expected_auroc``, none in a regression, and no AUROC of more than 100 classes or
-      200 labels; or ``expected_<name>`` for each of ``metrics``. Of several labels, those that the reference can't
-      tell are left out.
-
-    The reference is made once, of the first whole epoch: 50,000 rows of a table, 10,000 images, signals or texts,
-    3,000 samples that an encoder sees, 512 MiB over all processes. If it sees too little of the inputs, nothing is
-    logged, and callbacks that monitor it take the last epoch.
+    From the first whole epoch on, a model of the training labels, the *reference*, stands in for validation labels.
+    Logged are ``expected_loss``, ``expected_accuracy`` and ``expected_auroc``, or ``expected_<name>`` of ``metrics``.
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
-        loss: A function of outputs and labels that returns their mean, or one number for each; in a regression
-            outputs may be anything, such as quantiles ``(N, Q)``.
-        metrics: Torchmetrics by name, which get probabilities ``(N, K)``, or ``(N,)`` for ``"binary"``, and
-            classes; in a regression outputs and targets.
-        targets: A function ``batch -> labels``, by default
-            :func:`~lightning_sensitivity.running.select_targets`; -100, or nan for several labels and in a
-            regression, is unknown.
-        validation_labels: Use validation labels, too; the reference counts as 1,000 of them, or fewer if they
-            contradict it.
-        features: What the reference sees, by default the inputs: a pretrained ``nn.Module`` that gets these, or a
-            function ``batch -> (N, D)``. It must know as much as the network.
-        reference: An estimator of scikit-learn to be the reference, with ``predict_proba`` unless in a regression.
-        groups: A function ``batch -> (N,)`` of numbers or strings, such as the patient, if unseen samples are of
-            other ones.
-        class_shares: The shares of classes among unseen samples, if training samples have others, or
-            ``"estimate"`` (Saerens et al., 2002).
-        num_samples: Validation samples per loader, over all processes; with validation labels at least 2,000;
-            None for all.
+        loss: Of outputs and labels, their mean, or one number for each.
+        metrics: Torchmetrics by name.
+        targets: ``batch -> labels``; -100, or nan in a regression, is unknown.
+        validation_labels: Use validation labels beside the reference.
+        features: What the reference sees of the inputs: a pretrained ``nn.Module``, or ``batch -> (N, D)``.
+        reference: An estimator of scikit-learn in its place.
+        groups: ``batch -> (N,)``, such as the patient, if unseen samples are of others.
+        class_shares: Those of unseen samples, if training has others, or ``"estimate"``.
+        num_samples: Validation samples per loader; with labels at least 2,000; None for all.
         prefix: Prefix of the logged names.
-        inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
-        outputs: A function ``result -> logits``, ``(N, K)`` or ``(N,)``.
-        call: A function ``(module, batch) -> result`` in place of ``forward``, beside ``inputs`` or ``features``.
+        inputs: ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
+        outputs: ``result -> logits``, ``(N, K)`` or ``(N,)``.
+        call: ``(module, batch) -> result`` in place of ``forward``.
         prog_bar: Show the first value on the progress bar.
 
     Attributes:
-        history: A dict for each validation and loader, with standard errors, which ``pandas.DataFrame`` takes.
-        summary: What the line at the end of a fit says, as a dict that ``json`` takes; empty before.
+        history: A dict for each validation and loader.
+        summary: What the last line says, as a dict.
 
     Raises:
         MisconfigurationException: Before the first step, if something is invalid or does not fit.
@@ -157,8 +139,9 @@ class RiskMonitor(Monitor):
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
-            ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if
-            these are set. There is no ``mean`` where the network gives quantiles, logarithms of rates or the like.
+            ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
+            set, or for those that were estimated in the fit; they are nan where an input is. There is no ``mean``
+            where the network gives quantiles, logarithms of rates or the like.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.
@@ -171,7 +154,10 @@ class RiskMonitor(Monitor):
         fitted = None if self._reference is None else self._reference.fitted
         if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        return fitted.predict_both(model, dataloader, self._expectation.are_predictions)
+        # Shares that were estimated are those of the samples that the reference has predicted in the fit.
+        unseen = {} if self._predicted is None else self._predicted.unseen
+        shares = unseen[min(unseen)].q.double().mean(0) if unseen else None
+        return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch, with 90 % intervals.
@@ -295,7 +281,7 @@ class RiskMonitor(Monitor):
             self.reader.groups(module, batch, len(outputs))
             num_columns = self.task.num_columns(shape)
             check_class_shares(self._class_shares, self.task, num_columns)
-            metrics = self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics
+            metrics = self._metrics_of(num_columns)
             may_predict = try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
             self._expectation = Expectation(
                 self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
@@ -313,11 +299,15 @@ class RiskMonitor(Monitor):
     # A validation
 
     @property
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self) -> dict[str, AnyMetric]:
         """The metrics by name: yours, or the default, which are those of two classes until a batch tells how many."""
         if self._expectation is not None:
             return self._expectation.metrics
-        return self.task.default_metrics(2) if self._own_metrics is None else self._own_metrics
+        return self._metrics_of(2)
+
+    def _metrics_of(self, num_columns: int) -> dict[str, AnyMetric]:
+        """Return the metrics of so many classes."""
+        return {**(self.task.default_metrics(num_columns) if self._own_metrics is None else self._own_metrics)}
 
     @property
     def directions(self) -> dict[str, bool]:
@@ -393,7 +383,8 @@ class RiskMonitor(Monitor):
                 "some, set `targets=`."
             )
             self.run.warn("labels", message, kind="none")
-        known = Known(labels, numbers if self.reader.has_groups else None, unseen)
+        fingerprint = 0.0 if self._predicted is None else self._predicted.fingerprint(dataloader_idx)
+        known = Known(labels, numbers if self.reader.has_groups else None, unseen, fingerprint)
         # Losses and metrics may be parts of the module, or draw numbers.
         with isolated_with(trainer.lightning_module, self.loss) as run:
             values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
@@ -414,4 +405,4 @@ class RiskMonitor(Monitor):
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        self.history.append({**row, "reference": None, "num_labels": 0, **values})
+        self.history.append({**row, "reference": None, "num_labels": 0, "curve": None, **values})

@@ -221,8 +221,6 @@ class RunReference:
         assert self.fitted is not None
         where = f"dataloader {dataloader_idx}"
         indices = finite_samples(unseen, f"validation samples of {where}", self._run.warn)
-        if len(indices) == 0:
-            raise ValueError("No sample has finite inputs and features")
         indices = indices[unseen.projected[indices].argsort()]
         found = self.fitted.expect(known, unseen, indices, where, self._is_local, has_shares=True)
         return replace(found, q=found.q.float())  # as a checkpoint holds it

@@ -1,30 +1,37 @@
 """What to expect of a network: by labels that were drawn from a reference, by labels of its samples, or by both."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeAlias
+from zlib import crc32
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
+    BLOCKS,
     Estimate,
     Loss,
     combine,
     complete_labels,
+    equivalent_labels_of,
+    estimate,
+    is_area,
     jackknife,
     losses,
-    metric_value,
+    measure,
     one_draw,
 )
-from lightning_sensitivity.functional.tasks import OfKnownLabels, Task
+from lightning_sensitivity.functional.tasks import AnyMetric, ClosedForm, Measured, Task, measure_mean
 from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
 from lightning_sensitivity.reference.observations import count_groups
 
 _ROUNDING = 1e-6  # of a number of labels
+_LOSS = f"{EXPECTED}loss"
+Estimates: TypeAlias = dict[str, Estimate]
 
 
 class Known(NamedTuple):
@@ -34,11 +41,41 @@ class Known(NamedTuple):
         labels: Their labels, ``(N, C)``, nan where a sample has none.
         groups: The number of the group of each, ``(N,)``, whose labels count as one; None without groups.
         unseen: What the reference predicts for them; None if that is nothing.
+        fingerprint: A number by which they are known again; 0 if there is none.
     """
 
     labels: Tensor
     groups: Tensor | None
     unseen: Unseen | None
+    fingerprint: float = 0.0
+
+
+class Labelled(NamedTuple):
+    """Outputs of samples, and their labels: those that a reference predicts, or those that somebody gave them.
+
+    Attributes:
+        outputs: Outputs ``(N, ...)``, finite.
+        y: Labels as a matrix, or predictions, ``(N, C)``; nan is unknown, and left out by default.
+        draws: The same as one or more labels for each sample, ``(R, N)``, or ``(R, N, C)``.
+        groups: The number of the group of each sample, ``(N,)``; None without groups.
+        size: How many labels there are; those of one group count as one.
+    """
+
+    outputs: Tensor
+    y: Tensor
+    draws: Tensor
+    groups: Tensor | None
+    size: int
+
+    def take(self, rows: Tensor) -> "Labelled":
+        """Return some of the samples."""
+        groups = None if self.groups is None else self.groups[rows]
+        return Labelled(self.outputs[rows], self.y[rows], self.draws[:, rows], groups, self.size)
+
+    @property
+    def tells_nothing(self) -> bool:
+        """Whether a reference predicts the same for all samples."""
+        return len(self.draws) > 1 and bool((self.y == self.y[:1])[:, ~self.y.isnan().all(0)].all())
 
 
 class Expectation:
@@ -63,7 +100,7 @@ class Expectation:
         self,
         task: Task,
         loss: Loss | None,
-        metrics: Mapping[str, Metric],
+        metrics: Mapping[str, AnyMetric],
         outputs: Tensor,
         labels: Tensor,
         doubts: Doubts,
@@ -72,11 +109,13 @@ class Expectation:
         self._task = task
         self._loss = loss
         self.metrics = dict(metrics)
+        self._names = [EXPECTED + name for name in (*metrics, "loss")]
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._doubts = doubts
         self.are_predictions = are_predictions
-        self._of_reference: dict[int, Values] = {}  # what to expect of the reference itself, by loader
+        self._identities: dict[tuple[int, bool], int] = {}
+        self._reference_values: dict[int, Values] = {}  # what to expect of the reference itself, by loader
 
     def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
         """Compute what to expect on a loader, by the reference and by labels, and note what makes it doubtful.
@@ -96,21 +135,22 @@ class Expectation:
             message = f"on dataloader {dataloader_idx}: {number} samples gave nan or inf, and were left out."
             self._doubts.warn("nan", message, kind=str(dataloader_idx))
         if len(outputs) > 0 and not bool(is_finite.any()):
-            return dict.fromkeys([EXPECTED + name for name in (*self.metrics, "loss")], math.nan)
+            return dict.fromkeys(self._names, math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
             self._note(outputs, is_finite, known.unseen)
-        expected, by_labels, num_labels = self._estimates(outputs, is_finite, known)
-        found: Values = {}
-        earlier = [row for row in history if row["dataloader_idx"] == dataloader_idx]
-        for name in expected | by_labels:
-            found |= _joined(name, expected.get(name), by_labels.get(name), known.unseen, earlier)
-        facts = {"num_labels": num_labels, "reference": None if known.unseen is None else known.unseen.score}
-        return found | facts if found else {}
+        curve = self._identity(dataloader_idx, known)
+        earlier = [row for row in history if row["dataloader_idx"] == dataloader_idx and row["curve"] == curve]
+        values = self._combined(outputs, is_finite, known, earlier)
+        if not values:
+            return {}
+        num_labels = self._count(known.labels[self._task.has_label(known.labels) & is_finite])
+        score = None if known.unseen is None else known.unseen.score
+        return values | {"num_labels": num_labels, "reference": score, "curve": curve}
 
     def values_of_reference(self, dataloader_idx: int, outputs: Tensor, known: Known) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
-        if dataloader_idx in self._of_reference:  # the samples stay the same
-            return self._of_reference[dataloader_idx]
+        if dataloader_idx in self._reference_values:  # the samples stay the same
+            return self._reference_values[dataloader_idx]
         if known.unseen is None or not self.are_predictions:
             return {}
         own = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
@@ -118,14 +158,10 @@ class Expectation:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = own.to(outputs)
-        has_labels = not bool(known.labels.isnan().all())  # only beside these it matters how sure the values are
-        expected, by_labels, _ = self._estimates(outputs, self._are_finite(outputs), known, has_labels)
-        values: Values = {}
-        for name in expected | by_labels:
-            both = _joined(name, expected.get(name), by_labels.get(name), known.unseen, earlier=())
-            values[f"reference_{name}"] = both[name]
-        self._of_reference[dataloader_idx] = values
-        return values
+        values = self._combined(outputs, self._are_finite(outputs), known, None)
+        found = {f"reference_{name}": values[name] for name in self._names if name in values}
+        self._reference_values[dataloader_idx] = found
+        return found
 
     def _are_finite(self, outputs: Tensor) -> Tensor:
         """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
@@ -142,82 +178,148 @@ class Expectation:
             by_mean = q.var(0, correction=0).mean()
             self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
 
-    def _estimates(
-        self, outputs: Tensor, is_finite: Tensor, known: Known, have_variances: bool = True
-    ) -> tuple[dict[str, Estimate], dict[str, Estimate], int]:
-        """Return what the reference and what labels say, each by name, and the number of these labels."""
-        labels, groups, unseen = known
-        counts = self._task.has_label(labels) & is_finite
-        num_known = float(self._task.known(labels[counts]).double().mean(1).sum())  # of all columns
-        num_labels = math.ceil(num_known - _ROUNDING)
-        y, hard = labels[counts], self._task.hard_labels(labels)
-        drawn = (hard[None] if unseen is None else complete_labels(hard, unseen.draws, unseen.indices))[:, counts]
-        expected: dict[str, Estimate] = {}
+    def _labelled(self, outputs: Tensor, is_finite: Tensor, known: Known) -> list[Labelled | None]:
+        """Return the samples that a reference has labelled, and those that somebody has; None without any."""
+        labels, groups, unseen, _ = known
+        by_reference = None
         if unseen is not None:
             rows = is_finite[unseen.indices]
             indices = unseen.indices[rows]
-            of_rows = None if groups is None else groups[indices]
-            those = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_rows, len(indices)
-            expected = self._estimate(*those, have_variances)
-            y = y.where(~unseen.q.isnan().all(0), math.nan)  # without labels that the reference can't tell
-        of_counted = None if groups is None else groups[counts]
-        return expected, self._estimate(outputs[counts], y, drawn, of_counted, num_labels), num_labels
+            of_indices = None if groups is None else groups[indices]
+            of_reference = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_indices
+            by_reference = Labelled(*of_reference, count_groups(of_indices, len(indices)))
 
-    def _estimate(
-        self, outputs: Tensor, y: Tensor, draws: Tensor, groups: Tensor | None, size: int, has_variance: bool = True
-    ) -> dict[str, Estimate]:
-        """Compute the loss and metrics by labels, or by what a reference predicts, and what they vary by chance.
+        # Labels that the reference can't tell are left out.
+        rows = self._task.has_label(labels) & is_finite
+        y, draws = labels[rows], self._task.hard_labels(labels)[None]
+        if unseen is not None:
+            y = y.where(~unseen.q.isnan().all(0), math.nan)
+            draws = complete_labels(draws[0], unseen.draws, unseen.indices)
+        of_rows = None if groups is None else groups[rows]
+        size = count_groups(of_rows, self._count(labels[rows]))
+        by_labels = Labelled(outputs[rows], y, draws[:, rows], of_rows, size)
+        return [each if each is not None and each.draws.numel() > 0 else None for each in (by_reference, by_labels)]
 
-        Args:
-            outputs: Outputs ``(N, ...)``, finite.
-            y: Labels as a matrix, or predictions, ``(N, C)``; nan is unknown, and left out by default.
-            draws: The same as one or more labels for each sample, ``(R, N)``, or ``(R, N, C)``. No metric is
-                computed if all are of one class.
-            groups: The number of the group of each sample, ``(N,)``; None without groups.
-            size: How many samples, or labels, there are; those of one group count as one.
-            has_variance: Whether to compute by how much they vary.
+    def _count(self, labels: Tensor) -> int:
+        """Count labels ``(N, C)``, those of all columns as one."""
+        return math.ceil(float(self._task.known(labels).double().mean(1).sum()) - _ROUNDING)
+
+    def _combined(self, outputs: Tensor, is_finite: Tensor, known: Known, earlier: Sequence[Row] | None) -> Values:
+        """Compute each value by a reference and by labels, and combine both, by names that begin with its own.
+
+        The jackknife takes longer than all else. It is needed where values are compared with labels, and of the epoch
+        that may be chosen; there is none without earlier validations.
         """
-        if draws.numel() == 0:
+        labelled = self._labelled(outputs, is_finite, known)
+        expected, of_labels = map(self._estimates, labelled)
+        values = _joined(expected, of_labels, known.unseen, earlier or ())
+        lacking = [name for name, each in (expected | of_labels).items() if math.isnan(each.variance)]
+        may_be_chosen = earlier is not None and self._is_best(values, earlier)
+        if lacking and (may_be_chosen or (expected and of_labels)):
+            for some, estimates in zip(labelled, (expected, of_labels), strict=True):
+                estimates |= self._by_jackknife(some, estimates, lacking)
+            values = _joined(expected, of_labels, known.unseen, earlier or ())
+        if not math.isfinite(loss := values.get(_LOSS, 0.0)):
+            what = "finds labels of classes that outputs mask" if self._loss is None else f"gets {loss} from `loss`"
+            self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.")
+            values = {name: value for name, value in values.items() if not name.startswith(_LOSS)}
+        return values
+
+    def _estimates(self, labelled: Labelled | None) -> Estimates:
+        """Compute each value, and how sure it is where that is known in closed form."""
+        if labelled is None:
             return {}
-        values, variances = self._measure(outputs, y, draws), dict[str, float]()
-        if self._loss is not None and not math.isfinite(value := values[f"{EXPECTED}loss"]):
-            self._doubts.warn("loss", f"gets {value} from `loss`, and logs no `{EXPECTED}loss` then.")
-        if has_variance:
-            one = one_draw(draws, groups)
-            drawn = self._task.label_matrix(one[0], y.shape[1]).where(~y.isnan(), math.nan)
-            variances = jackknife(
-                lambda rows: self._measure(outputs[rows], drawn[rows], one[:, rows]), len(outputs), groups
-            )
-        size = count_groups(groups, size)
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        return {name: Estimate(value, variances.get(name, math.nan), size) for name, value in finite.items()}
+        measured = self._measure(labelled, self._names)
+        known = {name: each for name, each in measured.items() if math.isfinite(each.value) or name == _LOSS}
+        return {name: estimate(each, labelled.size, labelled.groups) for name, each in known.items()}
 
-    def _measure(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Values:
+    def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates, names: Sequence[str]) -> Estimates:
+        """Return some of the estimates with the variance that leaving out blocks of samples shows."""
+        if labelled is None:
+            return {}
+        draws = one_draw(labelled.draws, labelled.groups)
+        y = self._task.label_matrix(draws[0], labelled.y.shape[1]).where(~labelled.y.isnan(), math.nan)
+        one = labelled._replace(y=y, draws=draws)
+
+        def values_of(rows: Tensor) -> Values:
+            return {name: each.value for name, each in self._measure(one.take(rows), names).items()}
+
+        variances = jackknife(values_of, len(y), labelled.groups)
+        degrees = min(BLOCKS, count_groups(labelled.groups, len(y))) - 1
+        known = [name for name in variances if name in estimates]
+        return {name: estimates[name]._replace(variance=variances[name], degrees=degrees) for name in known}
+
+    def _is_best(self, values: Values, earlier: Sequence[Row]) -> bool:
+        """Return whether a value is better than in all earlier validations."""
+        signs = {EXPECTED + name: 1 if metric.higher_is_better else -1 for name, metric in self.metrics.items()}
+        return any(
+            all(sign * (values[name] - row[name]) > 0 for row in earlier if name in row)
+            for name, sign in (signs | {_LOSS: -1}).items()
+            if name in values
+        )
+
+    def _measure(self, labelled: Labelled, names: Iterable[str]) -> dict[str, Measured]:
         """Compute the loss of the task or of the user, and metrics where these say something."""
+        y, draws, can_measure = labelled.y, labelled.draws, self._task.can_measure(labelled.draws)
+        p = self._task.predictions(labelled.outputs)
+        known = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
+        tells_nothing = labelled.tells_nothing
+        measured: dict[str, Measured] = {}
+        for name in names:
+            if name == _LOSS:
+                measured[name] = self._measure_loss(labelled)
+            elif can_measure:
+                metric = self.metrics[name.removeprefix(EXPECTED)]
+                each = measure(metric, p, known if isinstance(metric, ClosedForm) else draws, self._task)
+                measured[name] = each._replace(value=0.5) if tells_nothing and is_area(metric) else each
+        return measured
+
+    def _measure_loss(self, labelled: Labelled) -> Measured:
+        """Compute the loss, which is exact in the probabilities of labels if it is that of the task."""
+        outputs, y, draws, *_ = labelled
         if self._loss is None:
-            of_samples = self._task.losses(outputs, y, draws).double()
-        else:  # it needs samples of which all labels are known
-            whole = ~draws.isnan().transpose(0, 1).flatten(1).any(1)
-            of_samples = losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
-        found: Values = {"loss": float(of_samples.nanmean())}
-        if self._task.can_measure(draws):
-            p = self._task.predictions(outputs)
-            for name, metric in self.metrics.items():
-                labels = draws.where(~y.isnan(), math.nan) if isinstance(metric, OfKnownLabels) else draws
-                found[name] = float(metric_value(metric, p, labels, self._task))
-        return {EXPECTED + name: value for name, value in found.items()}
+            value = self._task.losses(outputs, y, draws).double().nanmean()
+            influences = measure_mean(self._task.losses_of_draws(outputs, y, draws).double()).influences
+            return Measured(float(value), influences)
+        # It needs samples of which all labels are known.
+        whole = ~draws.isnan().transpose(0, 1).flatten(1).any(1)
+        of_draws = losses(self._loss, outputs[whole], draws[:, whole], self._task, self._like)
+        value = of_draws.mean()  # nan if some are
+        if of_draws.ndim == 1 or of_draws.shape[1] != int(whole.sum()):
+            return Measured(float(value))
+        of_whole = measure_mean(of_draws.reshape(*of_draws.shape[:2], -1)).influences
+        assert of_whole is not None
+        influences = of_draws.new_zeros(len(draws), len(whole)).index_add(1, whole.nonzero()[:, 0], of_whole)
+        return Measured(float(value), influences)
+
+    def _identity(self, dataloader_idx: int, known: Known) -> int:
+        """Return a number by which a curve is known: that of a reference, of samples, of their labels and of a loss."""
+        if (key := (dataloader_idx, known.unseen is None)) not in self._identities:
+            shape = self.no_outputs.shape[1:]
+            outputs = torch.linspace(0.2, 0.8, shape.numel()).reshape(shape).to(self.no_outputs)
+            samples = outputs.expand(len(known.labels), *shape), torch.ones(len(known.labels), dtype=torch.bool), known
+            facts = [0.0 if known.unseen is None else known.unseen.score, known.fingerprint]
+            with suppress(Exception):  # of a loss that takes no such outputs
+                facts += [0.0 if each is None else self._measure_loss(each).value for each in self._labelled(*samples)]
+            self._identities[key] = crc32(" ".join(f"{fact:.5g}" for fact in facts).encode())
+        return self._identities[key]
 
 
-def _joined(
-    name: str, expected: Estimate | None, by_labels: Estimate | None, unseen: Unseen | None, earlier: Sequence[Row]
-) -> Values:
-    """Join what a reference and labels say of a value, by names that begin with its own."""
-    sureness = (0, 0) if unseen is None else (unseen.num_training, unseen.sure_as)
-    worths = [row[f"{name}_worth"] for row in earlier if f"{name}_worth" in row]
-    both = combine(expected, by_labels, *sureness, worths)
-    found: Values = {name: both.value, f"{name}_stderr": both.stderr}
-    if expected and by_labels:
-        found[f"{name}_worth"] = both.worth
-        if both.is_contradicted:
-            found |= {f"{name}_by_reference": expected.value, f"{name}_by_labels": by_labels.value}
-    return found
+def _joined(expected: Estimates, of_labels: Estimates, unseen: Unseen | None, earlier: Sequence[Row]) -> Values:
+    """Join what a reference and labels say of each value, by names that begin with its own."""
+    values: Values = {}
+    for name in expected | of_labels:
+        both = name in expected and name in of_labels
+        counted = [row[f"{name}_equivalent_labels"] for row in earlier if f"{name}_equivalent_labels" in row]
+        numbers = 1, 1  # of no reference
+        if unseen is not None:
+            numbers = unseen.num_calibrating, equivalent_labels_of(unseen.sees, name.removeprefix(EXPECTED))
+        combined = combine(expected.get(name), of_labels.get(name), *numbers, counted)
+        values[name] = combined.value
+        if not math.isnan(combined.stderr):
+            values[f"{name}_stderr"] = combined.stderr
+        if both:
+            values[f"{name}_equivalent_labels"] = combined.equivalent_labels
+        if combined.is_contradicted:
+            values |= {f"{name}_by_reference": expected[name].value, f"{name}_by_labels": of_labels[name].value}
+    return values

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.expected.doubts import Warn, say_differences, say_shares, say_unused
 from lightning_sensitivity.expected.record import Predictions, Unseen, Verdict
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART, draw_labels
+from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
@@ -68,14 +68,16 @@ class FittedReference:
             blind_labels=self.model.blind_labels_.tolist(),
         )
 
-    def predict(self, seen: Seen) -> Tensor:
-        """Predict samples, ``(N, C)``, for the class shares that they have, if known or estimated."""
+    def predict(self, seen: Seen, shares: Tensor | None = None) -> Tensor:
+        """Predict samples, ``(N, C)``, for the class shares that they have, if known, given, or to be estimated."""
         q = torch.from_numpy(self.model.predict_matrix(seen))
         if self._class_shares is None:
             return q
         of_training = torch.from_numpy(self.model.shares_)
-        is_unknown = isinstance(self._class_shares, str)
-        shares = estimate_class_shares(q, of_training) if is_unknown else torch.as_tensor(self._class_shares)
+        if not isinstance(self._class_shares, str):
+            shares = torch.as_tensor(self._class_shares)
+        elif shares is None:
+            shares = estimate_class_shares(q, of_training)
         return reweigh(q, of_training, shares)
 
     def expect(
@@ -99,22 +101,26 @@ class FittedReference:
         draws = draw_labels(q, model.task, model.residuals_near(q) if is_local else model.residuals_)
         q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
         groups = None if model.groups_ is None else torch.from_numpy(model.groups_)
-        return Unseen(indices, q, draws, model.score_, count_groups(groups, model.num_samples_), self._sure_as)
+        num_calibrating = count_groups(groups, model.num_samples_)
+        return Unseen(indices, q, draws, model.score_, num_calibrating, self._sees)
 
     @property
-    def _sure_as(self) -> int:
-        """As how many labels it is sure of a network, which may know more than columns, or features."""
+    def _sees(self) -> str:
+        """What it sees of what a network may know."""
         if self._reader.has_features:
-            return SURE_OF_FEATURES
-        return SURE_AS if self._is_table and self._reader.sees_all else SURE_OF_PART
+            return "features"
+        return "table" if self._is_table and self._reader.sees_all else "part"
 
-    def predict_both(self, network: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
+    def predict_both(
+        self, network: nn.Module, dataloader: Iterable[object], are_alike: bool, shares: Tensor | None
+    ) -> Predictions:
         """Predict samples by a network and by the reference.
 
         Args:
             network: The network.
             dataloader: Batches.
             are_alike: Whether outputs of the network may be predictions of labels.
+            shares: The class shares, where those of a fit were estimated; of few samples they would be chance.
 
         Raises:
             ValueError: If there is no batch, or the reference can't read them.
@@ -128,13 +134,25 @@ class FittedReference:
             seen.append(self._reader.see(network, moved, call, len(outputs[-1])))
         if not outputs:
             raise ValueError("Expected batches in `dataloader`, but got none.")
-        of_network, of_reference = torch.cat(outputs), self.predict(join_seen(seen)).to(outputs[0].dtype)
+        of_network = torch.cat(outputs)
+        samples = Observations(join_seen(seen), torch.zeros(len(of_network), 0))
+        rows = finite_samples(samples, "samples", self._warn)
+        of_finite = self.predict(samples.take(rows).seen, shares).to(of_network.dtype)
+        of_reference = of_finite.new_full((len(of_network), of_finite.shape[1]), math.nan).index_copy(
+            0, rows, of_finite
+        )
         return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
 
 
 def finite_samples(samples: Observations, what: str, warn: Warn) -> Tensor:
-    """Return the samples without nan and inf, ``(N,)``, and say how many have some."""
+    """Return the samples without nan and inf, ``(N,)``, and say how many have some.
+
+    Raises:
+        ValueError: If all have.
+    """
     is_finite = are_finite(samples.seen)
+    if not bool(is_finite.any()):
+        raise ValueError("No sample has finite inputs and features")
     if not bool(is_finite.all()):
         message = (
             f"leaves out {int((~is_finite).sum())} {what} with nan or inf in inputs or features. If values are "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -91,16 +91,16 @@ class Unseen:
         q: Its predictions for them, ``(N, C)``; nan of labels that it can't tell.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
-        num_training: By how many left-out labels it was calibrated; those of one group count as one.
-        sure_as: As how many labels it is sure of a network, that may err elsewhere.
+        num_calibrating: By how many left-out labels it was calibrated; those of one group count as one.
+        sees: What it sees: a whole ``"table"``, ``"features"``, or a ``"part"``.
     """
 
     indices: Tensor
     q: Tensor
     draws: Tensor
     score: float
-    num_training: int
-    sure_as: int
+    num_calibrating: int
+    sees: str
 
 
 @dataclass
@@ -118,6 +118,10 @@ class Predicted:
     unseen: dict[int, Unseen]
     fingerprints: dict[int, Tensor]
 
+    def fingerprint(self, dataloader_idx: int) -> float:
+        """Return a number by which the kept samples of a loader are known again, in any order; 0 if there is none."""
+        return float(self.fingerprints[dataloader_idx].sum()) if dataloader_idx in self.fingerprints else 0.0
+
     def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int) -> "Predicted | None":
         """Return it for the same samples, which may have come in another order; None if they are others.
 
@@ -128,20 +132,20 @@ class Predicted:
         if self.fingerprints.keys() != fingerprints.keys() or not self.unseen.keys() <= fingerprints.keys():
             return None
         unseen: dict[int, Unseen] = {}
-        for index, known in self.unseen.items():
-            own, new = self.fingerprints[index], fingerprints[index]
-            before, after = own.argsort(stable=True), new.argsort(stable=True)
-            if known.q.shape[1] != num_columns or not torch.equal(own[before], new[after]):
+        for index, each in self.unseen.items():
+            old, new = self.fingerprints[index], fingerprints[index]
+            before, after = old.argsort(stable=True), new.argsort(stable=True)
+            if each.q.shape[1] != num_columns or not torch.equal(old[before], new[after]):
                 return None
-            places = torch.empty_like(before)
-            places[before] = after
-            unseen[index] = replace(known, indices=places[known.indices])
+            new_indices = torch.empty_like(before)
+            new_indices[before] = after
+            unseen[index] = replace(each, indices=new_indices[each.indices])
         return Predicted(self.verdict, unseen, dict(fingerprints))
 
 
 # Validations
 
-_KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row
+_KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels", "curve"}  # of each row
 
 Row = dict[str, Any]
 History = list[Row]
@@ -186,7 +190,11 @@ def of_state(state: Any) -> tuple[History, Predicted | None]:
         tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws}
         unseen[int(index)] = Unseen(**{**each, **tensors})
     fingerprints = {int(index): each.double() for index, each in saved["fingerprints"].items()}
-    return history, Predicted(Verdict(**saved["verdict"]), unseen, fingerprints)
+    verdict = Verdict(**saved["verdict"])
+    for name, kind in get_type_hints(Verdict).items():
+        if not isinstance(getattr(verdict, name), get_origin(kind) or kind):
+            raise TypeError(f"no {name}")
+    return history, Predicted(verdict, unseen, fingerprints)
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

@@ -59,7 +59,7 @@ def summarize(
     telling = [name for name, curve in curves.items() if _choose(curve, history)[0]]
     name = [*monitored, *telling, *curves][0]
     curve = curves[name]
-    best, found, finite, rows = _choose(curve, history)
+    best, curve_rows, finite, rows = _choose(curve, history)
     num_labels = int(best.get("num_labels", 0))
     chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
     knows_answer = verdict is not None and verdict.knows_too_much
@@ -72,37 +72,31 @@ def summarize(
         "reference": best.get(f"reference_{curve.value}"),
         "chosen_by": " and ".join(chosen_by) or "nothing",
         "num_labels": num_labels,
-        "is_tied": bool(found) and not best,
-        "is_improving": len(found) > 1 and best is rows[-1] and not has_ended,
+        "is_tied": bool(curve_rows) and not best,
+        "is_improving": len(curve_rows) > 1 and best is rows[-1] and not has_ended,
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
         "doubts": [*doubts, *[ANSWER] * knows_answer],
         **{each: value for each, value in best.items() if EXPECTED in each},
         **({"learner": None, "is_trusted": False} if verdict is None else asdict(verdict)),
     }
-    known = {each: None if isinstance(value, float) and math.isnan(value) else value for each, value in summary.items()}
-    return known, _line(known, curve.value.removeprefix(EXPECTED))
+    summary = {key: None if isinstance(each, float) and math.isnan(each) else each for key, each in summary.items()}
+    return summary, _line(summary, curve.value.removeprefix(EXPECTED))
 
 
 def _choose(curve: Curve, history: Sequence[Row]) -> tuple[Row, list[Row], list[Row], list[Row]]:
     """Return the best row of a loader, those to choose from, those with a value, and all.
 
-    One chooses from those by the same reference as the last one; of none, or of several that are all equal, the best
-    one is empty.
+    One chooses from those of the same curve as the last one: by one reference, of the same samples, by one loss. Of
+    none, or of several that are all equal, the best one is empty.
     """
     rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-    found = [row for row in finite if _is_same(row["reference"], finite[-1]["reference"])]
-    if not found or (len(found) > 1 and len({row[curve.value] for row in found}) == 1):
-        return {}, found, finite, rows
-    return (max if curve.is_highest else min)(found, key=lambda row: row[curve.value]), found, finite, rows
-
-
-def _is_same(first: float | None, second: float | None) -> bool:
-    """Return whether two left-out scores are those of one reference."""
-    if first is None or second is None:
-        return first is second
-    return math.isclose(first, second, rel_tol=1e-6)
+    curve_rows = [row for row in finite if row["curve"] == finite[-1]["curve"]]
+    if not curve_rows or (len(curve_rows) > 1 and len({row[curve.value] for row in curve_rows}) == 1):
+        return {}, curve_rows, finite, rows
+    best = (max if curve.is_highest else min)(curve_rows, key=lambda row: row[curve.value])
+    return best, curve_rows, finite, rows
 
 
 def _checkpoint_of(watched: Sequence[tuple[object, str]], name: str, value: float | None) -> str:

@@ -8,21 +8,28 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC, MulticlassAUROC, MultilabelAUROC
 
 from lightning_sensitivity.compat import stay_alone
-from lightning_sensitivity.functional.tasks import Task, find_task
+from lightning_sensitivity.functional.tasks import AUROC, AnyMetric, ClosedForm, Measured, Task, find_task
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_units
 
-WORTH = 1000  # labels that count as much as a reference
-SURE_AS = 1000  # labels that err as a reference does of a network that errs elsewhere
-SURE_OF_FEATURES = 200  # the same of features that the user shows it; chosen on the design half
-SURE_OF_PART = 30  # the same of patches or words, if a network may see more; chosen on the design half
 ESTIMATES = 2  # the version of expected values, raised with whatever changes one, so that studies can tell theirs
-_BLOCKS = 10  # of samples, each of which is left out once
 VALIDATIONS = 3  # of which the median says as how many labels a reference counts
-_CONTRADICTION = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
+WEIGHT = 1000  # as how many labels a reference counts beside labels
+# As how many labels a reference is sure of a network, which may err elsewhere, by what it sees: a whole table, what
+# `features=` shows it, or a part, such as patches and words. Chosen on the design half of `examples/studies/sureness`.
+_EQUIVALENT_LABELS = {
+    "table": {"accuracy": 500, "auroc": 500, "loss": 200},
+    "features": {"accuracy": 200, "auroc": 50, "loss": 100},
+    "part": {"accuracy": 30, "auroc": 30, "loss": 30},
+}
+BLOCKS = 10  # of samples, each of which is left out once
+_BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
+_QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 
@@ -67,10 +74,10 @@ def complete_labels(labels: Tensor, draws: Tensor, indices: Tensor | slice = sli
     """
     if not bool(labels.isnan().any()):
         return labels[None]
-    found = labels.repeat(len(draws), *[1] * labels.ndim)
-    known = found[:, indices]
-    found[:, indices] = known.where(~known.isnan(), draws.to(known))
-    return found
+    completed = labels.repeat(len(draws), *[1] * labels.ndim)
+    some = completed[:, indices]
+    completed[:, indices] = some.where(~some.isnan(), draws.to(some))
+    return completed
 
 
 def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
@@ -167,7 +174,7 @@ def _check_predictions(task: Task, q: Tensor) -> None:
         raise ValueError(f"Expected `q` to be probabilities (N, C), but got the shape {tuple(q.shape)}.")
 
 
-def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:
+def metric_value(metric: AnyMetric, predictions: Tensor, labels: Tensor, task: Task) -> Tensor:
     """Compute a metric of predictions and labels, in this process alone.
 
     Args:
@@ -176,6 +183,8 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
         labels: Several labels for each sample, ``(R, N)``; ``(R, N, C)`` if a sample has several, or in a regression.
         task: The task.
     """
+    if isinstance(metric, ClosedForm):
+        return torch.tensor(metric.measure(predictions, labels).value)
     copied = metric.clone()
     copied.reset()
     stay_alone(copied)
@@ -185,6 +194,18 @@ def metric_value(metric: Metric, predictions: Tensor, labels: Tensor, task: Task
             copied.update(*task.metric_inputs(copied, predictions, target))
         value: Tensor = copied.compute()
     return value
+
+
+def measure(metric: AnyMetric, predictions: Tensor, labels: Tensor, task: Task) -> Measured:
+    """Compute a metric as :func:`metric_value` does, and what each label adds if that is known in closed form."""
+    if isinstance(metric, ClosedForm):
+        return metric.measure(predictions, labels)
+    return Measured(float(metric_value(metric, predictions, labels, task)))
+
+
+def is_area(metric: AnyMetric) -> bool:
+    """Return whether a metric is the area under a ROC curve, which is a half where inputs tell nothing of labels."""
+    return isinstance(metric, AUROC | BinaryAUROC | MulticlassAUROC | MultilabelAUROC)
 
 
 def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor) -> Tensor:
@@ -212,11 +233,18 @@ class Estimate(NamedTuple):
         value: The value.
         variance: Its variance if these samples have one label each; nan if that is unknown.
         size: How many samples there are; those of one group count as one.
+        degrees: The degrees of freedom of the variance.
     """
 
     value: float
     variance: float
-    size: int
+    size: float
+    degrees: float = math.inf
+
+    @property
+    def of_label(self) -> float:
+        """The variance of the value of one label."""
+        return self.variance * self.size
 
 
 class Combined(NamedTuple):
@@ -224,74 +252,137 @@ class Combined(NamedTuple):
 
     Attributes:
         value: The value.
-        stderr: Its standard error; nan if that is unknown.
-        worth: As how many labels the reference counts by this value alone.
+        stderr: Its standard error, 1.645 of which are an interval of 90 %; nan if that is unknown.
+        equivalent_labels: As how many labels the reference counts beside labels, by this value alone.
         is_contradicted: Whether labels contradict the reference.
     """
 
     value: float
     stderr: float
-    worth: float
+    equivalent_labels: float
     is_contradicted: bool
+
+
+def equivalent_labels_of(sees: str, value: str) -> int:
+    """Return as how many labels a reference is sure of a value of a network; of one nobody has measured, the fewest.
+
+    Args:
+        sees: What the reference sees: a whole ``"table"``, ``"features"``, or a ``"part"``.
+        value: The name of the value, such as ``"loss"``.
+    """
+    numbers = _EQUIVALENT_LABELS[sees]
+    return numbers.get(value, min(numbers.values()))
 
 
 def combine(
     expected: Estimate | None,
-    known: Estimate | None,
-    num_training: int = 0,
-    sure_as: float = SURE_AS,
+    by_labels: Estimate | None,
+    num_calibrating: float = math.inf,
+    equivalent_labels: float = WEIGHT,
     earlier: Sequence[float] = (),
 ) -> Combined:
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
     The variance by the reference is the sum of three: of as many labels as there are unseen samples, as it was
     calibrated by, and as it is sure of a network that may err elsewhere. Beside labels it counts as 1,000, unless
-    they contradict it: as the median of some validations says, or its weight would choose the epoch.
+    they differ from it: as the median of some validations says, or its weight would choose the epoch.
 
     Args:
         expected: The value to expect by the reference.
-        known: The value on labels.
-        num_training: By how many left-out labels the reference was calibrated; those of one group count as one.
-        sure_as: As how many labels it is sure of a network.
-        earlier: Its worth in earlier validations.
+        by_labels: The value on labels.
+        num_calibrating: By how many left-out labels the reference was calibrated; those of one group count as one.
+        equivalent_labels: As how many labels it is sure of a network.
+        earlier: As how many labels it counted in earlier validations.
     """
-    own = float(WORTH) if expected is None or known is None else worth_beside(expected, known)
-    worth = median_high([*earlier, own][-VALIDATIONS:])
+    counts_now = float(WEIGHT)
+    if expected is not None and by_labels is not None:
+        counts_now = weight_beside(expected, by_labels)
+    weight = median_high([*earlier, counts_now][-VALIDATIONS:])
+
     parts = []  # weights, values and variances
     if expected is not None:
-        factor = 1 + expected.size / num_training + expected.size / min(worth, sure_as)
-        parts.append((worth, expected.value, factor * expected.variance))
-    if known is not None:
-        parts.append((known.size, known.value, _variance_of_labels(known, expected)))
-    weights, values, variances = map(np.array, zip(*parts, strict=True))
+        of_reference = 1 / num_calibrating + 1 / min(weight, equivalent_labels)
+        variance = expected.variance + expected.of_label * of_reference
+        parts.append((weight, expected.value, variance * _of_normal(expected.degrees)))
+    if by_labels is not None:
+        some = _with_variance(by_labels, expected)
+        parts.append((some.size, some.value, some.variance * _of_normal(some.degrees)))
+    weights, values, variances = np.array(parts).T
+
     shares = weights / weights.sum()
     stderr = math.sqrt(float((shares**2 * variances).sum()))
-    value = float((shares * values).sum())
-    return Combined(value, stderr or math.nan, own, worth < WORTH)  # 0 where samples say nothing of their spread
+    is_contradicted = False
+    if expected is not None and by_labels is not None:
+        by_both = 1 / num_calibrating + 1 / equivalent_labels
+        is_contradicted = weight <= _least_weight(by_labels, by_both)
+    # There is no variance where samples say nothing of their spread.
+    return Combined(float((shares * values).sum()), stderr or math.nan, counts_now, is_contradicted)
 
 
-def _variance_of_labels(known: Estimate, expected: Estimate | None) -> float:
-    """Return the variance of a value on labels; of few, which tell nothing of it, what a reference says."""
-    if expected is None or known.variance > 0:
-        return known.variance
-    return expected.variance * expected.size / known.size
+def weight_beside(expected: Estimate, by_labels: Estimate, least: float = _BEYOND_CHANCE) -> float:
+    """Return as how many labels a reference counts beside labels: 1,000, unless they differ by more than chance.
 
-
-def worth_beside(expected: Estimate, known: Estimate, least: float = _CONTRADICTION) -> float:
-    """Return as how many labels a reference counts beside labels: 1,000, unless they contradict it.
-
-    Where both differ by more than chance, its variance is what the difference allows.
+    Then its variance is what the difference allows.
 
     Args:
         expected: The value to expect by the reference.
-        known: The value on labels.
-        least: By how many standard errors both differ, from which on it counts for less.
+        by_labels: The value on labels.
+        least: By how many standard errors of the labels both differ, from which on it counts for less.
     """
-    spread = np.fmax(expected.variance * expected.size, known.variance * known.size)  # of a label; of few it may be 0
-    difference, chance = (expected.value - known.value) ** 2, spread / known.size
+    of_label = np.fmax(expected.of_label, by_labels.of_label)  # of few labels it may be 0
+    difference, chance = (expected.value - by_labels.value) ** 2, of_label / by_labels.size
     if not difference > least**2 * chance:
-        return WORTH
-    return min(WORTH, max(1.0, float(spread / (difference - chance))))
+        return WEIGHT
+    return min(WEIGHT, max(1.0, float(of_label / (difference - chance))))
+
+
+def _least_weight(by_labels: Estimate, of_reference: float) -> float:
+    """Return the weight of a reference that differs from labels by as much as the errors of both admit.
+
+    Args:
+        by_labels: The value on labels.
+        of_reference: The variance of the reference, for one label of variance 1.
+    """
+    of_labels = 1 / by_labels.size
+    difference = _BEYOND_CHANCE**2 * _of_normal(by_labels.degrees) * (of_labels + of_reference)
+    return max(1.0, 1 / (difference - of_labels))
+
+
+def _with_variance(by_labels: Estimate, expected: Estimate | None) -> Estimate:
+    """Return a value on labels; of few, which tell nothing of their spread, with that by a reference."""
+    if expected is None or by_labels.variance > 0:
+        return by_labels
+    return by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
+
+
+def _of_normal(degrees: float) -> float:
+    """Return the factor of a variance by which a normal distribution has the 90 % interval of Student's t."""
+    return 1.0 if math.isinf(degrees) else float(stdtrit(degrees, 0.95) / _QUANTILE) ** 2
+
+
+def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate:
+    """Tell how sure a value is, in closed form: the sum of squared influences of samples, or of groups of them.
+
+    Args:
+        measured: The value.
+        size: How many labels there are.
+        groups: The number of the group of each sample, ``(N,)``, whose labels are alike; None without groups.
+    """
+    value, influences, num_answers = measured
+    if influences is None:
+        return Estimate(value, math.nan, size)
+    units = number_units(groups, influences.shape[1])
+    shares = units.bincount().double() / len(units)
+    number = 1 / float(shares.square().sum())  # of groups, as many as if they were equally large
+    if number < 2:
+        return Estimate(value, math.nan, size)
+    influences = influences.new_zeros(len(influences), len(shares)).index_add(1, units, influences)
+    # The mean is nearer to a unit the larger that is (Bell and McCaffrey, 2002).
+    variance = float((influences.square().mean(0) / (1 - shares)).sum())
+    if variance == 0 and num_answers > 0:
+        # All answers are right, or none: two more of each are taken to be there (Agresti and Coull, 1998).
+        variance = 2 * (num_answers + 2) / (num_answers + 4) ** 3
+    return Estimate(value, variance, size, number - 1)
 
 
 def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -311,7 +402,8 @@ def jackknife(
 ) -> dict[str, float]:
     """Estimate the variance of values of labelled samples, by leaving out one of ten blocks of them after the other.
 
-    Samples of one group are in one block. The variance is that of any metric (Efron and Tibshirani, 1993).
+    Samples of one group are in one block. The variance is that of any metric (Efron and Tibshirani, 1993), and has as
+    many degrees of freedom as there are blocks, less one.
 
     Args:
         measure: Computes values by name, of samples by their indices.
@@ -324,11 +416,11 @@ def jackknife(
     units = number_units(groups, num_samples)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(torch.unique(units)), generator=generator)  # since data may have a period
-    blocks = order[units] % _BLOCKS
+    blocks = order[units] % BLOCKS
     numbers = torch.unique(blocks)
     if len(numbers) < 2:  # without one nothing is left
         return {}
-    found = [measure((blocks != block).nonzero()[:, 0]) for block in numbers]
-    names = set.intersection(*map(set, found))
-    values = {name: torch.tensor([each[name] for each in found]).double() for name in names}
-    return {name: (len(found) - 1) * float(each.var(correction=0)) for name, each in values.items()}
+    without = [measure((blocks != block).nonzero()[:, 0]) for block in numbers]
+    names = set.intersection(*map(set, without))
+    values = {name: torch.tensor([each[name] for each in without]).double() for name in names}
+    return {name: (len(without) - 1) * float(each.var(correction=0)) for name, each in values.items()}

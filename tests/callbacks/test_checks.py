@@ -162,7 +162,7 @@ NAMES: dict[str, tuple[str, str, int, str]] = {  # a name, a mode, the number of
     "the lowest accuracy": ("expected_accuracy", "min", 1, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "the lowest of a loader": ("expected_auroc" + TWO, "min", 2, "`mode` should be 'max' for `{}`, got 'min' in `{}`"),
     "a metric that is left out": ("expected_auroc", "max", 1, "`{1}` monitors `{0}`, which is not logged. There are "),
-    "no metric of ours": ("expected_f1", "max", 1, "To log a metric of torchmetrics, set `metrics={{'f1': ...}}`"),
+    "no metric of ours": ("expected_mcc", "max", 1, "To log a metric of torchmetrics, set `metrics={{'mcc': ...}}`"),
 }  # fmt: skip
 
 

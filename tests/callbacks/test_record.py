@@ -1,5 +1,6 @@
 """What RiskMonitor saves: a resumed fit goes on with its curve, and says what one in one part says."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as cb
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.reading import kept
 from tests.callbacks.plain_loop import CORRECT, HOLDOUT, LOSS, NOISY, Plain, X, batches_of, fit
-from tests.helpers import fitted_and_said, labelled, quick_risk, said
+from tests.helpers import fitted_and_said, inputs, labelled, quick_risk, said
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:.*callbacks used to create")
 KEY = "RiskMonitor{'prefix': 'val/'}"
@@ -180,6 +182,44 @@ def test_other_validation_samples_are_said_and_others_get_the_last_value_until_t
     assert not texts and all("expected_loss" in row for row in monitor.history)  # the same ones in another order
 
 
+def tenfold(outputs: Tensor, y: Tensor) -> Tensor:
+    return 10 * cross_entropy(outputs, y, label_smoothing=0.1)
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # validation samples, and options of the monitor
+    "other samples": (inputs(50, seed=7), {}),
+    "another loss": (HOLDOUT, {"loss": tenfold}),
+    "other labels": (TensorDataset(HOLDOUT, torch.arange(50) % 4), {"validation_labels": True}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_resumed_fit_begins_a_curve_with(name: str, tmp_path: Path) -> None:
+    """The best epoch is one of the last curve, and labels are weighed anew."""
+    samples, options = OTHERS[name]
+    again = quick_risk(**options)
+    fit(Still(), quick_risk(), max_epochs=2).save_checkpoint(path := tmp_path / "two.ckpt")
+    with said():
+        fit(Still(), again, val=DataLoader(samples, 16), max_epochs=5, ckpt_path=path)
+    rows = [row for row in again.history if "expected_loss" in row]
+    curves = [row["curve"] for row in rows]
+    assert len({*curves}) == 2 and curves[0] == curves[1] != curves[2] == curves[-1]
+    assert again.summary["epoch"] in [row["epoch"] for row in rows[2:]]
+
+
+def test_a_curve_is_the_same_in_another_run_and_json_takes_it() -> None:
+    histories = []
+    for _ in range(2):
+        fit(
+            Still(),
+            monitor := quick_risk(validation_labels=True),
+            val=DataLoader(labelled(50, seed=1), 16),
+            max_epochs=1,
+        )
+        histories.append(json.dumps(monitor.history))
+    assert histories[0] == histories[1]
+
+
 # With others
 
 
@@ -266,10 +306,12 @@ def test_a_fit_that_was_preempted_in_a_validation_begins_with_it_and_goes_on(tmp
     assert values(resumed)[-1].keys() == values(whole)[-1].keys()
 
 
-ROW = {"epoch": 0, "step": 6, "dataloader_idx": 0, "reference": 0.5, "num_labels": 0}
+ROW = {"epoch": 0, "step": 6, "dataloader_idx": 0, "reference": 0.5, "num_labels": 0, "curve": 1}
+VERDICT = {"learner": 3, "features": "columns", "num_training": 9, "skill": "x", "majority": 1.0, "unexplained": 0.0}
 STATES: list[Any] = [
     {"verdict": {"a": 1}}, {"history": [{"epoch": 0, "reference": 1}]}, {"history": None}, None, [1],
     {"history": [{**ROW, "expected_loss": "low"}]}, {"history": [ROW], "predicted": {"unseen": 3}},
+    {"history": [ROW], "predicted": {"unseen": {}, "fingerprints": {}, "verdict": {**VERDICT, "is_trusted": True}}},
 ]  # fmt: skip
 
 

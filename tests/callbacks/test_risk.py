@@ -21,9 +21,22 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 import tests.helpers as helpers
 from lightning_sensitivity import Reference, RiskMonitor
 from lightning_sensitivity.functional import expected_metric
-from lightning_sensitivity.reference.calibration import reweigh
+from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.observations import projection
-from tests.callbacks.plain_loop import ACCURACY, AUROC, CORRECT, HOLDOUT, LOSS, NOISY, Plain, Truth, X, batches_of, fit
+from tests.callbacks.plain_loop import (
+    ACCURACY,
+    AUROC,
+    CORRECT,
+    HOLDOUT,
+    LOSS,
+    NOISY,
+    Plain,
+    Truth,
+    X,
+    batches_of,
+    fit,
+    names_of,
+)
 from tests.helpers import (
     Classifier,
     first_tensor,
@@ -226,7 +239,7 @@ def test_each_of_several_loaders_has_values_under_lightnings_names() -> None:
     both, alone, other = values([first, second]), values(first), values(second)
     expected = {f"{name}/dataloader_idx_0": value for name, value in alone.items()}
     expected |= {f"{name}/dataloader_idx_1": value for name, value in other.items()}
-    assert both == pytest.approx(expected, rel=1e-5) and len(both) == 6
+    assert both == pytest.approx(expected, rel=1e-5) and len(both) == 2 * len(names_of("multiclass"))
 
 
 # Metrics
@@ -270,9 +283,10 @@ def test_without_metrics_there_is_the_score_and_metrics_of_a_regression_get_outp
 def test_of_a_thousand_classes_there_is_no_auroc() -> None:
     train, model = batches_of(X, 300 * NOISY), Plain(1000)
     run = fit(model, monitor := quick_risk(), train=train)
-    assert logged(run, "val/").keys() == {LOSS, ACCURACY}
+    names = names_of("multiclass", 1000)
+    assert logged(run, "val/").keys() == names and AUROC not in names
     run.validate(model, unlabelled(seed=1), verbose=False)
-    assert monitor.names == ("expected_accuracy", "expected_loss")
+    assert {f"val/{name}" for name in monitor.names} == names and monitor.names[0] == "expected_accuracy"
     stopping = cb.EarlyStopping(AUROC, mode="max")
     helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
 
@@ -326,6 +340,39 @@ def test_class_shares_hold_for_all_predictions_and_no_other_accuracy_is_compared
     assert monitor.summary["reference"] is not None
     with pytest.raises(ValueError, match="Expected batches in `dataloader`, but got none"):
         monitor.predict(model, [])
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_estimated_class_shares_are_those_of_the_fit_however_few_samples_are_predicted(
+    is_resumed: bool, tmp_path: Path
+) -> None:
+    monitor, model, val = quick_risk(class_shares="estimate"), Plain(), unlabelled(seed=1)
+    run = fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=1)
+    if is_resumed:
+        run.save_checkpoint(path := tmp_path / "one.ckpt")
+        monitor = quick_risk(class_shares="estimate")
+        fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=2, ckpt_path=path)
+    found = monitor.predict(model, val).reference
+    q = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT))
+    shares = torch.from_numpy(monitor.reference.shares_)
+    expected = reweigh(q, shares, estimate_class_shares(q, shares))
+    torch.testing.assert_close(found, expected, check_dtype=False, atol=1e-4, rtol=0)
+    for row in range(3):
+        torch.testing.assert_close(monitor.predict(model, [HOLDOUT[row : row + 1]]).reference, found[row : row + 1])
+
+
+def test_a_row_with_nan_keeps_its_place_without_a_prediction_by_the_reference() -> None:
+    monitor, model = quick_risk(), Plain()
+    fitted(monitor, model, batches_of(X, CORRECT), unlabelled(seed=1), max_epochs=1)
+    x = HOLDOUT.clone()
+    x[3, 0] = math.nan
+    with pytest.warns(UserWarning, match="leaves out 1 samples with nan or inf"):
+        found, whole = monitor.predict(model, [x[:20], x[20:]]), monitor.predict(model, [HOLDOUT])
+    rows = torch.arange(50) != 3
+    torch.testing.assert_close(found.reference[rows], whole.reference[rows])
+    assert bool(found.reference[3].isnan().all()) and found.network.shape == found.reference.shape
+    with pytest.raises(ValueError, match="No sample has finite inputs"):
+        monitor.predict(model, [x[3:4]])
 
 
 # Where labels are

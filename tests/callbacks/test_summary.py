@@ -16,7 +16,7 @@ from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, has_e
 from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
 from lightning_sensitivity.expected.record import Verdict
 from lightning_sensitivity.expected.summary import ANSWER, Curve, summarize
-from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit
+from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit, names_of
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
 SECOND = f"{LOSS}/dataloader_idx_1"
@@ -50,7 +50,7 @@ def validations(best: int = 3, **changes: Any) -> Rows:
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0, "expected_loss_stderr": 0.03,
          "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84,
-         "reference": 0.3 if epoch else 0.2, **changes}
+         "reference": 0.3, "curve": int(epoch > 0), **changes}
         for epoch in range(5)
     ]  # fmt: skip
     return [rows[0] | {"expected_loss": 0.1}, *rows[1:]]
@@ -319,5 +319,6 @@ def test_the_summary_the_history_and_the_plot_of_a_fit(tmp_path: Path) -> None:
             curve = [epoch[f"val/{name}/dataloader_idx_{index}"] for epoch in run.epochs]
             assert [row[name] for row in rows] == pytest.approx(curve, rel=1e-6)
     figure, axes = monitor.plot()
-    assert [ax.get_title() for ax in axes] == [ACCURACY, AUROC, LOSS] and len(axes[0].lines) == 2
+    assert {ax.get_title() for ax in axes} == names_of("multiclass") and len(axes[0].lines) == 2
+    assert [axes[0].get_title(), axes[-1].get_title()] == [ACCURACY, LOSS]
     figure.savefig(tmp_path / "curves.png")

@@ -10,13 +10,13 @@ from rules import COUNTS, Recorded, draws_of, refined, sample_scores
 from scipy.stats import entropy, kendalltau
 from torch import Tensor
 
-from lightning_sensitivity.functional.expected import ESTIMATES, WORTH
+from lightning_sensitivity.functional.expected import ESTIMATES, WEIGHT
 
 
 def numbers(run: Recorded, q: Tensor, is_trusted: bool, epoch: int) -> dict[str, list[float]]:
     """Return what each rule says of a network, the lower the better: one number, or one for each draw of labels."""
     p, y = run.predictions("unseen")[epoch], run.found["y_unseen"]
-    classes, places, worth = p.argmax(1), np.arange(len(y)), WORTH if is_trusted else 0
+    classes, places, worth = p.argmax(1), np.arange(len(y)), WEIGHT if is_trusted else 0
     expected = float(q.numpy()[places, classes].mean())
     disagreement = float((classes != q.numpy().argmax(1)).mean())
     found = {

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from lightning_sensitivity.functional import draw_labels, expected_metric
-from lightning_sensitivity.functional.expected import WORTH, Estimate, combine
+from lightning_sensitivity.functional.expected import WEIGHT, Estimate, combine
 from lightning_sensitivity.reference import Reference
 
 PATIENCE = 1 / 3  # of all epochs, without a better value of what one keeps by, where one stops to save time
@@ -239,18 +239,18 @@ def by_labels(run: Recorded, curves: dict[str, np.ndarray], q: Tensor, num_train
         chosen[f"{name}_and_reference"] = [lowest(curve) for curve in both]
     draws = draws_of(run, counts(run)["tenth"])
     chosen["tenth_unlabelled"] = [lowest(theirs[:, rows].mean(1)) for rows in draws]
-    both = counts(run)["tenth"] * ours + WORTH * theirs
+    both = counts(run)["tenth"] * ours + WEIGHT * theirs
     return chosen | {"tenth_alone_and_reference": [lowest(both[:, rows].mean(1)) for rows in draws]}
 
 
 def combined(expected: list[Estimate], costs: np.ndarray, num_training: int) -> np.ndarray:
     """Return what a reference and labels say together by epoch, of what each label costs (E, M)."""
-    values, worths, number = [], [], costs.shape[1]
+    values, counted, number = [], [], costs.shape[1]
     known = [Estimate(*each, number) for each in zip(costs.mean(1), costs.var(1) / number, strict=True)]
     for both in zip(expected, known, strict=True):
-        found = combine(*both, num_training, earlier=worths)
+        found = combine(*both, num_training, earlier=counted)
         values.append(found.value)
-        worths.append(found.worth)
+        counted.append(found.equivalent_labels)
     return np.array(values)
 
 

@@ -5,23 +5,24 @@ from itertools import chain, product
 from pathlib import Path
 
 import pandas as pd
-from stopping.parts import CHECK, SIGNALS
+from stopping.parts import SIGNALS
 
-from lightning_sensitivity.functional.expected import SURE_AS, SURE_OF_FEATURES, SURE_OF_PART
+from lightning_sensitivity.functional.expected import equivalent_labels_of
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 FOUND = pd.read_csv(Path(__file__).with_name("results.csv.gz"))
 FOUND["pool"] = FOUND["run"].str.split("-").str[0]
 OF_TABLES = FOUND["pool"].isin(["tables", "large", "transformer", "few", "few_large", "numbers", "numbers_large"])
-SURE = (FOUND["judge"] == "inputs").map({True: SURE_OF_PART, False: SURE_OF_FEATURES}).mask(OF_TABLES, SURE_AS)
+SEES = (FOUND["judge"] == "inputs").map({True: "part", False: "features"}).mask(OF_TABLES, "table")
+NUMBERS = [equivalent_labels_of(*both) for both in zip(SEES, FOUND["value_of"], strict=True)]
 
 
-def variance(rows: pd.DataFrame, sure_as: float | pd.Series) -> pd.Series:
+def variance(rows: pd.DataFrame, equivalent: float | pd.Series) -> pd.Series:
     """Return the variance of expected values, if a reference is as sure as so many labels."""
-    return rows["variance"] * (1 + rows["num_unseen"] / rows["num_training"] + rows["num_unseen"] / sure_as)
+    return rows["variance"] * (1 + rows["num_unseen"] / rows["num_training"] + rows["num_unseen"] / equivalent)
 
 
-VARIANCE = variance(FOUND, SURE)
+VARIANCE = variance(FOUND, pd.Series(NUMBERS, FOUND.index))
 FOUND = FOUND.assign(
     half=QUANTILE * VARIANCE**0.5,
     error=FOUND["error"].abs(),
@@ -88,48 +89,26 @@ def sure(label: str) -> str:
     return line(f"{label} ({runs(check)})", *cells, *of_both, met)
 
 
-# %% How sure of a network that may see more.
-LEVELS = CHECK.frame[CHECK.frame["its_is_trusted"].astype(bool)].copy()
-LEVELS = LEVELS.assign(
-    is_design=LEVELS["run"].str.extract(r"(\d+)$")[0].astype(int) % 2 == 0,
-    num_unseen=LEVELS.eval(TUNED).map({True: 400, False: 600}),
-)
-PARTS = {
-    "patches and words, from scratch": f"judge == 'inputs' and ({PHOTOS} or {TEXTS} or {SIGNALS})",
-    "patches and words, fine-tuned": f"judge == 'inputs' and {TUNED}",
-    "an encoder, from scratch": f"judge in ['lite0', 'lite2', 'minilm'] and ({PHOTOS} or {TEXTS})",
-    "an encoder, fine-tuned": f"judge in ['lite0', 'lite2'] and {TUNED}",
-    "its own body, fine-tuned": "judge == 'body'",
-}
-PARTS = {label: LEVELS.query(condition) for label, condition in PARTS.items()}
-WIDTHS = (1000, 100, 50, SURE_OF_PART, 20)
-BY_FEATURES = (1000, 300, SURE_OF_FEATURES, 100, 50)
+# %% As how many labels.
+TRIED = (1000, 500, 300, 200, 100, 50, 30, 20)
 
 
-def held_as(rows: pd.DataFrame, sure_as: int) -> float:
-    """Say in how many percent the interval holds the accuracy on the 600 unseen labels, which has an error, too."""
-    half = 100 * QUANTILE * (rows["variance_of_a_hit"] * (2 / rows["num_unseen"] + 1 / rows["n"] + 1 / sure_as)) ** 0.5
-    return float(100 * (rows["level_bias"].abs() <= half).mean())
+def held_as(rows: pd.DataFrame, equivalent: int) -> str:
+    """Say in how many percent an interval holds the truth, if a reference is as sure as so many labels."""
+    half = QUANTILE * (variance(rows, equivalent) + rows["truth_variance"]) ** 0.5
+    return f"{100 * (rows['error'] <= half).mean():.0f}"
 
 
-def widened(label: str) -> list[str]:
-    halves = {
-        name: PARTS[label][PARTS[label]["is_design"] == is_it] for name, is_it in (("design", True), ("check", False))
-    }
-    return [
-        line(label, f"{name} ({len(rows)})", *(f"{held_as(rows, each):.0f}" for each in WIDTHS))
-        for name, rows in halves.items()
-    ]
-
-
-def by_features(label: str) -> list[str]:
-    """Say in how many percent intervals by an encoder hold the truth, by how sure it is taken to be."""
-    lines = []
-    for name, rows in (("design", GROUPS[label].query("is_design")), ("check", GROUPS[label].query("not is_design"))):
-        halves = [QUANTILE * (variance(rows, each) + rows["truth_variance"]) ** 0.5 for each in BY_FEATURES]
-        held = (f"{100 * (rows['error'] <= half).mean():.0f}" for half in halves)
-        lines.append(line(label, f"{name} ({runs(rows)})", *held))
-    return lines
+def numbers(label: str, value: str) -> list[str]:
+    """Say how often intervals hold on the design half, by each number tried; on the other by that taken."""
+    rows = GROUPS[label][GROUPS[label]["value_of"] == value]
+    design, check = rows[rows["is_design"]], rows[~rows["is_design"]]
+    if design.empty or check.empty:
+        return []
+    sees = "table" if label in SEE_ALL else "features" if label.endswith(("encoder", "body")) else "part"
+    taken = equivalent_labels_of(sees, value)
+    cells = [f"**{held_as(design, each)}**" if each == taken else held_as(design, each) for each in TRIED]
+    return [line(f"{label}, {value} ({len(design)})", *cells, f"{held_as(check, taken)} ({len(check)})")]
 
 
 # %% Labels.
@@ -164,6 +143,21 @@ def thresholds() -> list[str]:
         more = max(off(rows, rule, count) - off(rows, "today", count) for rows, count in of_accuracy)
         found.append(line(name, f"{worst:.2f}", f"{100 * more:.1f}"))
     return found
+
+
+def said(label: str) -> list[str]:
+    """Say how often labels are said to contradict the reference, where that was judged."""
+    rows = GROUPS[label][~GROUPS[label]["is_design"]].dropna(subset="said_50")
+    lines = []
+    for value in ("accuracy", "loss"):
+        some = rows[rows["value_of"] == value]
+        if len(some):
+            lines.append(
+                line(
+                    f"{label} ({runs(some)}), {value}", *(f"{100 * some[f'said_{each}'].mean():.0f}" for each in COUNTS)
+                )
+            )
+    return lines
 
 
 def chosen(label: str) -> str:
@@ -217,13 +211,12 @@ BLOCKS = {
     "sureness: coverage": table(
         ["90 % intervals that hold the truth, %", *VALUES, "all", "design half", "85 or more"], map(sure, TOLD)
     ),
-    "sureness: widened": table(
-        ["the reference sees; the network", "half", *(f"as {each:,} labels" for each in WIDTHS)],
-        chain(*map(widened, PARTS)),
+    "sureness: numbers": table(
+        ["design half", *(f"{each:,}" for each in TRIED), "check half"],
+        chain(*(numbers(*each) for each in product(GROUPS, VALUES.values()))),
     ),
-    "sureness: features": table(
-        ["the reference sees", "half", *(f"as {each:,} labels" for each in BY_FEATURES)],
-        chain(*(by_features(label) for label in GROUPS if label.endswith("by an encoder"))),
+    "sureness: said": table(
+        ["labels are said to contradict, % of epochs", *map(str, COUNTS)], chain(*map(said, TOLD)),
     ),
     "sureness: labels": table(
         ["off, by", *(f"{count}: {rule}" for count in COUNTS for rule in ("labels", "+ 1,000", "**both**")),

@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassAUROC
 
 sys.path.append(str(Path(__file__).parents[1] / "stopping"))
 from rules import Recorded, lowest
@@ -33,14 +32,14 @@ from said import Said
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.expected import (
     VALIDATIONS,
-    WORTH,
+    WEIGHT,
     Estimate,
-    jackknife,
-    metric_value,
-    one_draw,
-    worth_beside,
+    combine,
+    equivalent_labels_of,
+    estimate,
+    weight_beside,
 )
-from lightning_sensitivity.functional.tasks import TASKS
+from lightning_sensitivity.functional.tasks import AUROC, TASKS, Measured, measure_mean
 from lightning_sensitivity.reference import Reference
 
 COUNTS, NUM_DRAWS = (50, 200, 600), 5
@@ -48,7 +47,7 @@ THRESHOLDS = (2.0, 2.5, 3.0)  # standard errors
 SHIFTED = ("sampler", "undersampled")  # runs that need class_shares=
 TABLES = ("tables", "few", "numbers")  # pools that have a design half
 Row = dict[str, Any]
-Worths = list[float]
+Weights = list[float]
 
 
 class Judged:
@@ -67,6 +66,7 @@ class Judged:
         self.outputs = {name: recorded.outputs(name).double() for name in ("unseen", "test")}
         self.q = dict(zip(("unseen", "test"), said.predictions(self.reference), strict=True))
         self.labels = {"unseen": torch.tensor(recorded.found["y_unseen"]), "test": torch.tensor(said.noisy_test)}
+        self.auroc = AUROC()
         self.draws = draw_labels(self.q["unseen"], self.task.name, self.reference.residuals_)
 
     @property
@@ -85,18 +85,18 @@ class Judged:
             return (outputs.argmax(1) == labels).double()
         return -outputs.log_softmax(1)[torch.arange(len(outputs)), labels]
 
-    def measure(self, name: str, outputs: Tensor, labels: Tensor) -> float:
-        """Return a value of samples, for labels as above."""
+    def measured(self, name: str, outputs: Tensor, labels: Tensor) -> Measured:
+        """Return a value of samples, for labels as above, and what each label adds."""
         if name == "auroc":
-            metric = MulticlassAUROC(outputs.shape[1])
-            return float(metric_value(metric, outputs.softmax(1), labels, self.task))
-        return float(self.values(name, outputs, labels).mean())
+            return self.auroc.measure(outputs.softmax(1), labels)
+        return measure_mean(self.values(name, outputs, labels)[..., None])
+
+    def measure(self, name: str, outputs: Tensor, labels: Tensor) -> float:
+        return self.measured(name, outputs, labels).value
 
     def estimate(self, name: str, outputs: Tensor, draws: Tensor) -> Estimate:
-        """Return what is measured on labels, or to be expected, with its spread by the jackknife."""
-        one, size = one_draw(draws), draws.shape[1]
-        variance = jackknife(lambda rows: {name: self.measure(name, outputs[rows], one[:, rows])}, size, None)
-        return Estimate(self.measure(name, outputs, draws), variance[name], size)
+        """Return what is measured on labels, or to be expected, with its variance."""
+        return estimate(self.measured(name, outputs, draws), draws.shape[1], None)
 
     def targets(self, part: str) -> Tensor:
         """Return labels as draws, ``(1, N)`` or ``(1, N, 1)``."""
@@ -133,10 +133,11 @@ def advice(run: Judged, name: str, epoch: int) -> Row:
     }
 
 
-def beside_labels(run: Judged, name: str) -> Row:
+def beside_labels(run: Judged, name: str, sees: str) -> Row:
     """Return how far values by labels, by the reference and by both are off, and what their epoch loses.
 
-    They are off in the mean over all epochs; all is a mean over draws of labels.
+    They are off in the mean over all epochs; all is a mean over draws of labels. It also tells in how many of the
+    epochs labels are said to contradict the reference.
     """
     y, size, found = run.targets("unseen"), run.q["unseen"].shape[0], []
     sign, truth = (
@@ -152,10 +153,11 @@ def beside_labels(run: Judged, name: str) -> Row:
         for _ in range(NUM_DRAWS if number < size else 1):
             rows, row = torch.randperm(size, generator=generator)[:number], {}
             known = [Estimate(float(each[rows].mean()), float(each[rows].var()) / number, number) for each in of_labels]
-            for rule, worths in rules(expected, known).items():
+            row[f"said_{count}"] = contradicted(expected, known, run.num_training, equivalent_labels_of(sees, name))
+            for rule, weights in rules(expected, known).items():
                 values = np.array([
-                    (number * second.value + worth * first.value) / (number + worth)
-                    for first, second, worth in zip(expected, known, worths, strict=True)
+                    (number * second.value + weight * first.value) / (number + weight)
+                    for first, second, weight in zip(expected, known, weights, strict=True)
                 ])  # fmt: skip
                 if not rule.startswith("each"):
                     row[f"off_{rule}_{count}"] = float(np.abs(values - truth).mean())
@@ -165,11 +167,22 @@ def beside_labels(run: Judged, name: str) -> Row:
     return pd.DataFrame(found).mean().to_dict()
 
 
-def rules(expected: list[Estimate], known: list[Estimate]) -> dict[str, Worths]:
+def contradicted(expected: list[Estimate], known: list[Estimate], num_training: int, equivalent: int) -> float:
+    """Return in how many of the epochs labels are said to contradict the reference, a share."""
+    counted: list[float] = []
+    said = []
+    for both in zip(expected, known, strict=True):
+        found = combine(*both, num_training, equivalent, counted)
+        counted.append(found.equivalent_labels)
+        said.append(found.is_contradicted)
+    return float(np.mean(said))
+
+
+def rules(expected: list[Estimate], known: list[Estimate]) -> dict[str, Weights]:
     """Return as how many labels the reference counts in each epoch: by each threshold alone, and by the median."""
-    found: dict[str, Worths] = {"labels": [0.0] * len(known), "today": [float(WORTH)] * len(known)}
+    found: dict[str, Weights] = {"labels": [0.0] * len(known), "today": [float(WEIGHT)] * len(known)}
     for least in THRESHOLDS:
-        each = [worth_beside(*both, least) for both in zip(expected, known, strict=True)]
+        each = [weight_beside(*both, least) for both in zip(expected, known, strict=True)]
         last = [each[max(0, end - VALIDATIONS) : end] for end in range(1, len(each) + 1)]
         found |= {f"each_{least}": each, f"at_{least}": [median_high(some) for some in last]}
     return found
@@ -190,7 +203,8 @@ def rows_of(file: Path) -> Iterator[Row]:
         row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name}
         row |= how_sure(run, name, epoch) | advice(run, name, epoch)
         if name != "auroc":
-            off = beside_labels(run, name)
+            sees = "table" if pool in TABLES else "part" if judge == "inputs" else "features"
+            off = beside_labels(run, name, sees)
             others = tuple(f"off_at_{least}" for least in THRESHOLDS[1:])  # are told of the design half alone
             row |= {key: each for key, each in off.items() if is_design or not key.startswith(others)}
         yield row

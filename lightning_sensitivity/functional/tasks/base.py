@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy, MulticlassAUROC
-from torchmetrics.utilities import dim_zero_cat
 
+from lightning_sensitivity.functional.tasks.metrics import AUROC, Accuracy, AnyMetric
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
     in_32_bits,
@@ -175,15 +174,23 @@ class Multiclass(TaskBase):
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the cross-entropy of each sample, ``(N, 1)``, exact in the probabilities of its labels.
 
-        A class whose logit is -inf is masked: no label is one.
+        A class whose logit is -inf is masked: a label of it costs inf, and the chance that there may be one nothing.
 
         Args:
             outputs: Outputs of a network.
             y: Labels as a matrix, or predictions in their place, ``(N, C)``.
             draws: The same as one or more labels for each sample, which are not needed.
         """
-        logarithms = self.output_matrix(outputs).log_softmax(1)
-        return -(y * logarithms.where(~logarithms.isneginf(), 0.0)).sum(1, keepdim=True)
+        return (y * self._costs(outputs, y)).sum(1, keepdim=True)
+
+    def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the same for each of several labels, ``(R, N, 1)``."""
+        return self._costs(outputs, y).gather(1, draws.T).T[..., None]
+
+    def _costs(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return what a label of each class costs, ``(N, C)``."""
+        costs = -self.output_matrix(outputs).log_softmax(1)
+        return costs.where(~costs.isposinf() | (y == 1), 0.0)
 
     def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
@@ -218,16 +225,14 @@ class Multiclass(TaskBase):
 
     # Metrics
 
-    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
         """Make the metrics that are expected by default, by name: there is no AUROC of many classes, which takes long.
 
         Args:
             num_columns: C.
         """
-        found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_columns, average="micro")}
-        if num_columns <= _MAX_AUROC_CLASSES:
-            found["auroc"] = MeanAUROC(num_columns, average="none")
-        return found
+        accuracy: dict[str, AnyMetric] = {"accuracy": Accuracy()}
+        return accuracy | {"auroc": AUROC()} if num_columns <= _MAX_AUROC_CLASSES else accuracy
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""
@@ -276,21 +281,13 @@ class Binary(Multiclass):
         """Return logits of class 1."""
         return p.clamp(min=FLOOR).log().diff(dim=1).reshape(len(p), *shape)
 
-    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
         """Make the metrics that are expected by default, by name."""
-        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC()}
+        return {"accuracy": Accuracy(), "auroc": AUROC(first_class=1)}
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities of class 1, ``(N,)``, and classes."""
         return p[:, 1], drawn
-
-
-class MeanAUROC(MulticlassAUROC):
-    """The mean of the AUROC of each class (``average="none"``) that occurs; others would count as 0."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """Compute it."""
-        return super().compute()[torch.unique(dim_zero_cat(self.target))].mean()
 
 
 # Checks of labels

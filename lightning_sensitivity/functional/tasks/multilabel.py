@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAccuracy
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, TaskBase, check_probabilities, quantiles
+from lightning_sensitivity.functional.tasks.metrics import AUROC, Accuracy, AnyMetric
 
 _MAX_AUROC_LABELS = 200  # of 1,000, and 2,000 validation labels, it would take seconds in each validation
 
@@ -40,6 +39,11 @@ class Multilabel(TaskBase):
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the binary cross-entropy of each label, ``(N, L)``, exact in its probability; nan if unknown."""
         return binary_cross_entropy_with_logits(self.output_matrix(outputs), y.to(outputs), reduction="none")
+
+    def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the same for each of several labels, ``(R, N, L)``."""
+        z = self.output_matrix(outputs)
+        return (softplus(z) - draws.to(z) * z).where(~y.isnan(), torch.nan)
 
     def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the chance that a network is right about a known label, the mean of each sample, ``(N,)``."""
@@ -78,10 +82,10 @@ class Multilabel(TaskBase):
 
     # Metrics
 
-    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
         """Make the metrics that are expected by default, by name: of known labels; no AUROC of more than 200."""
-        found: dict[str, Metric] = {"accuracy": KnownAccuracy(ignore_index=IGNORED, validate_args=False)}
-        return found | {"auroc": KnownAUROC()} if num_columns <= _MAX_AUROC_LABELS else found
+        accuracy: dict[str, AnyMetric] = {"accuracy": Accuracy()}
+        return accuracy | {"auroc": AUROC()} if num_columns <= _MAX_AUROC_LABELS else accuracy
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
@@ -100,48 +104,3 @@ class Multilabel(TaskBase):
     def of_questions(self, found: Sequence[Tensor]) -> Tensor:
         """Return the matrix of such probabilities, ``(N, L)``."""
         return torch.stack([each[:, 1] for each in found], 1)
-
-
-# Metrics that torchmetrics does not have as they are needed
-
-
-class OfKnownLabels:
-    """What marks a metric that leaves out labels of which none is known, where torchmetrics counts 0 for them."""
-
-
-class KnownAccuracy(OfKnownLabels, BinaryAccuracy):
-    """The share of known labels ``(N, L)`` that are right."""
-
-
-class KnownAUROC(OfKnownLabels, Metric):
-    """The mean of the AUROC of each of several labels ``(N, L)`` that is known to be yes and no; nan without one."""
-
-    higher_is_better = True
-    full_state_update = False
-    preds: list[Tensor]
-    yes: list[Tensor]
-    no: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("preds", "yes", "no"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add a batch, with -100 for what is unknown; other labels of the last predictions count beside the first."""
-        yes, no = (target == 1).float(), (target == 0).float()
-        if self.preds and self.preds[-1] is preds:
-            self.yes[-1], self.no[-1] = self.yes[-1] + yes, self.no[-1] + no
-        else:
-            self.preds, self.yes, self.no = [*self.preds, preds], [*self.yes, yes], [*self.no, no]
-
-    def compute(self) -> Tensor:
-        """Compute it: of each label, the mean rank of yes among no, for which predictions are ranked once."""
-        p, order = dim_zero_cat(self.preds).sort(0)
-        yes, no = (dim_zero_cat(each).gather(0, order).double() for each in (self.yes, self.no))
-        up_to, differs = no.cumsum(0), p[1:] != p[:-1]
-        edge = torch.ones_like(p[:1], dtype=torch.bool)
-        below = (up_to - no).where(torch.cat([edge, differs]), 0).cummax(0).values  # of equal predictions
-        not_above = up_to.where(torch.cat([differs, edge]), torch.inf).flip(0).cummin(0).values.flip(0)
-        areas = (yes * (below + not_above) / 2).sum(0) / (yes.sum(0) * no.sum(0))  # nan without yes or no
-        return areas.nanmean().float()

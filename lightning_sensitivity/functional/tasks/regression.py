@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks.base import TaskBase, check_sizes, without_single_output
+from lightning_sensitivity.functional.tasks.metrics import AnyMetric
 
 
 class Regression(TaskBase):
@@ -62,7 +63,11 @@ class Regression(TaskBase):
 
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute squared errors, the mean over drawn targets ``(R, N, C)``, ``(N, C)``; nan of what is unknown."""
-        return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double().mean(0)
+        return self.losses_of_draws(outputs, y, draws).mean(0)
+
+    def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
+        """Compute the same for each of several targets, ``(R, N, C)``."""
+        return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double()
 
     def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Return the squared error of each sample, ``(N,)``."""
@@ -86,7 +91,7 @@ class Regression(TaskBase):
         """Return what a user wants to know of predictions ``(N, C)``: numbers, an array ``(N,)`` or ``(N, D)``."""
         return without_single_output(p).numpy()
 
-    def default_metrics(self, num_columns: int) -> dict[str, Metric]:
+    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
         """Return nothing: the loss says it all."""
         return {}
 
