@@ -1,15 +1,12 @@
-"""Where a reference of a table knows no more than the shares of the classes: is there nothing to know, and since when?
+"""Where a reference says that the inputs of a table tell nothing of its labels: is that so, and what does it cost?
 
-    python examples/studies/nothing/nothing.py DATA few   # of how few labels it may be said; DATA: as for ../stopping
-    python examples/studies/nothing/nothing.py DATA made  # rules that a network may find where no reference does
-    python examples/studies/nothing/nothing.py DATA kept  # tables of kept.txt, which nothing here was tuned on
-    python examples/studies/tables.py                     # results.csv -> the pages
+    python examples/studies/nothing/nothing.py DATA tables  # of tables.txt; DATA: as for ../stopping
+    python examples/studies/nothing/nothing.py DATA made    # labels by chance, and by rules that are hard to find
+    python examples/studies/tables.py                       # results.csv -> the page
 
-`few` fits references to few rows of the tables of the study of stopping. Where one has no skill, and where a rule was
-made, a network is trained, and what is lost is measured: by the last epoch, and by what is expected of labels that are
-drawn by their shares. A made table has 20 columns, and one label of two classes for each of 500 or more rows. Kept
-tables are trained on as they are, and with a fifth of the labels redrawn; there the reference chooses, by the shares
-where it has no skill.
+Of a table 600 rows with a fifth of the labels redrawn, or 2,000 with three fifths, train an MLP and a reference. What
+is lost by the last epoch and by what the reference expects is measured on test labels, as they are. A logistic
+regression on up to 6,000 rows of the same labels says, by its left-out AUROC, whether there is something to know.
 """
 
 from __future__ import annotations
@@ -24,129 +21,128 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_predict
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "stopping"))
 import data
 import record
-from rules import Recorded, loss, lowest
-from runs import Run, _mlp_run, redrawn
+from rules import Recorded, expected_curves, gain_curve, lowest
+from runs import _mlp_run, redrawn
 
 from lightning_sensitivity.reference import Reference
 
-SIZES = (15, 30, 60, 120, 250, 500)  # rows in training
-RULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sign of a product": lambda x: (x[:, 0] * x[:, 1] > 0).long(),
-    "parity of four bits": lambda x: (x[:, :4] > 0).sum(1) % 2,
-    "parity of three bits": lambda x: (x[:, :3] > 0).sum(1) % 2,
-    "parity of two bits": lambda x: (x[:, :2] > 0).sum(1) % 2,
-}
-NUM_ROWS, NUM_MADE = (500, 2000), 4  # of made tables, and how many networks of each
-KEYS = ("part", "name", "n", "share", "seed")  # of a run; what is there is not run again
+SETTINGS = ((600, 0.2), (2000, 0.6))  # rows in training, and the share of labels that is redrawn
+MOST_ROWS, NUM_SEEDS, NUM_OTHERS = 6000, 10, 3000
+KEYS = ["part", "name", "n", "share", "seed"]  # of a run; what is there is not run again
 Row = dict[str, Any]
+RULES: dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]] = {  # rows, and the chance of class 1
+    "chance alone": ((120, 600, 2000), lambda x: np.full(len(x), 0.3)),
+    "1 % positive, linear": ((600,), lambda x: logistic(1.5 * x[:, 0] + x[:, 1] - 6)),
+    "a sign, nine in ten labels redrawn": ((600,), lambda x: 0.45 + 0.1 * (x[:, 0] > 0)),
+    "weak linear": ((500,), lambda x: logistic(0.5 * x.sum(1) / x.shape[1] ** 0.5)),
+    "parity of three signs": ((500,), lambda x: (x[:, :3] > 0).sum(1) % 2.0),
+    "parity of four signs": ((500,), lambda x: (x[:, :4] > 0).sum(1) % 2.0),
+}
 
 
-def runs_of_few(folder: Path) -> Iterator[tuple[Row, Run]]:
-    """Draw few rows of each table: labels as they are, and a fifth redrawn."""
-    small, _ = data.table_lines()
-    for line in sorted(range(len(small)), key=lambda each: each % 3):
-        for place, n in enumerate(SIZES):
-            for share in (0.0, 0.2):
-                r = np.random.RandomState((line, place, int(10 * share), 61))
-                x, y = data.table(small[line], folder)
-                run = _mlp_run(r, "nothing", line, line, x, redrawn(r, y, share), y, "multiclass", "", n)
-                about = {"name": small[line].split()[1], "n": n, "share": share, "seed": 0}
-                yield about | {"is_design": run.is_design}, run
+def logistic(z: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-z)))
 
 
-def runs_of_made(folder: Path) -> Iterator[tuple[Row, Run]]:
-    """Draw columns that are standard normal, or signs, and networks."""
-    for name, rule in RULES.items():
-        for n in NUM_ROWS:
-            for seed in range(NUM_MADE):
-                r = np.random.RandomState((seed, n, 62))
-                x = torch.tensor(r.randn(10_000, 20)).float()
-                x = x if "product" in name else x.sign()
-                run = _mlp_run(r, "nothing", seed, seed, x, rule(x), rule(x), "multiclass", "", n)
-                run.epochs = 100
-                yield {"name": name, "n": n, "share": 0.0, "seed": seed, "is_design": False}, run
+def area(x: Tensor, y: Tensor) -> float:
+    """Return the left-out AUROC of a logistic regression, the mean over classes."""
+    rows = np.random.RandomState(0).permutation(len(y))[:MOST_ROWS]
+    model = LogisticRegression(C=0.1, max_iter=200)
+    p = cross_val_predict(model, x[rows], y[rows], cv=3, method="predict_proba")
+    return float(np.mean([roc_auc_score(y[rows] == k, p[:, place]) for place, k in enumerate(y[rows].unique())]))
 
 
-def runs_of_kept(folder: Path) -> Iterator[tuple[Row, Run]]:
-    """Draw networks and rows of kept tables: labels as they are, and a fifth redrawn."""
-    for place, line in enumerate(Path(__file__).with_name("kept.txt").read_text().splitlines()):
-        for share in (0.0, 0.2):
-            r = np.random.RandomState((place, int(10 * share), 63))
-            x, y = data.table(line, folder)
-            run = _mlp_run(r, "nothing", place, place, x, redrawn(r, y, share), y, "multiclass", "")
-            yield {"name": line.split()[1], "n": 0, "share": share, "seed": 0, "is_design": False}, run
+def of_tables(folder: Path) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Give the runs of the tables."""
+    for place, (n, share) in enumerate(SETTINGS):
+        for number, line in enumerate(Path(__file__).with_name("tables.txt").read_text().splitlines()):
+            about = {"name": line.split()[1], "n": n, "share": share, "seed": 0}
+            yield about, lambda each=(number, line, place, n, share): of_table(folder, *each)
 
 
-def measure_kept(run: Run) -> Row:
-    """Say what is lost by what the reference expects, or, as before, by the last epoch where it knows nothing."""
+def of_table(folder: Path, number: int, line: str, place: int, n: int, share: float) -> Row:
+    """Train a network and a reference on some rows of a table, and say what each rule loses."""
+    r = np.random.RandomState((number, place, 78))
+    x, y = data.table(line, folder)
+    noisy = redrawn(r, y, share)
+    run = _mlp_run(r, "nothing", number, number, x, noisy, y, "multiclass", line, n)
     reference = Reference().fit(run.x, run.y)
-    recorded = Recorded({name: each for name, each in record.train(run).items()} | {"task": run.task})
-    p, y = recorded.predictions("test"), run.y_test.numpy()
-    accuracies = np.array([(each.argmax(1) == y).mean() for each in p])
-    losses = np.array([loss(each, run.noisy_test.numpy()) for each in p])
-    q = np.zeros((len(run.x_unseen), p.shape[2]))
-    q[:, reference.classes_] = reference.predict_proba(run.x_unseen)
-    curve = recorded.losses("unseen", torch.tensor(q))
-    said = recorded.predictions("unseen").argmax(2)
-    hits = np.array([np.take_along_axis(q, each[:, None], 1).mean() for each in said])
-    by_accuracy = lowest(-hits) if len(set(hits)) > 1 else len(hits) - 1
-    found: Row = {"skill": reference.skill_, "learner": reference.learner_, "majority": reference.majority_}
-    found |= {"best_accuracy": accuracies.max(), "best_loss": losses.min()}
-    found["level_error"] = 100 * np.abs(hits - (p.argmax(2) == run.noisy_test.numpy()).mean(1)).mean()
-    of_labels = recorded.losses_of("unseen", run.y_unseen.numpy())
-    epochs = {"last": -1, "by_loss": lowest(curve), "by_accuracy": by_accuracy, "labels_600": lowest(of_labels)}
-    for rule, epoch in epochs.items():
-        found[f"{rule}_accuracy_lost"] = 100 * (accuracies.max() - accuracies[epoch])
-        found[f"{rule}_loss_lost"] = 100 * (losses[epoch] / losses.min() - 1)
+    recorded = Recorded({**record.train(run), "task": run.task})
+    p, labels = recorded.predictions("test"), run.y_test.numpy()
+    q = torch.zeros(len(run.x_unseen), p.shape[2], dtype=torch.float64)
+    q[:, reference.classes_] = torch.from_numpy(reference.predict_proba(run.x_unseen))
+    curves = expected_curves(recorded, reference, q, ["accuracy", "auc"])
+    if reference.inputs_tell_nothing_:
+        curves["auc"][:] = 0.5  # labels that depend on nothing
+    losses = recorded.losses_of("test", run.noisy_test.numpy())
+    found = said(reference) | {"rows": len(run.y), "of_all_rows": area(x, noisy), "last_loss_lost": lost(-losses, -1)}
+    found["by_loss_loss_lost"] = lost(-losses, chosen(-curves["loss"], reference))
+    for name in ("accuracy", "auc"):
+        gains = 100 * gain_curve(name, p, labels)
+        found[f"last_{name}_lost"] = gains.max() - gains[-1]
+        found[f"by_{name}_{name}_lost"] = gains.max() - gains[chosen(curves[name], reference)]
     return found
 
 
-def measure(run: Run, is_made: bool) -> Row:
-    """Say what a reference knows, and what is lost without it, and by the shares of the classes."""
-    reference = Reference().fit(run.x, run.y)
-    of_majority = float(run.y.bincount().max()) / len(run.y)
-    found: Row = {"skill": reference.skill_, "learner": reference.learner_, "majority": of_majority}
-    if reference.skill_ > 0 and not is_made:
-        return found
-    recorded = Recorded({name: each for name, each in record.train(run).items()} | {"task": run.task})
-    p, y = recorded.predictions("test"), run.y_test.numpy()
-    accuracies = np.array([(each.argmax(1) == y).mean() for each in p])
-    losses = np.array([loss(each, run.noisy_test.numpy()) for each in p])
-    shares = run.y.bincount(minlength=p.shape[2]) / len(run.y)
-    found |= {"best_accuracy": accuracies.max(), "best_loss": losses.min()}
-    by_loss = lowest(recorded.losses("unseen", shares.expand(len(run.x_unseen), -1)))
-    hits = shares.numpy()[recorded.predictions("unseen").argmax(2)].mean(1)
-    by_accuracy = lowest(-hits) if len(set(hits)) > 1 else len(hits) - 1  # nothing is chosen where all are equal
-    for rule, epoch in {"last": -1, "by_loss": by_loss, "by_accuracy": by_accuracy}.items():
-        found[f"{rule}_accuracy_lost"] = 100 * (accuracies.max() - accuracies[epoch])
-        found[f"{rule}_loss_lost"] = 100 * (losses[epoch] / losses.min() - 1)
-    return found
+def chosen(curve: np.ndarray, reference: Reference) -> int:
+    """Return the epoch of the highest value; the last one where all are equal, or none is expected."""
+    return lowest(-curve) if reference.is_trusted_ and np.ptp(curve) > 0 else len(curve) - 1
+
+
+def lost(gains: np.ndarray, epoch: int) -> float:
+    """Return by how many percent a loss, with a minus sign, is above the lowest."""
+    return float(100 * (gains[epoch] / gains.max() - 1))
+
+
+def said(reference: Reference) -> Row:
+    return {"tells_nothing": reference.inputs_tell_nothing_, "skill": reference.skill_, "learner": reference.learner_}
+
+
+def of_made(folder: Path) -> Iterator[tuple[Row, Callable[[], Row]]]:
+    """Give the made tables."""
+    for name, (sizes, rule) in RULES.items():
+        for n in sizes:
+            for seed in range(2 * NUM_SEEDS if name == "chance alone" else NUM_SEEDS):
+                about = {"name": name, "n": n, "share": 0.0, "seed": seed}
+                yield about, lambda each=(rule, n, seed): of_rule(*each)
+
+
+def of_rule(rule: Callable[[np.ndarray], np.ndarray], n: int, seed: int) -> Row:
+    """Fit a reference to labels by a rule; the AUROC is that of who knows the rule."""
+    r = np.random.RandomState((seed, n, 79))
+    x = r.randn(n + NUM_OTHERS, 10)
+    p = rule(x)
+    y = (r.rand(len(x)) < p).astype(int)
+    return said(Reference("binary").fit(x[:n].astype("float32"), y[:n])) | {
+        "rows": n,
+        "of_all_rows": roc_auc_score(y, p),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("part", choices=["few", "made", "kept"])
+    parser.add_argument("part", choices=["tables", "made"])
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     rows = pd.read_csv(arguments.out).to_dict("records") if arguments.out.exists() else []
     there = {tuple(row[key] for key in KEYS) for row in rows}
-    parts = {"few": runs_of_few, "made": runs_of_made, "kept": runs_of_kept}
-    for about, run in parts[arguments.part](arguments.data):
+    for about, measure in {"tables": of_tables, "made": of_made}[arguments.part](arguments.data):
         row = {"part": arguments.part, **about}
-        if tuple(row[key] for key in KEYS) in there:
-            continue
-        found = measure_kept(run) if arguments.part == "kept" else measure(run, arguments.part == "made")
-        rows.append({**row, "rows": len(run.y), **found})
-        print(rows[-1], flush=True)
-        pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.5g")
+        if tuple(row.values()) not in there:
+            rows.append(row | measure())
+            print(rows[-1], flush=True)
+            pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
