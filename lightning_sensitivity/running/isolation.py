@@ -209,8 +209,10 @@ class _State:
             self.originals += [(each, dict(each)) for each in dicts]
         # Modes are set one by one, since modules may override `eval()`; a LightningModule is silent.
         modes = {module: mode for root in roots for module, mode in _modes_of(root).items()}
-        self.set_to = [(vars(module), {"training": mode}) for module, mode in modes.items()]
-        self.set_to += [(vars(each), _SILENT) for each in modes if callable(getattr(type(each), "log_dict", None))]
+        self.fixed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module, mode in modes.items():
+            is_lightning = callable(getattr(type(module), "log_dict", None))
+            self.fixed.append((vars(module), {"training": mode, **(_SILENT if is_lightning else {})}))
         # That a parameter is trained, and its gradient, are no business of a pass.
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
@@ -242,7 +244,7 @@ class _State:
             if id(value) not in copies:
                 copies[id(value)] = copied(name, value)
             holder[name] = copies[id(value)]
-        for attributes, values in self.set_to:
+        for attributes, values in self.fixed:
             attributes.update(values)
 
     def _clone(self, name: str, x: Tensor) -> Tensor:
