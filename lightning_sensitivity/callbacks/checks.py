@@ -19,7 +19,7 @@ from lightning_sensitivity.functional.tasks import AnyMetric, Task
 from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.running.batches import is_dense, places
+from lightning_sensitivity.running.batches import is_dense, tensors_in
 from lightning_sensitivity.running.isolation import isolated, isolated_with
 from lightning_sensitivity.running.layout import without
 from lightning_sensitivity.running.rules import by_position, labels_in
@@ -296,7 +296,7 @@ def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
     for name, value in without(arguments, labels_in(arguments)).items():
-        tensors = [x.detach() for _, x in places(without(value, labels_in(value))) if is_dense(x)]
+        tensors = [x.detach() for _, x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
         found[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
     return {name: tensors for name, tensors in found.items() if tensors}
 

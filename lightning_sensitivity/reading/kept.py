@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tensors import spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
-from lightning_sensitivity.running.batches import has_samples, places
+from lightning_sensitivity.running.batches import has_samples, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
@@ -53,7 +53,7 @@ class KeptBatch:
 
 def num_bytes(value: object) -> int:
     """Return the memory of the tensors in a value."""
-    return sum(x.numel() * x.element_size() for _, x in places(value))
+    return sum(x.numel() * x.element_size() for _, x in tensors_in(value))
 
 
 class KeptSamples:
@@ -98,7 +98,7 @@ class KeptSamples:
         """
         found = [torch.zeros(0, dtype=torch.float64)]
         for batch in self.batches:
-            tensors = places(batch.seen or batch.call.inputs())
+            tensors = tensors_in(batch.seen or batch.call.inputs())
             columns = [x[:, None].flatten(1) for _, x in tensors if has_samples(x, batch.size)]
             if not columns:
                 raise ValueError("No input has a row for each sample")

@@ -152,7 +152,7 @@ def held_by(value: object) -> list[tuple[Any, Any]]:
     return [*zip(steps, value, strict=True)]
 
 
-def places(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
+def tensors_in(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
     """List the tensors in a value, and in its mappings, lists and tuples, each with its place."""
     tensors = []
     waiting = [(place, value)]
@@ -242,7 +242,7 @@ def entry(value: object, name: str) -> object:
 
 def is_empty(value: object) -> bool:
     """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
-    if tensors := places(value):
+    if tensors := tensors_in(value):
         return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
     return value is None or (isinstance(value, list | tuple | Mapping) and not value)
 

@@ -162,20 +162,20 @@ _COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
 ]
 
 
-class _Place(NamedTuple):
+class _Copied(NamedTuple):
     """An attribute or a buffer of which a run gets a copy.
 
     Attributes:
         holder: The dict that has it, of a module or an object.
         name: Its name there.
         value: The original.
-        copied: Makes the copy, of the name and the original.
+        make_copy: Makes the copy, of the name and the original.
     """
 
     holder: dict[str, Any]
     name: str
     value: object
-    copied: Callable[[str, Any], object]
+    make_copy: Callable[[str, Any], object]
 
 
 def _log_nothing(*args: object, **kwargs: object) -> None:
@@ -192,7 +192,7 @@ class _State:
         # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module,
         # and the attributes of objects that it holds.
         self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.places: list[_Place] = []
+        self.copied: list[_Copied] = []
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
         self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
         weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
@@ -227,10 +227,10 @@ class _State:
         for name, value in contents.items():
             if isinstance(value, Tensor):
                 if not isinstance(value, nn.Parameter):
-                    self.places.append(_Place(holder, name, value, self._clone))
+                    self.copied.append(_Copied(holder, name, value, self._clone))
                 continue
-            copied = [copied for kind, copied in _COPIES if isinstance(value, kind)]
-            self.places += [_Place(holder, name, value, each) for each in copied[:1]]
+            ways = [make_copy for kind, make_copy in _COPIES if isinstance(value, kind)]
+            self.copied += [_Copied(holder, name, value, make_copy) for make_copy in ways[:1]]
             if isinstance(value, list | dict | tuple | deque):
                 items = value.values() if isinstance(value, dict) else value
                 tensors = [x for x in items if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
@@ -240,9 +240,9 @@ class _State:
         """Put copies in the place of what a run may change."""
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, object] = {}  # what several places share stays shared
-        for holder, name, value, copied in self.places:
+        for holder, name, value, make_copy in self.copied:
             if id(value) not in copies:
-                copies[id(value)] = copied(name, value)
+                copies[id(value)] = make_copy(name, value)
             holder[name] = copies[id(value)]
         for attributes, values in self.fixed:
             attributes.update(values)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.running.batches import at, places
+from lightning_sensitivity.running.batches import at, tensors_in
 from lightning_sensitivity.running.rules import find_labels
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
@@ -61,7 +61,7 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
         forward = ModelCall(module(lambda self, x, more: write(x, more)), batch, inputs)
         assert torch.equal(forward(), forward())
     assert select_targets(ONE, batch, lambda batch: write(**batch)).any()
-    assert len(places(batch)) == 4 and not any(values.any() for _, values in places(batch))
+    assert len(tensors_in(batch)) == 4 and not any(values.any() for _, values in tensors_in(batch))
 
 
 HELD: dict[str, tuple[Any, Any]] = {  # how a batch holds something, and how a model takes it
