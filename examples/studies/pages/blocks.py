@@ -1,6 +1,6 @@
 """What README and the guide tell of the study of stopping; its own report tells all of it."""
 
-from stopping.parts import NAMES, counted, lost, told
+from stopping.parts import NAMES, counted, dagger, lost, told
 from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -33,7 +33,10 @@ def judged() -> str:
 
     rows = {label: [loses(f"{name}{end}", "expected_accuracy") for name in networks] for end, label in judges.items()}
     rows["none: the last epoch"] = [loses(f"{name}_body", "never_stop") for name in networks]
-    head = ["encoder", *(f"{label} ({{{name}_body.count}}): lost" for name, label in networks.items())]
+    head = [
+        "encoder",
+        *(f"{label}{dagger(f'{name}_body')} ({{{name}_body.count}}): lost" for name, label in networks.items()),
+    ]
     lines = [head, ["---"] * len(head), *([judge, *cells] for judge, cells in rows.items() if set(cells) != {"–"})]
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
 
@@ -60,7 +63,7 @@ def of_both() -> str:
     }
     gain = "{RUNS.mean_accuracy.minus[chosen_accuracy].interval:.1f} points ({RUNS.reference_leads.percent:.0f} %)"
     found = [
-        f"on {label} by {gain.replace('RUNS', runs)}"
+        f"on {label}{dagger(runs)} by {gain.replace('RUNS', runs)}"
         for label, runs in kinds.items()
         if NAMES[runs].frame["chosen_accuracy"].notna().any()
     ]
@@ -73,7 +76,7 @@ def of_tenth() -> str:
     """Say what it costs to hold out a tenth, and to choose by its loss, of each kind of data that there is."""
     kinds = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
     found = [
-        f"on {label} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
+        f"on {label}{dagger(name)} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
         for label, name in kinds.items()
         if NAMES[f"{name}_held"].count > 1
     ]
@@ -96,12 +99,13 @@ def of_stops() -> str:
         "photos, by an encoder": ("photos_lite0", "accuracy"),
     }
     found = []
-    for label, (runs, value) in kinds.items():
-        if NAMES[runs].frame[f"stopped_{value}_epochs"].notna().any():
+    for label, (name, value) in kinds.items():
+        runs = f"{name}_stopped"
+        if NAMES[runs].count > 1:
             unit = " %" * (value == "loss")
             kept, whole = (f"{{{runs}.{rule}_{value}_{value}_lost:.1f}}{unit}" for rule in ("stopped", "expected"))
             epochs = f"{{{runs}.stopped_{value}_epochs:.0f}} % of the epochs"
-            found.append(f"of {label} it loses {kept} in {epochs}, where all of them lose {whole}")
+            found.append(f"of {label}{dagger(runs)} it loses {kept} in {epochs}, where all of them lose {whole}")
     text = "; ".join(found)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 

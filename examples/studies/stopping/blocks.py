@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from stopping.parts import CLASSES, NAMES, counted, difference, lost, sizes, told
+from stopping.parts import CLASSES, NAMES, changed, counted, dagger, difference, lost, sizes, told
 from summaries import Values, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -80,7 +80,7 @@ class Kind(NamedTuple):
         return f"{{{self.runs}.{first}.minus[{second}].interval:+.1f}}"
 
     def row(self, *cells: str) -> str:
-        return f"| {self.label} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
+        return f"| {self.label}{dagger(self.runs)} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
 
     def line(self) -> str:
         """Say how far the estimate is off, and what the kept epoch, the last one and some labels lose."""
@@ -128,7 +128,9 @@ def gains() -> str:
     for kind in KINDS:
         if NAMES[kind.runs].count > 1:
             low, high = kind.gain.low, kind.gain.high
-            found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(kind.label)
+            found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(
+                kind.label + dagger(kind.runs)
+            )
     return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
 
@@ -139,12 +141,10 @@ def in_short(kinds: list[Kind]) -> str:
 
 
 def stops() -> str:
-    """Say of each kind of data what it saves and costs to stop."""
+    """Say of each kind of data what it saves and costs to stop, in the runs in which that was judged."""
     head = "| data (runs) | epochs that run | with a stop | without | difference [95 %] |"
-    lines = [
-        kind.price() for kind in KINDS if NAMES[kind.runs].frame[kind.lost(f"stopped_{kind.measure}")].notna().sum() > 1
-    ]
-    return "\n".join([head, "|---" * 5 + "|", *lines])
+    kinds = [kind._replace(runs=f"{kind.runs}_stopped") for kind in KINDS]
+    return "\n".join([head, "|---" * 5 + "|", *(kind.price() for kind in kinds if NAMES[kind.runs].count > 1)])
 
 
 def of_texts() -> str:
@@ -185,7 +185,7 @@ def worth() -> str:
         if frame.empty:
             continue
         off, of_labels = frame["test_level_error"].mean(), frame["labels_level_error"].mean()
-        rows.append(f"| {label} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |")
+        rows.append(f"| {label}{dagger(name)} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |")
     head = "| points of accuracy, all epochs | expected accuracy: off | 600 labels: off | it is worth, in labels |\n"
     return head + "|---|---|---|---|\n" + "\n".join(rows)
 
@@ -200,7 +200,7 @@ RANKINGS = {
 }  # fmt: skip
 GROUPS = {"alike": "tables", "photos_alike": "photos", "photos_alike_lite0": "photos, by Lite0 at 96"}
 GROUPS = {name: label for name, label in GROUPS.items() if NAMES[name].count}
-RANKED = {f"{label} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
+RANKED = {f"{label}{dagger(name)} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
 RANKED |= {f"τ, {label}": f"{{{name}.ROW_tau:.2f}}" for name, label in GROUPS.items()}
 RANKED["expected accuracy − this, tables"] = "{alike.expected_lost.minus[ROW_lost].interval:+.2f}"
 LEADS = counted(
@@ -211,6 +211,7 @@ BLOCKS = {
     "worth: in short": in_short([kind for kind in KINDS if kind.runs in MAIN]),
     "stopping: gains": gains(),
     "stopping: sizes": sizes(),
+    "stopping: versions": changed(),
     "stopping: texts": of_texts(),
     "stopping: which epoch": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f") for label, rule in (EXPECTED | SOME_LABELS).items()
