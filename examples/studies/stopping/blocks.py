@@ -119,9 +119,6 @@ KINDS = [
 ]
 
 
-MAIN = ("as_they_are", "fifth", "large", "few", "numbers", "texts", "signals", "photos_lite0", "tuned_lite0")
-
-
 def gains() -> str:
     """Say for which data a gain on the last epoch is shown."""
     found: dict[str, list[str]] = {"is shown": [], "is not shown": [], "is negative": []}
@@ -208,7 +205,6 @@ LEADS = counted(
 )
 BLOCKS = {
     "stopping: in short": in_short(KINDS),
-    "worth: in short": in_short([kind for kind in KINDS if kind.runs in MAIN]),
     "stopping: gains": gains(),
     "stopping: sizes": sizes(),
     "stopping: versions": changed(),
