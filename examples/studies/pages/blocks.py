@@ -12,7 +12,7 @@ AUC = {
 }
 FEW = {"as they come": "few_plain", "class weights": "few_weights", "weighted sampler": "few_sampler"}
 FEW |= {"undersampled": "few_undersampled", "undersampled, `class_shares=`": "few_undersampled_known"}
-LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 100, 200, 600)} | {"a tenth": "tenth"}
+LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 200, 600)} | {"a tenth": "tenth"}
 BY_LABELS = "labels_50_by_accuracy_accuracy_lost"
 WITH_LABELS = {"tables": "tables", "photos, an encoder": "photos_lite0", "texts": "texts"}
 WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[BY_LABELS].notna().any()}
@@ -89,29 +89,7 @@ def without_labels() -> str:
     return f"\n\nWithout labels, the highest expected accuracy loses {', '.join(loses)}." if WITH_LABELS else ""
 
 
-def of_stops() -> str:
-    """Say what it costs to stop, beside the best of all epochs by the same value."""
-    kinds = {
-        "tables": ("as_they_are", "accuracy"),
-        "few positives": ("few", "auc"),
-        "numbers": ("numbers", "loss"),
-        "texts": ("texts", "accuracy"),
-        "photos, by an encoder": ("photos_lite0", "accuracy"),
-    }
-    found = []
-    for label, (name, value) in kinds.items():
-        runs = f"{name}_stopped"
-        if NAMES[runs].count > 1:
-            unit = " %" * (value == "loss")
-            kept, whole = (f"{{{runs}.{rule}_{value}_{value}_lost:.1f}}{unit}" for rule in ("stopped", "expected"))
-            epochs = f"{{{runs}.stopped_{value}_epochs:.0f}} % of the epochs"
-            found.append(f"of {label}{dagger(runs)} it loses {kept} in {epochs}, where all of them lose {whole}")
-    text = "; ".join(found)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
 BLOCKS = {
-    "stops: in words": of_stops(),
     "worth: the reference itself": of_both(),
     "worth: tenth": of_tenth(),
     "worth: limits": f"""
@@ -153,7 +131,6 @@ epoch loses {texts_words.expected_accuracy_accuracy_lost:.1f} points, that by Mi
             for label, name in WITH_LABELS.items()
             for by, end in {
                 "their accuracy": "_by_accuracy",
-                "their loss": "_by_loss",
                 "**and the reference**": "_combined",
             }.items()
         },
