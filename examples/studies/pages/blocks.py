@@ -35,7 +35,7 @@ def judged() -> str:
     rows["none: the last epoch"] = [loses(f"{name}_body", "never_stop") for name in networks]
     head = [
         "encoder",
-        *(f"{label}{dagger(f'{name}_body')} ({{{name}_body.count}}): lost" for name, label in networks.items()),
+        *(f"{label}{dagger(NAMES[f'{name}_body'])} ({{{name}_body.count}}): lost" for name, label in networks.items()),
     ]
     lines = [head, ["---"] * len(head), *([judge, *cells] for judge, cells in rows.items() if set(cells) != {"–"})]
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
@@ -63,7 +63,7 @@ def of_both() -> str:
     }
     gain = "{RUNS.mean_accuracy.minus[chosen_accuracy].interval:.1f} points ({RUNS.reference_leads.percent:.0f} %)"
     found = [
-        f"on {label}{dagger(runs)} by {gain.replace('RUNS', runs)}"
+        f"on {label}{dagger(NAMES[runs])} by {gain.replace('RUNS', runs)}"
         for label, runs in kinds.items()
         if NAMES[runs].frame["chosen_accuracy"].notna().any()
     ]
@@ -76,7 +76,7 @@ def of_tenth() -> str:
     """Say what it costs to hold out a tenth, and to choose by its loss, of each kind of data that there is."""
     kinds = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
     found = [
-        f"on {label}{dagger(name)} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
+        f"on {label}{dagger(NAMES[name])} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
         for label, name in kinds.items()
         if NAMES[f"{name}_held"].count > 1
     ]

@@ -57,8 +57,7 @@ class Setting(NamedTuple):
         kept, last = (f"{{{self.runs}.{column}:.1f}}{unit}" for column in (self.kept, self.last))
         if getattr(NAMES[self.runs], self.kept).minus[self.last].chance:
             kept = "no gain shown"
-        mark = "" if self.columns else dagger(self.runs)
-        return f"| {self.data}{mark} | {self.write} | {VALUES[self.measure]} | {kept} ({last}) |"
+        return f"| {self.data}{dagger(NAMES[self.runs])} | {self.write} | {VALUES[self.measure]} | {kept} ({last}) |"
 
 
 SETTINGS = [

@@ -80,7 +80,7 @@ class Kind(NamedTuple):
         return f"{{{self.runs}.{first}.minus[{second}].interval:+.1f}}"
 
     def row(self, *cells: str) -> str:
-        return f"| {self.label}{dagger(self.runs)} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
+        return f"| {self.label}{dagger(NAMES[self.runs])} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
 
     def line(self) -> str:
         """Say how far the estimate is off, and what the kept epoch, the last one and some labels lose."""
@@ -126,7 +126,7 @@ def gains() -> str:
         if NAMES[kind.runs].count > 1:
             low, high = kind.gain.low, kind.gain.high
             found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(
-                kind.label + dagger(kind.runs)
+                kind.label + dagger(NAMES[kind.runs])
             )
     return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
@@ -182,7 +182,9 @@ def worth() -> str:
         if frame.empty:
             continue
         off, of_labels = frame["test_level_error"].mean(), frame["labels_level_error"].mean()
-        rows.append(f"| {label}{dagger(name)} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |")
+        rows.append(
+            f"| {label}{dagger(NAMES[name])} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |"
+        )
     head = "| points of accuracy, all epochs | expected accuracy: off | 600 labels: off | it is worth, in labels |\n"
     return head + "|---|---|---|---|\n" + "\n".join(rows)
 
@@ -196,8 +198,8 @@ RANKINGS = {
        for count in COUNTS for text, rule in (("", ""), (" and the reference", "_combined"))},
 }  # fmt: skip
 GROUPS = {"alike": "tables", "photos_alike": "photos", "photos_alike_lite0": "photos, by Lite0 at 96"}
-GROUPS = {name: label for name, label in GROUPS.items() if NAMES[name].count}
-RANKED = {f"{label}{dagger(name)} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
+GROUPS = {name: f"{label}{dagger(NAMES[name])}" for name, label in GROUPS.items() if NAMES[name].count}
+RANKED = {f"{label} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
 RANKED |= {f"τ, {label}": f"{{{name}.ROW_tau:.2f}}" for name, label in GROUPS.items()}
 RANKED["expected accuracy − this, tables"] = "{alike.expected_lost.minus[ROW_lost].interval:+.2f}"
 LEADS = counted(

@@ -116,15 +116,15 @@ CLASSES = {
 }
 
 
-def dagger(name: str) -> str:
+def dagger(runs: Runs) -> str:
     """Mark runs of which one was judged by an older version of the estimates."""
-    return "†" if (NAMES[name].frame["version"] < ESTIMATES).any() else ""
+    return "†" if (runs.frame["version"] < ESTIMATES).any() else ""
 
 
 def counted(rows: dict[str, str], column: str = "run") -> dict[str, str]:
     """Add the numbers of runs to the labels of rows, and leave out rows of which not even two runs have a column."""
     return {
-        f"{label}{dagger(name)} ({{{name}.{column}.count}})": name
+        f"{label}{dagger(NAMES[name])} ({{{name}.{column}.count}})": name
         for label, name in rows.items()
         if NAMES[name].frame[column].notna().sum() > 1
     }
