@@ -45,7 +45,7 @@ def in_limits(form: str) -> str:
     """Say a number of the losses of each kind of data that there is."""
     kinds = {"tables": "tables", "photos": "photos_lite0", "texts": "texts", "signals": "signals"}
     found = [
-        f"{{{runs}.expected_accuracy_accuracy_lost.{form}}} on {label}"
+        f"{{{runs}.expected_accuracy_accuracy_lost.{form}}} on {label}{dagger(NAMES[runs])}"
         for label, runs in kinds.items()
         if NAMES[runs].count
     ]
@@ -85,7 +85,10 @@ def of_tenth() -> str:
 
 def without_labels() -> str:
     """Say what is lost where no label chooses."""
-    loses = (f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
+    loses = (
+        f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}{dagger(NAMES[name])}"
+        for label, name in WITH_LABELS.items()
+    )
     return f"\n\nWithout labels, the highest expected accuracy loses {', '.join(loses)}." if WITH_LABELS else ""
 
 
