@@ -158,7 +158,8 @@ class Multiclass(TaskBase):
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
-        return super().known(targets).all(1, keepdim=True)
+        is_unknown = are_ignored(targets) | targets.isnan()
+        return ~is_unknown[:, None].flatten(1).any(1, keepdim=True)
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
