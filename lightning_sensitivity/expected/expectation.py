@@ -22,7 +22,7 @@ from lightning_sensitivity.functional.expected import (
     is_area,
     jackknife,
     losses,
-    measure,
+    metric_value,
     one_draw,
 )
 from lightning_sensitivity.functional.tasks import AnyMetric, ClosedForm, Measured, Task, measure_mean
@@ -263,15 +263,17 @@ class Expectation:
         y, draws, can_measure = labelled.y, labelled.draws, self._task.can_measure(labelled.draws)
         p = self._task.predictions(labelled.outputs)
         known = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
-        tells_nothing = labelled.tells_nothing
         measured: dict[str, Measured] = {}
         for name in names:
             if name == _LOSS:
                 measured[name] = self._measure_loss(labelled)
             elif can_measure:
                 metric = self.metrics[name.removeprefix(EXPECTED)]
-                each = measure(metric, p, known if isinstance(metric, ClosedForm) else draws, self._task)
-                measured[name] = each._replace(value=0.5) if tells_nothing and is_area(metric) else each
+                if isinstance(metric, ClosedForm):
+                    each = metric.measure(p, known)
+                else:
+                    each = Measured(float(metric_value(metric, p, draws, self._task)))
+                measured[name] = each._replace(value=0.5) if is_area(metric) and labelled.tells_nothing else each
         return measured
 
     def _measure_loss(self, labelled: Labelled) -> Measured:

@@ -196,13 +196,6 @@ def metric_value(metric: AnyMetric, predictions: Tensor, labels: Tensor, task: T
     return value
 
 
-def measure(metric: AnyMetric, predictions: Tensor, labels: Tensor, task: Task) -> Measured:
-    """Compute a metric as :func:`metric_value` does, and what each label adds if that is known in closed form."""
-    if isinstance(metric, ClosedForm):
-        return metric.measure(predictions, labels)
-    return Measured(float(metric_value(metric, predictions, labels, task)))
-
-
 def is_area(metric: AnyMetric) -> bool:
     """Return whether a metric is the area under a ROC curve, which is a half where inputs tell nothing of labels."""
     return isinstance(metric, AUROC | BinaryAUROC | MulticlassAUROC | MultilabelAUROC)

@@ -87,7 +87,7 @@ def _standardized(function: Callable[[Tensor], Tensor], features: Tensor, floor:
 
 
 def _scaled(inputs: Tensor, function: Callable[[Tensor], Tensor], mean: Tensor, scale: Tensor | float) -> Matrix:
-    return ((in_parts(function, inputs) - mean) / scale).double().numpy()
+    return ((function(inputs) - mean) / scale).double().numpy()
 
 
 def _scale(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -106,8 +106,9 @@ def patches(inputs: Tensor) -> Transform:
     images = _as_images(inputs)
     mean, scale = (each[:, None, None] for each in (images.mean((0, 2, 3)), _scale(images, (0, 2, 3))))
     filters, offsets = _filters(_random_patches((images - mean) / scale, *_patch_size(images)))
-    responses = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets[:, None, None])
-    return _standardized(responses, in_parts(responses, some(inputs)), floor=_RARE)
+    of_part = partial(_responses, mean=mean, scale=scale, filters=filters, offsets=offsets[:, None, None])
+    responses = partial(in_parts, of_part)
+    return _standardized(responses, responses(some(inputs)), floor=_RARE)
 
 
 def _responses(inputs: Tensor, mean: Tensor, scale: Tensor, filters: Tensor, offsets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What left-out predictions need, and how good they are: temperature, errors, class shares, skill, labels in doubt."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,11 +130,13 @@ def temper(p: Tensor, y: Tensor, task: Task) -> Calibration:
 
 def _some_of_each(
     p: Tensor, y: Tensor, task: Task, groups: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Give logarithms of predictions, labels and groups of each question, of samples that are enough to calibrate."""
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Return logarithms of predictions, labels and groups of each question, of samples that are enough to calibrate."""
+    found = []
     for rows, q, answers in task.classifications(p, y):
         some = spread(len(q), max(_MIN_ROWS, _MAX_NUMBERS // q.shape[1]))
-        yield _logarithms(q[some]), answers[some], None if groups is None else groups[rows[some]]
+        found.append((_logarithms(q[some]), answers[some], None if groups is None else groups[rows[some]]))
+    return found
 
 
 def _sharpen(logarithms: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:

@@ -312,7 +312,7 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
-    groups = [*same_samples(y, folds)]
+    groups = same_samples(y, folds)
     found = [np.full_like(y, np.nan) for _ in _ALPHAS]
     for samples, which, own_folds in groups:
         places = np.ix_(samples, which)

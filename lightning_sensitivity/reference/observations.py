@@ -346,10 +346,10 @@ def stderr_of_mean(values: Tensor, groups: Tensor | None) -> float:
         values: Values ``(N,)``.
         groups: As for :func:`group_means`.
     """
+    if groups is None:
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     number = count_groups(groups, len(values))
     if number < 2:
         return math.nan
-    if groups is None:
-        return float(values.std() / math.sqrt(number))
     sums = _sums(values - values.mean(), number_units(groups, len(values)))
     return float((sums.square().sum() * number / (number - 1)).sqrt() / len(values))

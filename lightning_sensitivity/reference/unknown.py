@@ -1,6 +1,5 @@
 """Labels of which some are unknown, column by column, for learners that need them all."""
 
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,16 +84,19 @@ def _column_means(y: Array) -> Array:
     return np.where(known.any(0), np.nansum(y, 0) / np.maximum(known.sum(0), 1), 0.5)
 
 
-def same_samples(y: Array, folds: Folds) -> Iterator[tuple[Array, Array, Folds]]:
+def same_samples(y: Array, folds: Folds) -> list[tuple[Array, Array, Folds]]:
     """List columns that are known for the same samples: these samples, ``(M,)``, the columns, and folds of them."""
+    found = []
     masks, which = np.unique(~np.isnan(y), axis=1, return_inverse=True)
     for place, known in enumerate(masks.T):
         if known.sum() >= _FEWEST:
             samples = known.nonzero()[0]
-            yield samples, (which.ravel() == place).nonzero()[0], _within(folds, samples, len(y))
+            own_folds = None if folds is None else _within(folds, samples, len(y))
+            found.append((samples, (which.ravel() == place).nonzero()[0], own_folds))
+    return found
 
 
-def _within(folds: Folds, samples: Array, number: int) -> Folds:
+def _within(folds: list[tuple[Array, Array]], samples: Array, number: int) -> list[tuple[Array, Array]]:
     """Return folds of some samples, by their places among these; none that has nothing to learn from.
 
     Args:
@@ -102,8 +104,6 @@ def _within(folds: Folds, samples: Array, number: int) -> Folds:
         samples: The samples, ``(M,)``.
         number: How many samples there are in all.
     """
-    if folds is None:
-        return None
     places = np.full(number, -1)
     places[samples] = np.arange(len(samples))
     found = [(places[known], places[new]) for known, new in folds]

@@ -108,6 +108,6 @@ BLOCKS = {
 Without `groups=`, the left-out accuracy is {all.rows_left_out_error:.1f} points off that on new ones, with it
 {all.groups_left_out_error:.1f}; expected accuracy is {all_heard.rows_accuracy_level_error:.1f} and
 {all_heard.groups_accuracy_level_error:.1f} points off, expected loss {all_heard.rows_loss_level_error:.0f} and
-{all_heard.groups_loss_level_error:.0f} %. In {all.groups_is_blind.above:.0f} of {all.count} runs no person tells of
-another, so that nothing is expected with `groups=`, and the last epoch is kept.""",
+{all_heard.groups_loss_level_error:.0f} %. Without a person that tells of another, nothing
+is expected with `groups=`, and the last epoch is kept: so in {all.groups_is_blind.above:.0f} of {all.count} runs.""",
 }

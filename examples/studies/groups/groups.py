@@ -27,6 +27,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional import expected_loss, expected_metric
+from lightning_sensitivity.functional.expected import ESTIMATES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stopping"))
 from networks import draw_mlp, draw_optimizer
@@ -198,7 +199,7 @@ def judge(table: Table, seed: int, network: str, logits: Tensor) -> dict[str, An
     """Judge a recorded run by a reference that leaves out rows, and by one that leaves out groups."""
     _, known, new = data(table, seed)
     truth = true_curves(logits, new.y)
-    found = {"table": table.name, "groups": table.what, "seed": seed, "network": network}
+    found = {"table": table.name, "groups": table.what, "seed": seed, "network": network, "version": ESTIMATES}
     found |= {"n": len(known.y), "num_groups": len(known.groups.unique()), "num_new": len(new.y)}
     found |= {"best_accuracy": truth["accuracy"].max(), "last_accuracy": truth["accuracy"][-1]}
     found |= {f"never_{name}_lost": value for name, value in lost(truth, -1).items()}

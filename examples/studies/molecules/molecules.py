@@ -32,6 +32,7 @@ from torchmetrics.classification import MultilabelAUROC
 
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional import expected_loss, expected_metric
+from lightning_sensitivity.functional.expected import ESTIMATES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stopping"))
 from networks import draw_mlp, draw_optimizer
@@ -210,7 +211,12 @@ def judge(case: Case, molecules: Molecules, network: str, logits: Tensor) -> dic
     _, known, new = case.split(molecules)
     reference, told, seconds = fitted(known)
     q = torch.as_tensor(reference.predict_proba(new.x)).double()
-    found = case._asdict() | {"network": network, "num_new": len(new.y), "num_labels": known.y.shape[1]}
+    found = case._asdict() | {
+        "version": ESTIMATES,
+        "network": network,
+        "num_new": len(new.y),
+        "num_labels": known.y.shape[1],
+    }
     found |= {"unknown": 100 * float(known.y.isnan().float().mean()), "num_told": len(told), "fit_seconds": seconds}
     found["reference_auroc"] = auroc(q[:, told], new.y[:, told]) if told else float("nan")
     truth, last = true_curves(logits, new.y), len(logits) - 1

@@ -1,6 +1,6 @@
 """What README and the guide tell of the study of stopping; its own report tells all of it."""
 
-from stopping.parts import NAMES, counted, lost, told
+from stopping.parts import NAMES, counted, dagger, lost, told
 from summaries import across, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -12,7 +12,7 @@ AUC = {
 }
 FEW = {"as they come": "few_plain", "class weights": "few_weights", "weighted sampler": "few_sampler"}
 FEW |= {"undersampled": "few_undersampled", "undersampled, `class_shares=`": "few_undersampled_known"}
-LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 100, 200, 600)} | {"a tenth": "tenth"}
+LABELS = {f"{count} labels": f"labels_{count}" for count in (50, 200, 600)} | {"a tenth": "tenth"}
 BY_LABELS = "labels_50_by_accuracy_accuracy_lost"
 WITH_LABELS = {"tables": "tables", "photos, an encoder": "photos_lite0", "texts": "texts"}
 WITH_LABELS = {label: name for label, name in WITH_LABELS.items() if NAMES[name].frame[BY_LABELS].notna().any()}
@@ -33,7 +33,10 @@ def judged() -> str:
 
     rows = {label: [loses(f"{name}{end}", "expected_accuracy") for name in networks] for end, label in judges.items()}
     rows["none: the last epoch"] = [loses(f"{name}_body", "never_stop") for name in networks]
-    head = ["encoder", *(f"{label} ({{{name}_body.count}}): lost" for name, label in networks.items())]
+    head = [
+        "encoder",
+        *(f"{label}{dagger(NAMES[f'{name}_body'])} ({{{name}_body.count}}): lost" for name, label in networks.items()),
+    ]
     lines = [head, ["---"] * len(head), *([judge, *cells] for judge, cells in rows.items() if set(cells) != {"–"})]
     return "\n".join(f"| {' | '.join(each)} |" for each in lines)
 
@@ -42,7 +45,7 @@ def in_limits(form: str) -> str:
     """Say a number of the losses of each kind of data that there is."""
     kinds = {"tables": "tables", "photos": "photos_lite0", "texts": "texts", "signals": "signals"}
     found = [
-        f"{{{runs}.expected_accuracy_accuracy_lost.{form}}} on {label}"
+        f"{{{runs}.expected_accuracy_accuracy_lost.{form}}} on {label}{dagger(NAMES[runs])}"
         for label, runs in kinds.items()
         if NAMES[runs].count
     ]
@@ -60,7 +63,7 @@ def of_both() -> str:
     }
     gain = "{RUNS.mean_accuracy.minus[chosen_accuracy].interval:.1f} points ({RUNS.reference_leads.percent:.0f} %)"
     found = [
-        f"on {label} by {gain.replace('RUNS', runs)}"
+        f"on {label}{dagger(NAMES[runs])} by {gain.replace('RUNS', runs)}"
         for label, runs in kinds.items()
         if NAMES[runs].frame["chosen_accuracy"].notna().any()
     ]
@@ -73,7 +76,7 @@ def of_tenth() -> str:
     """Say what it costs to hold out a tenth, and to choose by its loss, of each kind of data that there is."""
     kinds = {"tables": "tables", "large tables": "large", "few positives": "few", "photos": "photos", "texts": "texts"}
     found = [
-        f"on {label} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
+        f"on {label}{dagger(NAMES[name])} {{{name}_held.gained.interval:.1f}} ({{{name}_held.gained.count}} runs)"
         for label, name in kinds.items()
         if NAMES[f"{name}_held"].count > 1
     ]
@@ -82,32 +85,14 @@ def of_tenth() -> str:
 
 def without_labels() -> str:
     """Say what is lost where no label chooses."""
-    loses = (f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}" for label, name in WITH_LABELS.items())
+    loses = (
+        f"{{{name}.expected_accuracy_accuracy_lost:.1f}} on {label}{dagger(NAMES[name])}"
+        for label, name in WITH_LABELS.items()
+    )
     return f"\n\nWithout labels, the highest expected accuracy loses {', '.join(loses)}." if WITH_LABELS else ""
 
 
-def of_stops() -> str:
-    """Say what it costs to stop, beside the best of all epochs by the same value."""
-    kinds = {
-        "tables": ("as_they_are", "accuracy"),
-        "few positives": ("few", "auc"),
-        "numbers": ("numbers", "loss"),
-        "texts": ("texts", "accuracy"),
-        "photos, by an encoder": ("photos_lite0", "accuracy"),
-    }
-    found = []
-    for label, (runs, value) in kinds.items():
-        if NAMES[runs].frame[f"stopped_{value}_epochs"].notna().any():
-            unit = " %" * (value == "loss")
-            kept, whole = (f"{{{runs}.{rule}_{value}_{value}_lost:.1f}}{unit}" for rule in ("stopped", "expected"))
-            epochs = f"{{{runs}.stopped_{value}_epochs:.0f}} % of the epochs"
-            found.append(f"of {label} it loses {kept} in {epochs}, where all of them lose {whole}")
-    text = "; ".join(found)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
-
-
 BLOCKS = {
-    "stops: in words": of_stops(),
     "worth: the reference itself": of_both(),
     "worth: tenth": of_tenth(),
     "worth: limits": f"""
@@ -149,7 +134,6 @@ epoch loses {texts_words.expected_accuracy_accuracy_lost:.1f} points, that by Mi
             for label, name in WITH_LABELS.items()
             for by, end in {
                 "their accuracy": "_by_accuracy",
-                "their loss": "_by_loss",
                 "**and the reference**": "_combined",
             }.items()
         },

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stopping.parts import NAMES as STOPPING
-from stopping.parts import heaviest
+from stopping.parts import dagger, heaviest
 
 __all__ = ["BLOCKS", "NAMES"]
 STUDIES = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
         kept, last = (f"{{{self.runs}.{column}:.1f}}{unit}" for column in (self.kept, self.last))
         if getattr(NAMES[self.runs], self.kept).minus[self.last].chance:
             kept = "no gain shown"
-        return f"| {self.data} | {self.write} | {VALUES[self.measure]} | {kept} ({last}) |"
+        return f"| {self.data}{dagger(NAMES[self.runs])} | {self.write} | {VALUES[self.measure]} | {kept} ({last}) |"
 
 
 SETTINGS = [

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from stopping.parts import CLASSES, NAMES, counted, difference, lost, sizes, told
+from stopping.parts import CLASSES, NAMES, changed, counted, dagger, difference, lost, sizes, told
 from summaries import Values, table
 
 __all__ = ["BLOCKS", "NAMES"]
@@ -80,7 +80,7 @@ class Kind(NamedTuple):
         return f"{{{self.runs}.{first}.minus[{second}].interval:+.1f}}"
 
     def row(self, *cells: str) -> str:
-        return f"| {self.label} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
+        return f"| {self.label}{dagger(NAMES[self.runs])} ({{{self.runs}.{self.kept}.count}}) | {' | '.join(cells)} |"
 
     def line(self) -> str:
         """Say how far the estimate is off, and what the kept epoch, the last one and some labels lose."""
@@ -119,16 +119,15 @@ KINDS = [
 ]
 
 
-MAIN = ("as_they_are", "fifth", "large", "few", "numbers", "texts", "signals", "photos_lite0", "tuned_lite0")
-
-
 def gains() -> str:
     """Say for which data a gain on the last epoch is shown."""
     found: dict[str, list[str]] = {"is shown": [], "is not shown": [], "is negative": []}
     for kind in KINDS:
         if NAMES[kind.runs].count > 1:
             low, high = kind.gain.low, kind.gain.high
-            found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(kind.label)
+            found["is shown" if low > 0 else "is negative" if high < 0 else "is not shown"].append(
+                kind.label + dagger(NAMES[kind.runs])
+            )
     return "\n".join(f"- **A gain {what}**: {'; '.join(labels)}." for what, labels in found.items() if labels)
 
 
@@ -139,12 +138,10 @@ def in_short(kinds: list[Kind]) -> str:
 
 
 def stops() -> str:
-    """Say of each kind of data what it saves and costs to stop."""
+    """Say of each kind of data what it saves and costs to stop, in the runs in which that was judged."""
     head = "| data (runs) | epochs that run | with a stop | without | difference [95 %] |"
-    lines = [
-        kind.price() for kind in KINDS if NAMES[kind.runs].frame[kind.lost(f"stopped_{kind.measure}")].notna().sum() > 1
-    ]
-    return "\n".join([head, "|---" * 5 + "|", *lines])
+    kinds = [kind._replace(runs=f"{kind.runs}_stopped") for kind in KINDS]
+    return "\n".join([head, "|---" * 5 + "|", *(kind.price() for kind in kinds if NAMES[kind.runs].count > 1)])
 
 
 def of_texts() -> str:
@@ -185,7 +182,9 @@ def worth() -> str:
         if frame.empty:
             continue
         off, of_labels = frame["test_level_error"].mean(), frame["labels_level_error"].mean()
-        rows.append(f"| {label} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |")
+        rows.append(
+            f"| {label}{dagger(NAMES[name])} ({len(frame)}) | {off:.1f} | {of_labels:.1f} | {labels_worth(name)} |"
+        )
     head = "| points of accuracy, all epochs | expected accuracy: off | 600 labels: off | it is worth, in labels |\n"
     return head + "|---|---|---|---|\n" + "\n".join(rows)
 
@@ -199,7 +198,7 @@ RANKINGS = {
        for count in COUNTS for text, rule in (("", ""), (" and the reference", "_combined"))},
 }  # fmt: skip
 GROUPS = {"alike": "tables", "photos_alike": "photos", "photos_alike_lite0": "photos, by Lite0 at 96"}
-GROUPS = {name: label for name, label in GROUPS.items() if NAMES[name].count}
+GROUPS = {name: f"{label}{dagger(NAMES[name])}" for name, label in GROUPS.items() if NAMES[name].count}
 RANKED = {f"{label} ({{{name}.count}})": f"{{{name}.ROW_lost:.2f}}" for name, label in GROUPS.items()}
 RANKED |= {f"τ, {label}": f"{{{name}.ROW_tau:.2f}}" for name, label in GROUPS.items()}
 RANKED["expected accuracy − this, tables"] = "{alike.expected_lost.minus[ROW_lost].interval:+.2f}"
@@ -208,9 +207,9 @@ LEADS = counted(
 )
 BLOCKS = {
     "stopping: in short": in_short(KINDS),
-    "worth: in short": in_short([kind for kind in KINDS if kind.runs in MAIN]),
     "stopping: gains": gains(),
     "stopping: sizes": sizes(),
+    "stopping: versions": changed(),
     "stopping: texts": of_texts(),
     "stopping: which epoch": table("points of accuracy lost", ROWS, {
         label: lost(rule, "accuracy", ".2f") for label, rule in (EXPECTED | SOME_LABELS).items()

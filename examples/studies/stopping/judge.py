@@ -1,6 +1,7 @@
 """Judges every rule on the recorded runs: a row a run in `results.csv.gz`, one a group of runs in `compared.csv.gz`.
 
-A row tells the version of the estimates that it was judged by; one of another version than the package's is left out.
+A row tells the version of the estimates that it was judged by. Rows of older versions stay in the files: `parts.py`
+takes the newest of each run, and pages mark what is older than the package.
 
     python judge.py RUNS DATA fit [POOL ...] [--part 0/2]  # NAME.JUDGE.npz beside NAME.npz: what a reference says
     python judge.py RUNS DATA measure [POOL ...]           # NAME.json: what each number would lose; seconds a run
@@ -262,6 +263,12 @@ def tables(runs: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), compare(alike)
 
 
+def with_those_of(file: Path, found: pd.DataFrame) -> pd.DataFrame:
+    """Add the rows that a file has of older versions, and of runs that are not recorded here."""
+    rows = pd.concat([found, pd.read_csv(file)])
+    return rows.drop_duplicates(["run" if "run" in rows else "group", "pool", "judge", "version"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
@@ -284,7 +291,7 @@ def main() -> None:
         packed = {"method": "gzip", "mtime": 1}
         for name, found in zip(("results", "compared"), tables(arguments.runs), strict=True):
             file = Path(__file__).with_name(f"{name}.csv.gz")
-            found.to_csv(file, index=False, float_format="%.4g", compression=packed)
+            with_those_of(file, found).to_csv(file, index=False, float_format="%.4g", compression=packed)
 
 
 if __name__ == "__main__":

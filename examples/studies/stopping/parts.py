@@ -11,8 +11,10 @@ from lightning_sensitivity.functional.expected import ESTIMATES
 MOST_Z = 4.0  # of two mean predictions, above which shares of classes differ
 
 HERE = Path(__file__).parent
-FOUND = Runs.read(HERE / "results.csv.gz").frame
-FOUND = FOUND[FOUND["version"] == ESTIMATES].reset_index(drop=True)  # those of another are not of this package
+EVERY = Runs.read(HERE / "results.csv.gz").frame.sort_values("version", kind="stable")
+TENTH = [name for name in EVERY if name.startswith(("held_out_by", "retrained"))]
+EVERY[TENTH] = EVERY.groupby(["run", "judge"])[TENTH].ffill()  # by labels alone, which no version changes
+FOUND = EVERY.drop_duplicates(["run", "judge"], keep="last").reset_index(drop=True)  # the newest row of each
 IS_NUMBER = FOUND["task"] == "regression"
 MORE = pd.DataFrame(
     {
@@ -71,13 +73,15 @@ for way in ("sampler", "undersampled"):
     }
 NAMES: dict[str, Any] = {name: CHECK.where(condition) for name, condition in CONDITIONS.items()}
 NAMES |= {f"{name}_held": NAMES[name].where("gained.notna()") for name in CONDITIONS}  # without a tenth, too
+NAMES |= {f"{name}_stopped": NAMES[name].where("stopped_loss_epochs.notna()") for name in CONDITIONS}
 NAMES |= {"all": ALL, "check": CHECK.where("judge == 'inputs'"), "design": ALL.where("is_design")}
 NAMES["texts_seen"] = NAMES["texts"].where("its_is_trusted")
 NAMES["texts_blind"] = NAMES["texts"].where("not its_is_trusted")
 NAMES["same_shares"] = NAMES["check"].where("way in ['plain', 'weights'] and shares_z.notna()")
 NAMES["large_but_one"] = NAMES["large"].where("best_loss > 0.001")
 NAMES["no_loss"] = NAMES["large"].where("best_loss <= 0.001")  # the network knows all
-COMPARED = pd.read_csv(HERE / "compared.csv.gz").query(f"version == {ESTIMATES}")
+COMPARED = pd.read_csv(HERE / "compared.csv.gz").sort_values("version", kind="stable")
+COMPARED = COMPARED.drop_duplicates(["pool", "judge", "group"], keep="last")
 NAMES["alike"] = Runs(COMPARED.query("pool == 'alike'"))
 for end, judge in SEEN.items():
     NAMES[f"photos_alike{end}"] = Runs(COMPARED.query(f"pool == 'photos_alike' and judge == '{judge}'"))
@@ -112,10 +116,15 @@ CLASSES = {
 }
 
 
+def dagger(runs: Runs) -> str:
+    """Mark runs of which one was judged by an older version of the estimates."""
+    return "†" if (runs.frame["version"] < ESTIMATES).any() else ""
+
+
 def counted(rows: dict[str, str], column: str = "run") -> dict[str, str]:
     """Add the numbers of runs to the labels of rows, and leave out rows of which not even two runs have a column."""
     return {
-        f"{label} ({{{name}.{column}.count}})": name
+        f"{label}{dagger(NAMES[name])} ({{{name}.{column}.count}})": name
         for label, name in rows.items()
         if NAMES[name].frame[column].notna().sum() > 1
     }
@@ -129,6 +138,27 @@ def lost(rule: str, measure: str, form: str = ".1f") -> str:
 def difference(first: str, second: str, measure: str, form: str = "+.1f") -> str:
     """Give a cell: by how much more a rule loses than another, with its interval."""
     return f"{{ROW.{first}_{measure}_lost.minus[{second}_{measure}_lost].interval:{form}}}"
+
+
+def changed() -> str:
+    """Say what the mark means, and what another version of the estimates changed in the same runs."""
+    kinds = {
+        "tables": ("tables", "accuracy"),
+        "few positives": ("few", "auc"),
+        "numbers": ("numbers", "loss"),
+        "texts": ("texts", "accuracy"),
+    }
+    found = []
+    for label, (name, value) in kinds.items():
+        rows = EVERY.query(f"not is_design and ({CONDITIONS[name]})")
+        lost = rows.pivot(index="run", columns="version", values=f"expected_{value}_{value}_lost").dropna()
+        if len(lost) and len(lost.columns) > 1:
+            before, now = lost[ESTIMATES - 1].mean(), lost[ESTIMATES].mean()
+            unit = " %" * (value == "loss")
+            found.append(f"of {label} {before:.2f} and {now:.2f}{unit} ({len(lost)} runs)")
+    return f"""
+†: judged by version {ESTIMATES - 1} of the estimates, before predictions that are too sure of rare classes were mended.
+Where both versions judged the same runs, the kept epoch lost, before and now, {", ".join(found)}."""
 
 
 def told(part: str, text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from stopping.parts import SIGNALS
 
-from lightning_sensitivity.functional.expected import equivalent_labels_of
+from lightning_sensitivity.functional.expected import ESTIMATES, equivalent_labels_of
 
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 FOUND = pd.read_csv(Path(__file__).with_name("results.csv.gz"))
@@ -46,6 +46,13 @@ KINDS = {
 }
 GROUPS = {label: FOUND.query(condition) for label, condition in KINDS.items()}
 GROUPS = {label: rows for label, rows in GROUPS.items() if len(rows)}
+
+
+def marked(label: str) -> str:
+    """Mark a kind of which a run was judged by an older version of the estimates."""
+    return f"{label}†" if (GROUPS[label]["version"] < ESTIMATES).any() else label
+
+
 SEE_ALL = ("tables", "few positives", "regressions")
 ASKED = (*SEE_ALL, "photos, by an encoder")
 VALUES = {"accuracy": "accuracy", "AUROC": "auroc", "loss": "loss"}
@@ -86,7 +93,7 @@ def sure(label: str) -> str:
     met = ("yes" if share >= 85 else "**no**") if label in ASKED else ""
     design = rows[rows["is_design"]]
     of_both = held(check, "of_both"), f"{held(design, 'of_both')} ({runs(design)})"
-    return line(f"{label} ({runs(check)})", *cells, *of_both, met)
+    return line(f"{marked(label)} ({runs(check)})", *cells, *of_both, met)
 
 
 # %% As how many labels.
@@ -108,7 +115,7 @@ def numbers(label: str, value: str) -> list[str]:
     sees = "table" if label in SEE_ALL else "features" if label.endswith(("encoder", "body")) else "part"
     taken = equivalent_labels_of(sees, value)
     cells = [f"**{held_as(design, each)}**" if each == taken else held_as(design, each) for each in TRIED]
-    return [line(f"{label}, {value} ({len(design)})", *cells, f"{held_as(check, taken)} ({len(check)})")]
+    return [line(f"{marked(label)}, {value} ({len(design)})", *cells, f"{held_as(check, taken)} ({len(check)})")]
 
 
 # %% Labels.
@@ -128,7 +135,7 @@ def beside(label: str, value: str) -> list[str]:
     worst = max(off(rows, "at_2.0", count) / off(rows, "labels", count) for count in COUNTS)
     more = 100 * max(off(rows, "at_2.0", count) - off(rows, "today", count) for count in COUNTS)
     met = worst <= 1.3 and (value != "accuracy" or more <= 1)
-    return [line(f"{label} ({runs(rows)}), {value}", *cells, f"{worst:.2f}", "yes" if met else "**no**")]
+    return [line(f"{marked(label)} ({runs(rows)}), {value}", *cells, f"{worst:.2f}", "yes" if met else "**no**")]
 
 
 def thresholds() -> list[str]:
@@ -154,7 +161,8 @@ def said(label: str) -> list[str]:
         if len(some):
             lines.append(
                 line(
-                    f"{label} ({runs(some)}), {value}", *(f"{100 * some[f'said_{each}'].mean():.0f}" for each in COUNTS)
+                    f"{marked(label)} ({runs(some)}), {value}",
+                    *(f"{100 * some[f'said_{each}'].mean():.0f}" for each in COUNTS),
                 )
             )
     return lines
@@ -169,7 +177,7 @@ def chosen(label: str) -> str:
         for count in COUNTS
         for rule in ("today", "at_2.0", "each_2.0")
     )
-    return line(f"{label} ({runs(rows)})", *lost)
+    return line(f"{marked(label)} ({runs(rows)})", *lost)
 
 
 # %% Advice.
@@ -185,7 +193,7 @@ def advised(label: str, value: str) -> list[str]:
     said = rows[rows["lead"] >= 0.5]
     form, factor = ("+.1f", 100) if value != "loss" else ("+.3f", 1)
     by = f"{factor * said['mean_gain'].mean():{form}}".replace("-", "−") if len(said) else "–"
-    return [line(f"{label}, {value}", *cells, by)]
+    return [line(f"{marked(label)}, {value}", *cells, by)]
 
 
 def share(rows: pd.DataFrame, gain: str, least: float) -> str:
@@ -200,9 +208,13 @@ def last_line(label: str) -> str:
     holds = f"{held(rows, 'of_both')} %"
     if label in SEE_ALL:
         return line(
-            f"{label} ({runs(rows)})", holds, share(rows, "mean_gain", 0.5), share(rows, "reference_gain", 1.0), "–"
+            f"{marked(label)} ({runs(rows)})",
+            holds,
+            share(rows, "mean_gain", 0.5),
+            share(rows, "reference_gain", 1.0),
+            "–",
         )
-    return line(f"{label} ({runs(rows)})", holds, "–", "–", share(rows, "reference_gain", 0.5))
+    return line(f"{marked(label)} ({runs(rows)})", holds, "–", "–", share(rows, "reference_gain", 0.5))
 
 
 NAMES: dict[str, object] = {}

@@ -3,6 +3,8 @@
     python examples/studies/sureness/sureness.py RUNS     # results.csv.gz: a row a run, judge, and value; minutes
     python examples/studies/tables.py                     # results.csv.gz -> the pages
 
+A row tells the version of the estimates that it was judged by. What is there of runs that RUNS has not stays.
+
 RUNS has what `record.py` and `said.py` of the study of stopping leave there. Values are those of the epoch that they
 choose; the truth is that of the test, whose labels are as noisy as those of training. Labels are drawn of the unseen
 samples, and levels are those of some epochs.
@@ -31,6 +33,7 @@ from said import Said
 
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.expected import (
+    ESTIMATES,
     VALIDATIONS,
     WEIGHT,
     Estimate,
@@ -200,7 +203,7 @@ def rows_of(file: Path) -> Iterator[Row]:
     by_loss = lowest(run.curve("loss"))
     for name in run.names:
         epoch = by_loss if name == "loss" or by_accuracy is None else by_accuracy
-        row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name}
+        row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name, "version": ESTIMATES}
         row |= how_sure(run, name, epoch) | advice(run, name, epoch)
         if name != "auroc":
             sees = "table" if pool in TABLES else "part" if judge == "inputs" else "features"
@@ -218,12 +221,17 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     rows: list[Row] = []
+    judged = []
     for file in sorted(arguments.runs.glob("*-???.*.npz")):
         if ".part" not in file.name:
             rows += rows_of(file)
-    pd.DataFrame(rows).to_csv(
-        arguments.out, index=False, float_format="%.3g", compression={"method": "gzip", "mtime": 1}
-    )
+            judged.append(tuple(file.name.split(".")[:2]))
+    found = pd.DataFrame(rows)
+    if arguments.out.exists():
+        earlier = pd.read_csv(arguments.out)
+        is_anew = pd.MultiIndex.from_frame(earlier[["run", "judge"]]).isin(judged)
+        found = pd.concat([found, earlier[~is_anew]])
+    found.to_csv(arguments.out, index=False, float_format="%.3g", compression={"method": "gzip", "mtime": 1})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
 FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 NUM_DRAWS = 20  # of labels for each sample
-_MAX_AUROC_CLASSES = 100
 
 
 def quantiles(num_samples: int) -> Tensor:
@@ -43,6 +42,7 @@ class TaskBase:
         has_class_shares: Whether predictions can be made to hold for other shares of classes.
         is_by_column: Whether each column of a matrix is the answer to a question of its own.
         estimator_method: The method by which an estimator of scikit-learn predicts a matrix.
+        most_of_auroc: Up to how many columns there is an AUROC by default, which takes long.
     """
 
     is_regression = False
@@ -53,6 +53,7 @@ class TaskBase:
     has_class_shares = True
     is_by_column = False
     estimator_method = "predict_proba"
+    most_of_auroc = 100
 
     def num_columns(self, output_shape: tuple[int, ...]) -> int:
         """Count the columns C of matrices, for the shape of the outputs of a sample."""
@@ -117,6 +118,11 @@ class TaskBase:
 
     # Metrics
 
+    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
+        """Make the metrics that are expected by default, by name, for C columns."""
+        accuracy: dict[str, AnyMetric] = {"accuracy": Accuracy()}
+        return accuracy | {"auroc": AUROC()} if num_columns <= self.most_of_auroc else accuracy
+
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and labels that were drawn as a metric takes them: probabilities and classes."""
         return p, drawn
@@ -152,7 +158,8 @@ class Multiclass(TaskBase):
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which samples have a label that counts, ``(N, 1)``."""
-        return super().known(targets).all(1, keepdim=True)
+        is_unknown = are_ignored(targets) | targets.isnan()
+        return ~is_unknown[:, None].flatten(1).any(1, keepdim=True)
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into probabilities ``(N, C)``; one that does not count gives nan, and a matrix stays.
@@ -222,17 +229,6 @@ class Multiclass(TaskBase):
     def answers(self, p: Tensor, classes: Any) -> Any:
         """Return what a user wants to know of predictions ``(N, C)``: their classes, an array ``(N,)``."""
         return classes[self.hard_labels(p).numpy()]
-
-    # Metrics
-
-    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
-        """Make the metrics that are expected by default, by name: there is no AUROC of many classes, which takes long.
-
-        Args:
-            num_columns: C.
-        """
-        accuracy: dict[str, AnyMetric] = {"accuracy": Accuracy()}
-        return accuracy | {"auroc": AUROC()} if num_columns <= _MAX_AUROC_CLASSES else accuracy
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether labels ``(R, N)`` are of more than one class, so that metrics say something."""

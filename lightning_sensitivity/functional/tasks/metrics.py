@@ -1,6 +1,5 @@
 """The metrics by default: of each it is known what every label adds, and so its standard error in closed form."""
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -23,24 +22,6 @@ class Measured(NamedTuple):
     num_answers: float = 0.0
 
 
-class ClosedForm(ABC):
-    """A metric that is measured on all labels at once, with what each of them adds."""
-
-    higher_is_better = True
-
-    @abstractmethod
-    def measure(self, p: Tensor, draws: Tensor) -> Measured:
-        """Measure predictions.
-
-        Args:
-            p: Probabilities ``(N, C)``.
-            draws: Class indices ``(R, N)``, or several labels ``(R, N, L)``, nan where unknown.
-        """
-
-
-AnyMetric: TypeAlias = Metric | ClosedForm
-
-
 def measure_mean(values: Tensor) -> Measured:
     """Measure a mean over samples and their labels, ``(R, N, C)``, nan where unknown."""
     known = ~values.isnan()
@@ -50,11 +31,18 @@ def measure_mean(values: Tensor) -> Measured:
     return Measured(float(mean), influences)
 
 
-class Accuracy(ClosedForm):
+class Accuracy:
     """The share of known labels that are right."""
 
+    higher_is_better = True
+
     def measure(self, p: Tensor, draws: Tensor) -> Measured:
-        """Measure it."""
+        """Measure it.
+
+        Args:
+            p: Probabilities ``(N, C)``.
+            draws: Class indices ``(R, N)``, or several labels ``(R, N, L)``, nan where unknown.
+        """
         if draws.ndim == 2:
             hits = (p.argmax(1) == draws)[..., None].double()
         else:
@@ -62,7 +50,7 @@ class Accuracy(ClosedForm):
         return measure_mean(hits)._replace(num_answers=hits.shape[1])
 
 
-class AUROC(ClosedForm):
+class AUROC:
     """The mean of the areas under the ROC curves of each class, or label, that is known to be yes and no; nan without.
 
     The variance is that of DeLong, DeLong and Clarke-Pearson (1988), in O(N log N).
@@ -71,11 +59,13 @@ class AUROC(ClosedForm):
         first_class: The class to begin with: 1 of two, whose areas are equal.
     """
 
+    higher_is_better = True
+
     def __init__(self, first_class: int = 0) -> None:
         self._first_class = first_class
 
     def measure(self, p: Tensor, draws: Tensor) -> Measured:
-        """Measure it."""
+        """Measure it; arguments as for :meth:`Accuracy.measure`."""
         p = p[:, self._first_class :]
         if draws.ndim == 2:
             yes = draws[..., None] == torch.arange(p.shape[1]) + self._first_class
@@ -96,6 +86,10 @@ class AUROC(ClosedForm):
         influences = (yes * of_yes + no * of_no).sum(2)
         fewest = torch.minimum(num_yes, num_no)[has_both].mean() / len(draws)
         return Measured(float(areas.nanmean()), influences, float(fewest))
+
+
+ClosedForm: TypeAlias = Accuracy | AUROC  # measured on all labels at once, with what each of them adds
+AnyMetric: TypeAlias = Metric | ClosedForm
 
 
 def _below(p: Tensor, numbers: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, TaskBase, check_probabilities, quantiles
-from lightning_sensitivity.functional.tasks.metrics import AUROC, Accuracy, AnyMetric
-
-_MAX_AUROC_LABELS = 200  # of 1,000, and 2,000 validation labels, it would take seconds in each validation
 
 
 class Multilabel(TaskBase):
@@ -21,6 +18,7 @@ class Multilabel(TaskBase):
     link = "sigmoid"
     has_class_shares = False
     is_by_column = True
+    most_of_auroc = 200  # of 1,000, and 2,000 validation labels, it would take seconds in each validation
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """Turn outputs of a network into probabilities of yes, ``(N, L)``."""
@@ -81,11 +79,6 @@ class Multilabel(TaskBase):
         return predicted[known], labels.reshape(predicted.shape)[known]
 
     # Metrics
-
-    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
-        """Make the metrics that are expected by default, by name: of known labels; no AUROC of more than 200."""
-        accuracy: dict[str, AnyMetric] = {"accuracy": Accuracy()}
-        return accuracy | {"auroc": AUROC()} if num_columns <= _MAX_AUROC_LABELS else accuracy
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and labels as a metric takes them, which ignores labels that are unknown."""
