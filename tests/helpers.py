@@ -39,7 +39,7 @@ def inputs(num_samples: int, seed: int = 0) -> Tensor:
 def see(reader: BatchReader, model: nn.Module, batch: Any, rows: Any = None, size: int = 0) -> dict[str, Tensor]:
     """What a reference sees of a batch."""
     call = reader.call(model, batch)
-    return reader.see(model, batch, call, size or reader.size(model, call), rows)
+    return reader.see(model, batch, call, size or call.size or len(call()), rows)
 
 
 def labelled(num_samples: int, seed: int = 0) -> TensorDataset:

@@ -296,7 +296,7 @@ def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
     found: Inputs = {}
     for name, value in without(arguments, labels_in(arguments)).items():
-        tensors = [x.detach() for x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
+        tensors = [x.detach() for _, x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
         found[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
     return {name: tensors for name, tensors in found.items() if tensors}
 

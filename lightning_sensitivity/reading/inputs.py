@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.running.batches import cast, code_of, has_samples, places
+from lightning_sensitivity.running.batches import cast, code_of, has_samples, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import isolated
 
@@ -66,8 +66,11 @@ def encode(encoder: nn.Module, call: ModelCall, size: int, indices: Tensor | Non
 def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
     """Run the network on those inputs that it names, or on the only one, and find the features."""
     inputs = apply_to_collection(call.inputs(), Tensor, partial(cast, encoder))
-    positional, named = rules.encoder_arguments(encoder, call.layout, inputs)
-    result = encoder(*positional, **named)
+    names = rules.parameters_of(encoder)
+    if not call.layout.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
+        result = encoder(*inputs.values())
+    else:
+        result = encoder(**{name: value for name, value in inputs.items() if name in names})
     features = rules.find_features(result, inputs.get("attention_mask"))
     if not isinstance(features, Tensor) or features.shape[:1] != (size,):
         raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
@@ -99,7 +102,7 @@ def find_answer(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) ->
         if len(counts_of_values) != 2:
             orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
     for name, value in inputs.items():
-        for place, x in places(value):
+        for place, x in tensors_in(value):
             if not has_samples(x, len(counts)):
                 continue
             columns = x.detach().cpu()[counts].double()[:, None].flatten(1)

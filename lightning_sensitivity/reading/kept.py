@@ -53,7 +53,7 @@ class KeptBatch:
 
 def num_bytes(value: object) -> int:
     """Return the memory of the tensors in a value."""
-    return sum(x.numel() * x.element_size() for x in tensors_in(value))
+    return sum(x.numel() * x.element_size() for _, x in tensors_in(value))
 
 
 class KeptSamples:
@@ -99,7 +99,7 @@ class KeptSamples:
         found = [torch.zeros(0, dtype=torch.float64)]
         for batch in self.batches:
             tensors = tensors_in(batch.seen or batch.call.inputs())
-            columns = [x[:, None].flatten(1) for x in tensors if has_samples(x, batch.size)]
+            columns = [x[:, None].flatten(1) for _, x in tensors if has_samples(x, batch.size)]
             if not columns:
                 raise ValueError("No input has a row for each sample")
             steps = [max(1, math.ceil(x.shape[1] / _MAX_COMPARED)) for x in columns]

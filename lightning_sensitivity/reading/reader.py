@@ -15,7 +15,7 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, places, take
+from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, take, tensors_in
 from lightning_sensitivity.running.call import (
     Function,
     ModelCall,
@@ -136,7 +136,7 @@ class BatchReader:
         try:
             self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            place = next((code_of(place) for place, x in places(batch) if x is found), "batch[...]")
+            place = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
             reason = describe_error(error).replace("batch[1]", place)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
@@ -193,13 +193,6 @@ class BatchReader:
             labels = labels[kept.indices]
         check_count(labels, kept.size)
         return labels
-
-    def size(self, model: nn.Module, call: ModelCall) -> int:
-        """Count the samples of a batch by its arguments, or by its outputs if that is unknown."""
-        if call.size > 0:
-            return call.size
-        with isolated(model) as run:
-            return len(run(call))
 
     def see(self, model: nn.Module, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
@@ -268,7 +261,10 @@ class BatchReader:
         indices = whole.spread(min(max_samples, num_that_fit))
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
-        num_kept = call.size or self.size(model, call)
+        num_kept = call.size
+        if num_kept == 0:  # then the outputs tell
+            with isolated(model) as run:
+                num_kept = len(run(call))
         kept = KeptBatch(index, num_kept, call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
         size = whole.size or num_kept
         if self._features is not None:  # all else can be found in the call
@@ -284,11 +280,8 @@ class BatchReader:
             MisconfigurationException: If ``features`` fails.
             ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
-        parts = []
-        for kept in batches:
-            seen = kept.seen or self.see(model, None, kept.call, kept.size)
-            parts.append(Observations(seen, torch.zeros(kept.size, 0), kept.groups))
-        return Observations.join(parts)
+        parts = [(kept.seen or self.see(model, None, kept.call, kept.size), kept) for kept in batches]
+        return Observations.join([Observations(seen, torch.zeros(kept.size, 0), kept.groups) for seen, kept in parts])
 
     # Training samples
 

@@ -152,17 +152,17 @@ def held_by(value: object) -> list[tuple[Any, Any]]:
     return [*zip(steps, value, strict=True)]
 
 
-def items_in(value: object, place: Place = ()) -> list[tuple[Place, Any]]:
-    """List a value, and all in its mappings, lists and tuples, each with its place."""
-    found = [(place, value)]
-    for step, item in held_by(value):
-        found += items_in(item, (*place, step))
-    return found
-
-
-def places(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
-    """List the tensors in a value, each with its place."""
-    return [(where, x) for where, x in items_in(value, place) if isinstance(x, Tensor)]
+def tensors_in(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
+    """List the tensors in a value, and in its mappings, lists and tuples, each with its place."""
+    tensors = []
+    waiting = [(place, value)]
+    while waiting:
+        place, item = waiting.pop()
+        if isinstance(item, Tensor):
+            tensors.append((place, item))
+        else:
+            waiting += [((*place, step), each) for step, each in reversed(held_by(item))]
+    return tensors
 
 
 def code_of(place: Place, path: str = "batch") -> str:
@@ -230,20 +230,6 @@ def has_samples(x: Tensor, size: int) -> bool:
     return is_dense(x) and not x.is_complex() and x.ndim > 0 and len(x) == size
 
 
-def tensors_in(value: object) -> list[Tensor]:
-    """List the tensors in a value and its tuples, lists and mappings, those of its own first."""
-    tensors: list[Tensor] = []
-    items: list[Any] = [value]
-    for item in items:  # which become more
-        if isinstance(item, Tensor):
-            tensors.append(item)
-        elif isinstance(item, Mapping):
-            items += item.values()
-        elif isinstance(item, list | tuple):
-            items += item
-    return tensors
-
-
 def first_of(result: object) -> object:
     """Return the first item of a tuple or list, or another object as it is."""
     return result[0] if isinstance(result, list | tuple) and result else result
@@ -257,7 +243,7 @@ def entry(value: object, name: str) -> object:
 def is_empty(value: object) -> bool:
     """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
     if tensors := tensors_in(value):
-        return not any(x.is_nested or 0 not in x.shape[1:] for x in tensors)
+        return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
     return value is None or (isinstance(value, list | tuple | Mapping) and not value)
 
 

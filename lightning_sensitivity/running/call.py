@@ -99,26 +99,26 @@ class ModelCall:
         Raises:
             MisconfigurationException: If it is not clear what to perturb, or where outputs are.
         """
-        call = self._with({name: clone_tensors(value) for name, value in self.arguments.items()})
+        arguments = {name: clone_tensors(value) for name, value in self.arguments.items()}
         if perturb is not None:
             name = self.layout.perturbed
             if name is None:
                 raise rules.no_perturbed(self._model, self.layout, self.arguments, str(self))
-            call.arguments[name] = apply_to_collection(
-                call.arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
+            arguments[name] = apply_to_collection(
+                arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
-        result = call._result()
+        if self._function is not None:
+            result = self._function(self._model, arguments[rules.BATCH])
+        elif self.layout.by_name:
+            result = self._model(**arguments)
+        else:
+            result = self._model(*arguments.values())
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
         outputs = select_outputs(result, self._outputs)
         if self._outputs is None:
             rules.check_class_dimension(outputs, self.arguments)
         return outputs
-
-    def _result(self) -> object:
-        if self._function is not None:
-            return self._function(self._model, self.arguments[rules.BATCH])
-        return self._model(**self.arguments) if self.layout.by_name else self._model(*self.arguments.values())
 
     def spread(self, max_samples: float) -> Tensor | None:
         """Choose evenly spaced samples; None for all, if these are no more than wanted, or unknown."""

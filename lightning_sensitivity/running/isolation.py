@@ -5,9 +5,8 @@ import inspect
 import random
 from abc import ABC
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -23,23 +22,9 @@ from lightning_sensitivity.messages import Refused
 T = TypeVar("T")
 
 
-class _Steps(ABC):  # noqa: B024
-    """An iterator without attributes, such as a generator or an `itertools.count`, of which nobody sees where it is."""
-
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        """Look at the class alone."""
-        return issubclass(other, Iterator) and other.__dictoffset__ == 0
-
-
-_LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
+_LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed; an array of more is not copied
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
-_CONSTANTS = {bool, int, float, str, type(None), torch.device, torch.dtype}
-_COLLECTIONS = (list, dict, tuple, deque)
-_STREAMS = (random.Random, np.random.Generator, np.random.RandomState)  # of random numbers
-# A subclass, too, such as a `Counter`, but for iterators with attributes, which are objects.
-_COPIED = (Tensor, torch.Generator, np.ndarray, list, dict, set, deque, *_STREAMS, _Steps)
 _OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # or of others
 
 
@@ -51,7 +36,7 @@ class RunIsolated(Protocol):
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[RunIsolated]:
+def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
     """Yield ``run(function, *args)``, which calls a function that runs the model, and leaves no trace.
 
     Inside, the model is in eval mode, or in the modes that its own hook ``on_validation_model_eval`` sets,
@@ -68,15 +53,18 @@ def isolated(model: nn.Module) -> Iterator[RunIsolated]:
 
     Args:
         model: The module.
+        others: More modules that the function may run.
 
     Raises:
-        MisconfigurationException: If it has lazy weights or scripted parts.
+        MisconfigurationException: If one has lazy weights or scripted parts.
     """
-    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
-        raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
-    if _has_scripts(model):
-        raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
-    state = _State(model)
+    roots = (*others, model)
+    for each in roots:
+        if any(map(is_lazy, [*each.parameters(), *each.buffers()])):
+            raise Refused("Expected a model with weights, but some are lazy: run it once.", "unsupported")
+        if _has_scripts(each):
+            raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
+    state = _State(roots)
 
     def run(function: Callable[..., T], *args: object) -> T:
         with torch.random.fork_rng(state.devices, device_type="cuda"):
@@ -117,141 +105,31 @@ def same_streams() -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-@contextmanager
-def isolated_with(model: nn.Module, function: object) -> Iterator[RunIsolated]:
-    """Yield what :func:`isolated` does, and put back the modules of a function of the user, too.
+def isolated_with(model: nn.Module, function: object) -> AbstractContextManager[RunIsolated]:
+    """Do as :func:`isolated`, and put back the modules of a function of the user, too.
 
     Args:
         model: The module.
         function: A function, such as a loss: a module, a method of one, or with some in its closure or globals.
     """
-    known = [function, getattr(function, "__self__", None)]
+    values = [function, getattr(function, "__self__", None)]
     if inspect.isfunction(function):
         outside = inspect.getclosurevars(function)
-        known += [*outside.nonlocals.values(), *outside.globals.values()]
-    modules = {each for each in known if isinstance(each, nn.Module) and not _has_scripts(each)} - {model}
-    with ExitStack() as stack:
-        runs = [stack.enter_context(isolated(module)) for module in (model, *modules)]
-        yield lambda call, *args: reduce(lambda inner, run: partial(run, inner), runs, call)(*args)
+        values += [*outside.nonlocals.values(), *outside.globals.values()]
+    modules = {each for each in values if isinstance(each, nn.Module) and not _has_scripts(each)}
+    return isolated(model, *(modules - {model}))
 
 
-class _Place(NamedTuple):
-    """An attribute or a buffer of which a run gets a copy.
-
-    Attributes:
-        holder: The dict that has it, of a module or an object.
-        name: Its name there.
-        value: The original.
-    """
-
-    holder: dict[str, Any]
-    name: str
-    value: object
+# How a run gets a copy of a value
 
 
-class _Weight(NamedTuple):
-    """A parameter as it was; that it is trained, and its gradient, are no business of a pass."""
+class _Steps(ABC):  # noqa: B024
+    """An iterator without attributes, such as a generator or an `itertools.count`, of which nobody sees where it is."""
 
-    name: str
-    parameter: nn.Parameter
-    num_writes: int | None
-    requires_grad: bool
-    grad: Tensor | None
-    num_writes_of_grad: int | None
-
-
-class _State:
-    """The contents of modules: copies take their place before a run, and they are put back after it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = [
-            _Weight(name, each, _count_writes(each), each.requires_grad, each.grad, _count_writes(each.grad))
-            for name, each in model.named_parameters()
-        ]
-        self.devices = sorted({each.parameter.get_device() for each in self.weights if each.parameter.is_cuda})
-        # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module,
-        # and the attributes of objects that it holds.
-        self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.places: list[_Place] = []
-        self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors in collections, and the writes to each
-        self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
-        for module in model.modules():
-            attributes = vars(module)
-            dicts = [attributes, *(attributes[name] for name in _DICTS if name in attributes)]
-            own = {name: value for name, value in attributes.items() if name not in _OWN}
-            self._add(attributes, own)
-            self._add(module._buffers, module._buffers)
-            for held in filter(_is_object, own.values()):
-                self._add(vars(held), vars(held))
-                dicts.append(vars(held))
-            self.originals += [(each, dict(each)) for each in dicts]
-        for module, mode in _modes_of(model).items():  # modules may override `eval()`
-            self.places.append(_Place(vars(module), "training", mode))
-            if callable(getattr(type(module), "log_dict", None)):  # a LightningModule is silent
-                self.places += [_Place(vars(module), name, _log_nothing) for name in ("log", "log_dict")]
-
-    def _add(self, holder: dict[str, Any], contents: Mapping[str, object]) -> None:
-        """Note what a module or an object has that a run gets copies of, and tensors that it has to leave alone."""
-        for name, value in contents.items():
-            if type(value) not in _CONSTANTS:
-                if isinstance(value, _COPIED) and not isinstance(value, nn.Parameter):
-                    self.places.append(_Place(holder, name, value))
-                if isinstance(value, _COLLECTIONS):
-                    items = value.values() if isinstance(value, dict) else value
-                    tensors = [x for x in items if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
-                    self.watched += [(name, x, _count_writes(x)) for x in tensors]
-
-    def put_copies(self) -> None:
-        """Put copies in the place of what a run may change."""
-        torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
-        copies: dict[int, object] = {}  # what several places share stays shared
-        for holder, name, value in self.places:
-            if type(value) in _CONSTANTS:
-                holder[name] = value
-                continue
-            if id(value) not in copies:
-                copies[id(value)] = self._copy(name, value)
-            holder[name] = copies[id(value)]
-
-    def _copy(self, name: str, value: object) -> object:
-        """Copy a value; a large tensor only if the last run has written to its clone."""
-        if isinstance(value, Tensor):
-            clone, writes = self.clones.get(id(value), (value, None))
-            if value.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
-                clone = value.detach().clone()
-                self.clones[id(value)] = clone, _count_writes(clone)
-            return clone
-        if isinstance(value, torch.Generator):
-            return value.clone_state()
-        if isinstance(value, _STREAMS):
-            return copy.deepcopy(value)
-        if isinstance(value, np.ndarray) and value.size > _LARGE:  # which is not copied, but may be read
-            view = value.view()
-            view.flags.writeable = False
-            return view
-        return _NoIterator(name) if isinstance(value, Iterator) else copy.copy(value)
-
-    def restore(self) -> None:
-        """Put the originals back."""
-        for items, originals in filter(any, self.originals):  # most are empty, such as those of hooks
-            if list(items) != list(originals):  # new names, or another order of parameters and buffers
-                items.clear()
-            items.update(originals)
-        for weight in self.weights:
-            if weight.parameter.requires_grad != weight.requires_grad:
-                weight.parameter.requires_grad_(weight.requires_grad)
-            if weight.parameter.grad is not weight.grad:
-                weight.parameter.grad = weight.grad
-        torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
-
-    def check_writes(self) -> None:
-        """Raise MisconfigurationException if a run has written to a parameter, or to what else is not copied."""
-        names = [each.name for each in self.weights if _count_writes(each.parameter) != each.num_writes]
-        names += [f"a tensor in `{name}`" for name, x, writes in self.watched if _count_writes(x) != writes]
-        changed = [each for each in self.weights if _count_writes(each.grad) != each.num_writes_of_grad]
-        names += [f"the gradient of {each.name}" for each in changed]
-        if names:
-            raise _not_restored(f"writes to {', '.join(names[:3])}")
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        """Look at the class alone."""
+        return issubclass(other, Iterator) and other.__dictoffset__ == 0
 
 
 class _NoIterator(Iterator[Any]):
@@ -265,6 +143,138 @@ class _NoIterator(Iterator[Any]):
         raise _not_restored(f"advances the iterator `{self._name}`")
 
 
+def _array(value: Any) -> object:
+    """Copy an array; a large one is not copied, but may be read."""
+    if value.size <= _LARGE:
+        return copy.copy(value)
+    view = value.view()
+    view.flags.writeable = False
+    return view
+
+
+# The first kind that fits counts, also of a subclass, such as a `Counter`; but iterators with attributes are objects.
+_COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
+    (torch.Generator, lambda name, value: value.clone_state()),
+    ((random.Random, np.random.Generator, np.random.RandomState), lambda name, value: copy.deepcopy(value)),
+    (np.ndarray, lambda name, value: _array(value)),
+    (_Steps, lambda name, value: _NoIterator(name)),
+    ((list, dict, set, deque), lambda name, value: copy.copy(value)),
+]
+
+
+class _Copied(NamedTuple):
+    """An attribute or a buffer of which a run gets a copy.
+
+    Attributes:
+        holder: The dict that has it, of a module or an object.
+        name: Its name there.
+        value: The original.
+        make_copy: Makes the copy, of the name and the original.
+    """
+
+    holder: dict[str, Any]
+    name: str
+    value: object
+    make_copy: Callable[[str, Any], object]
+
+
+def _log_nothing(*args: object, **kwargs: object) -> None:
+    """Log nothing, in the place of ``self.log``."""
+
+
+_SILENT = {"log": _log_nothing, "log_dict": _log_nothing}
+
+
+class _State:
+    """The contents of modules: copies take their place before a run, and they are put back after it."""
+
+    def __init__(self, roots: tuple[nn.Module, ...]) -> None:
+        # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module,
+        # and the attributes of objects that it holds.
+        self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.copied: list[_Copied] = []
+        self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
+        self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
+        weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
+        self._watch((name, parameter) for parameter, name in weights.items())
+        for module in {module: None for root in roots for module in root.modules()}:
+            attributes = vars(module)
+            own = {name: value for name, value in attributes.items() if name not in _OWN}
+            held = [vars(value) for value in own.values() if _is_object(value)]
+            self._add(attributes, own)
+            self._add(module._buffers, module._buffers)
+            for each in held:
+                self._add(each, each)
+            dicts = [attributes, *(attributes[name] for name in _DICTS if name in attributes), *held]
+            self.originals += [(each, dict(each)) for each in dicts]
+        # Modes are set one by one, since modules may override `eval()`; a LightningModule is silent.
+        modes = {module: mode for root in roots for module, mode in _modes_of(root).items()}
+        self.fixed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for module, mode in modes.items():
+            is_lightning = callable(getattr(type(module), "log_dict", None))
+            self.fixed.append((vars(module), {"training": mode, **(_SILENT if is_lightning else {})}))
+        # That a parameter is trained, and its gradient, are no business of a pass.
+        self.trained = [(each, each.requires_grad, each.grad) for each in weights]
+        self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
+        self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
+
+    def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Note tensors that a run has to leave alone."""
+        self.watched += [(name, x, _count_writes(x)) for name, x in tensors]
+
+    def _add(self, holder: dict[str, Any], contents: Mapping[str, object]) -> None:
+        """Note what a module or an object has that a run gets copies of, and tensors that it has to leave alone."""
+        for name, value in contents.items():
+            if isinstance(value, Tensor):
+                if not isinstance(value, nn.Parameter):
+                    self.copied.append(_Copied(holder, name, value, self._clone))
+                continue
+            ways = [make_copy for kind, make_copy in _COPIES if isinstance(value, kind)]
+            self.copied += [_Copied(holder, name, value, make_copy) for make_copy in ways[:1]]
+            if isinstance(value, list | dict | tuple | deque):
+                items = value.values() if isinstance(value, dict) else value
+                tensors = [x for x in items if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+                self._watch((f"a tensor in `{name}`", x) for x in tensors)
+
+    def put_copies(self) -> None:
+        """Put copies in the place of what a run may change."""
+        torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
+        copies: dict[int, object] = {}  # what several places share stays shared
+        for holder, name, value, make_copy in self.copied:
+            if id(value) not in copies:
+                copies[id(value)] = make_copy(name, value)
+            holder[name] = copies[id(value)]
+        for attributes, values in self.fixed:
+            attributes.update(values)
+
+    def _clone(self, name: str, x: Tensor) -> Tensor:
+        """Clone a tensor; a large one only if the last run has written to its clone."""
+        clone, writes = self.clones.get(id(x), (x, None))
+        if x.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
+            clone = x.detach().clone()
+            self.clones[id(x)] = clone, _count_writes(clone)
+        return clone
+
+    def restore(self) -> None:
+        """Put the originals back."""
+        for items, originals in filter(any, self.originals):  # most are empty, such as those of hooks
+            if list(items) != list(originals):  # new names, or another order of parameters and buffers
+                items.clear()
+            items.update(originals)
+        for parameter, requires_grad, grad in self.trained:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
+
+    def check_writes(self) -> None:
+        """Raise MisconfigurationException if a run has written to a parameter, or to what else is not copied."""
+        names = [name for name, x, num_writes in self.watched if _count_writes(x) != num_writes]
+        if names:
+            raise _not_restored(f"writes to {', '.join(names[:3])}")
+
+
 def _not_restored(what: str) -> Refused:
     return Refused(
         f"`forward` {what} in eval mode, which is not restored: do so only `if self.training`, or in a hook, such as "
@@ -273,13 +283,9 @@ def _not_restored(what: str) -> Refused:
     )
 
 
-def _log_nothing(*args: object, **kwargs: object) -> None:
-    """Log nothing, in the place of ``self.log``."""
-
-
 def _is_object(value: Any) -> bool:
     """Return whether a value is an object of a class of its own, whose attributes a run may change."""
-    if type(value) in _CONSTANTS or isinstance(value, (*_COPIED, nn.Module, type, FunctionType, ModuleType)):
+    if isinstance(value, (Tensor, *(kind for kind, _ in _COPIES), nn.Module, type, FunctionType, ModuleType)):
         return False
     return isinstance(getattr(value, "__dict__", None), dict) and not type(value).__module__.startswith(_OF_THREADS)
 

@@ -27,7 +27,7 @@ from lightning_sensitivity.running.batches import (
     is_dense,
     is_empty,
     is_floating,
-    places,
+    tensors_in,
 )
 from lightning_sensitivity.running.layout import Input, Layout, Sight, without
 
@@ -40,11 +40,7 @@ BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
-_DEFAULTS = (
-    "torch.nn.modules.module",
-    "lightning.pytorch",
-    "pytorch_lightning",
-)  # where `forward` is nobody's
+_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
@@ -245,7 +241,7 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
 def no_labels(model: nn.Module, batch: object) -> Refused:
     """Say that labels are needed, and what to write to select them, by name if there are such names."""
     rest = (_split(model, batch)[1] if is_sequence(batch) else []) or [()]
-    found = [each for place in rest for each, _ in places(at(batch, place), place) if each]
+    found = [each for place in rest for each, _ in tensors_in(at(batch, place), place) if each]
     named = [place for place in found if is_like_targets(place[-1])]
     hint = _say("targets", [*map(code_of, named or found)])
     return Refused(f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}.")
@@ -256,7 +252,7 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
 
 def _find_rows(arguments: Mapping[str, object]) -> Place | None:
     """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
-    found = [(place, len(x)) for place, x in places(arguments) if x.ndim > 0] if _has_samples(arguments) else []
+    found = [(place, len(x)) for place, x in tensors_in(arguments) if x.ndim > 0] if _has_samples(arguments) else []
     return found[0][0] if len({size for _, size in found}) == 1 and found[0][1] > 0 else None
 
 
@@ -306,7 +302,7 @@ def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[s
         if _are_graphs(value):
             found.append((name, (name,), torch.zeros(size, 0)))  # in place of their sums
             continue
-        tensors = places(value, (name,))
+        tensors = tensors_in(value, (name,))
         parts = [(name, place, x) for place, x in tensors if x.ndim > 0 and not is_constant(x)]
         readable = [each for each in parts if has_samples(each[2], size) and each[2].ndim <= _MAX_DIMENSIONS]
         found += readable
@@ -328,15 +324,7 @@ def _are_graphs(value: object) -> bool:
     return ends.shape[:1] == (2,) and of_node.ndim == 1
 
 
-# An encoder
-
-
-def encoder_arguments(encoder: nn.Module, layout: Layout, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Choose those inputs that an encoder names, or the only one, as arguments by position and by name."""
-    names = parameters_of(encoder)
-    if not layout.by_name or (len(inputs) == 1 and names.keys().isdisjoint(inputs)):
-        return [*inputs.values()], {}
-    return [], {name: value for name, value in inputs.items() if name in names}
+# Features of an encoder
 
 
 def find_features(result: object, mask: object) -> object:
@@ -364,7 +352,7 @@ def find_outputs(result: Any) -> object:
         return result
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
-    if len({x.shape[1] for _, x in places(result) if x.ndim == 2 and is_floating(x)}) > 1:
+    if len({x.shape[1] for _, x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
         has_tensors = is_sequence(result) and any(map(is_floating, result))
         example = (
             "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
@@ -378,7 +366,7 @@ def find_outputs(result: Any) -> object:
 
 def no_outputs(result: object, selected: object) -> Refused:
     """Say that outputs are needed, and what to write, if there is one candidate."""
-    found = [code_of(place, "result") for place, x in places(result) if is_floating(x) and x.ndim > 0]
+    found = [code_of(place, "result") for place, x in tensors_in(result) if is_floating(x) and x.ndim > 0]
     example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
     return Refused(
         f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
@@ -393,7 +381,7 @@ def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     first, last = outputs.shape[1:-1], outputs.shape[2:]
     if min(first.numel(), last.numel()) <= 1:
         return
-    shapes = [x.shape[1:] for _, x in places(arguments) if not x.is_nested]
+    shapes = [x.shape[1:] for _, x in tensors_in(arguments) if not x.is_nested]
     are_first = first in [shape[: len(first)] for shape in shapes]
     if are_first and last not in [shape[-len(last) :] for shape in shapes]:
         raise Refused(
@@ -411,7 +399,7 @@ def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[st
     for name in inputs if by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        tensors = [(place, x) for place, x in places(beside) if is_floating(x) and not is_empty(x)]
+        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not is_empty(x)]
         listed += [(name, code_of(place, name)) for place, _ in tensors]
     return listed
 
@@ -443,7 +431,7 @@ def inputs_hint(batch: object) -> str:
     """Say how to select floating tensors of a mapping, or the whole; of another batch nothing."""
     if not isinstance(batch, Mapping):
         return ""
-    named = [(place, x) for place, x in places(batch) if place[-1] not in TARGET_NAMES]
+    named = [(place, x) for place, x in tensors_in(batch) if place[-1] not in TARGET_NAMES]
     hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)])
     return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 

@@ -61,7 +61,7 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
         forward = ModelCall(module(lambda self, x, more: write(x, more)), batch, inputs)
         assert torch.equal(forward(), forward())
     assert select_targets(ONE, batch, lambda batch: write(**batch)).any()
-    assert len(tensors_in(batch)) == 4 and not any(values.any() for values in tensors_in(batch))
+    assert len(tensors_in(batch)) == 4 and not any(values.any() for _, values in tensors_in(batch))
 
 
 HELD: dict[str, tuple[Any, Any]] = {  # how a batch holds something, and how a model takes it

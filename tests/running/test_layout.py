@@ -119,7 +119,7 @@ def test_a_layout_selects_what_the_model_and_the_reference_get() -> None:
         layout = call.layout
         assert all(call.arguments[name] is at(batch, place) for name, place in layout.places.items())
         assert layout.labels is None or isinstance(at(batch, layout.labels), Tensor)
-        assert call.size == 0 or {len(x) for x in batches.tensors_in(call.arguments) if x.ndim > 0} == {call.size}
+        assert call.size == 0 or {len(x) for _, x in batches.tensors_in(call.arguments) if x.ndim > 0} == {call.size}
         rows = torch.tensor([(call.size or 4) - 1, 0])
         whole, some = (attempt(BatchReader().see, model, batch, call, call.size or 4, each) for each in (None, rows))
         if not isinstance(whole, str):
