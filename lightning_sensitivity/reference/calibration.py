@@ -172,21 +172,19 @@ def _best_power(logarithms: Tensor, y: Tensor) -> float:
 def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, Sharpening]:
     """Fit the share that is spread at a temperature, and return the Brier score of both, to compare."""
     q, shares = (power * logarithms).softmax(1), y.mean(0)
-    share = min(max(_best_share(q, y), 0.0), _MAX_SMOOTHING)
-    return float((q + share * (shares - q) - y).square().sum()), Sharpening(power, share, shares)
-
-
-def _best_share(q: Tensor, y: Tensor) -> float:
-    """Return the share of predictions whose spread by the mean label gives the lowest Brier score, in closed form."""
-    towards = y.mean(0) - q
-    return float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
+    towards = shares - q
+    best = float(((y - q) * towards).sum() / towards.square().sum().clamp(min=_UNLIKELY))
+    share = min(max(best, 0.0), _MAX_SMOOTHING)
+    return float((q + share * towards - y).square().sum()), Sharpening(power, share, shares)
 
 
 def _share_beyond_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
-    """Return the same share, up to 1; 0 if it may be chance."""
-    share, towards = _best_share(q, y), y.mean(0) - q
+    """Return the share that gives the lowest score at the temperature of predictions, up to 1; 0 if it may be chance."""
+    towards = y.mean(0) - q
+    size = float(towards.square().sum().clamp(min=_UNLIKELY))
+    share = float(((y - q) * towards).sum()) / size
     rest = ((y - q - share * towards) * towards).sum(1)
-    stderr = stderr_of_mean(rest, groups) * len(y) / float(towards.square().sum().clamp(min=_UNLIKELY))
+    stderr = stderr_of_mean(rest, groups) * len(y) / size
     return min(share, 1.0) if share > _ERRORS * stderr else 0.0
 
 
@@ -422,8 +420,8 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
-    pairs = zip(task.classifications(p, y), task.classifications(tempered, y), strict=True)
-    found = [_describe_answers(q, answers, others) for (_, q, answers), (_, others, _) in pairs]
+    pairs = zip(task.classifications(p, y), task.questions(tempered), strict=True)
+    found = [_describe_answers(q, answers, others[rows]) for (rows, q, answers), others in pairs]
     columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
     accuracy, majority, unexplained = columns.nanmean(0).tolist()
     auroc = math.nan
