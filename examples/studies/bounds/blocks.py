@@ -145,9 +145,9 @@ the training loss, which knows nothing of unseen data. **Don't stop ResNets of p
 {cell(AUGMENTED, "never")}. If it may stop whether or not the loss had risen, it
 loses {cell(CHECK, BOUND.removeprefix("calm_"))}."""
 README = f"""
-It helps a little: final runs on all labels that stopped so lost {cell(ALL, BOUND)} points of accuracy, never stopping
-{cell(ALL, "never")}, the tuning run's number of epochs {cell(ALL, EPOCH)}. **Not for ResNets of photos**: there it lost
-{cell(PHOTOS, BOUND)}, never stopping {cell(PHOTOS, "never")}."""
+It helps a little: by this rule, final runs on all labels lost {cell(ALL, BOUND)} points of accuracy, never stopping
+{cell(ALL, "never")}, the tuning run's number of epochs {cell(ALL, EPOCH)}. **Not for ResNets of photos**: over all
+changes, it lost {cell(PHOTOS, BOUND)}, never stopping {cell(PHOTOS, "never")}."""
 NAMES: dict[str, Any] = {"check": CHECK}
 BLOCKS: dict[str, str] = {
     "bounds: in words": IN_WORDS,

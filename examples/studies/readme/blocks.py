@@ -21,7 +21,7 @@ NAMES: dict[str, Any] = STOPPING | names_of("molecules") | names_of("groups")
 WORTH = runpy.run_path(str(STUDIES / "stopping" / "blocks.py"))["labels_worth"]
 
 
-VALUES = {"accuracy": "accuracy", "auc": "AUROC", "loss": "loss, min"}
+VALUES = {"accuracy": "accuracy", "auc": "auroc", "loss": "loss, min"}
 
 
 class Setting(NamedTuple):
@@ -107,14 +107,14 @@ def price() -> str:
     if not shares:
         return ""
     return f"""
-**To save time**, stop where the value was no better for a third of all epochs, by
+**To save time**, stop where the value has not improved for a third of all epochs, by
 `EarlyStopping("val/expected_accuracy", mode="max", patience=10)`: that runs {min(shares):.0f} to {max(shares):.0f} % of
 them, and loses up to {max(more):.1f} points more."""
 
 
 def how_good() -> str:
     """Say what an estimate on tables is worth."""
-    worth = f"On tables, the estimate is as good as that of {WORTH('as_they_are')} validation labels."
+    worth = f"On tables as they are, it is as good as that of {WORTH('as_they_are')} validation labels."
     if NAMES["tables"].frame["off_where_it_leads"].isna().all():
         return worth
     too_low = -NAMES["tables"].off_where_it_leads.mean
@@ -127,7 +127,7 @@ BLOCKS = {
     "sizes": f"- **Measured** up to {heaviest()}." if heaviest() else "",
     "worth in labels": f"**How good is the estimate?** {how_good()}" if NAMES["as_they_are"].count else "",
     "tenth": """
-**Why not hold out a tenth?** Over {tables_held.gained.count} runs on tables, that cost
+**Why not choose by a tenth?** Over {tables_held.gained.count} runs on tables, that cost
 {tables_held.gained.interval:.1f} points more than `RiskMonitor`; with a second training on all labels,
 {tables_held.retrained_accuracy_lost.minus[expected_accuracy_accuracy_lost]:.1f}.""",
 }
