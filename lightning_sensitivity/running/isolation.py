@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import random
 from abc import ABC
 from collections import deque
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed; an array of more is not copied
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
+_WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # or of others
 
 
@@ -49,14 +51,14 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
 
     What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
     tensors in collections, and iterators, but ``run`` raises MisconfigurationException if one was written to,
-    or advanced.
+    or advanced; of the ``data`` of parameters, the end of all runs tells by their norms.
 
     Args:
         model: The module.
         others: More modules that the function may run.
 
     Raises:
-        MisconfigurationException: If one has lazy weights or scripted parts.
+        MisconfigurationException: If one has lazy weights or scripted parts, or has written to its parameters.
     """
     roots = (*others, model)
     for each in roots:
@@ -86,6 +88,7 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
             yield run
     finally:
         state.restore()  # a run whose own `restore` was interrupted
+    state.check_norms()
 
 
 def _has_scripts(model: nn.Module) -> bool:
@@ -217,6 +220,9 @@ class _State:
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
         self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
+        dense = {name: x for x, name in weights.items() if x.layout == torch.strided and not x.is_nested}
+        self.dense = {name: x for name, x in dense.items() if x.dtype in _WITH_NORM}
+        self.norms = self._norms()
 
     def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Note tensors that a run has to leave alone."""
@@ -270,9 +276,22 @@ class _State:
 
     def check_writes(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter, or to what else is not copied."""
-        names = [name for name, x, num_writes in self.watched if _count_writes(x) != num_writes]
-        if names:
-            raise _not_restored(f"writes to {', '.join(names[:3])}")
+        _refuse_writes([name for name, x, num_writes in self.watched if _count_writes(x) != num_writes])
+
+    def _norms(self) -> list[float]:
+        """Return the norms of parameters, since torch counts no writes to their ``data``."""
+        norms = torch._foreach_norm([x.detach() for x in self.dense.values()]) if self.dense else []
+        return [float(norm) for norm in norms]
+
+    def check_norms(self) -> None:
+        """Raise MisconfigurationException if some run has changed the norm of a parameter."""
+        pairs = zip(self.dense, self.norms, self._norms(), strict=True)
+        _refuse_writes([name for name, before, after in pairs if before != after and not math.isnan(before)])
+
+
+def _refuse_writes(names: list[str]) -> None:
+    if names:
+        raise _not_restored(f"writes to {', '.join(names[:3])}")
 
 
 def _not_restored(what: str) -> Refused:

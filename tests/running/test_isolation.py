@@ -1,6 +1,7 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
 import itertools
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -242,10 +243,33 @@ def test_a_large_array_may_be_read_and_not_written() -> None:
 def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model(X).sum().backward()
-    with isolated(model) as run:
+    match = "`forward` writes to 0.weight, 0.bias, 1.weight in eval"
+    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
         run(model, X)
-        with pytest.raises(MisconfigurationException, match="`forward` writes to 0.weight, 0.bias, 1.weight in eval"):
-            run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
-    refused = pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval")
-    with isolated(model) as run, refused:
+        run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
+    with pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval"), isolated(model) as run:
         run(lambda: model[0].weight.grad.zero_())
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_pass_that_writes_to_the_data_of_parameters_is_refused_by_name(is_replaced: bool) -> None:
+    """Torch counts no such writes."""
+
+    def normalize(module: nn.Module, inputs: object) -> None:
+        if is_replaced:
+            module.weight.data = nn.functional.normalize(module.weight.data)
+        else:
+            module.weight.data.mul_(0.5)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].register_forward_pre_hook(normalize)
+    match = "`forward` writes to 1.weight in eval"
+    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
+        run(model, X)
+
+
+def test_weights_that_are_nan_are_taken_for_what_they_were() -> None:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, math.nan)
+    with isolated(model) as run:
+        assert run(model, X).isnan().all()
