@@ -257,7 +257,8 @@ class _State:
         """Clone a tensor; a large one only if the last run has written to its clone."""
         clone, writes = self.clones.get(id(x), (x, None))
         if x.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
-            clone = x.detach().clone()
+            with torch.inference_mode(False):  # in which no writes are counted
+                clone = x.detach().clone()
             self.clones[id(x)] = clone, _count_writes(clone)
         return clone
 

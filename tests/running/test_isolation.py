@@ -125,9 +125,10 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     assert snapshot(model) == before
 
 
-def test_a_large_tensor_is_cloned_once_for_all_passes_and_again_after_a_write() -> None:
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_a_large_tensor_is_cloned_once_for_all_passes_and_again_after_a_write(in_inference_mode: bool) -> None:
     model = Stateful()
-    with isolated(model) as run:
+    with torch.inference_mode(in_inference_mode), isolated(model) as run:
         places = [run(lambda: model.table.data_ptr()) for _ in range(3)]
         assert len(set(places)) == 1 and places[0] != model.table.data_ptr()
         run(lambda: model.table.add_(1))
