@@ -36,7 +36,7 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 
 
 def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
-    """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
+    """Draw labels from the predictions of a reference: 20 per sample, at evenly spaced quantiles.
 
     The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are
     no random numbers: the same predictions give the same labels.
@@ -286,8 +286,8 @@ def combine(
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
     The variance by the reference is the sum of three: of as many labels as there are unseen samples, as it was
-    calibrated by, and as it is sure of a network that may err elsewhere. Beside labels it counts as 1,000, unless
-    they differ from it: as the median of some validations says, or its weight would choose the epoch.
+    calibrated by, and as it is sure of a network that may err elsewhere. Alongside labels it weighs as 1,000 of
+    them, or fewer if they differ from it: the median of some validations, so that a changing weight decides no epoch.
 
     Args:
         expected: The value to expect by the reference.

@@ -27,7 +27,7 @@ _LARGE = 2**16  # elements of a tensor that is cloned again only where it has ch
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
 _WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # or of others
+_OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # locks, queues, loggers
 
 
 class RunIsolated(Protocol):
@@ -127,7 +127,7 @@ def isolated_with(model: nn.Module, function: object) -> AbstractContextManager[
 
 
 class _Steps(ABC):  # noqa: B024
-    """An iterator without attributes, such as a generator or an `itertools.count`, of which nobody sees where it is."""
+    """An iterator without attributes, such as a generator or an `itertools.count`, whose position can't be read."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
