@@ -162,7 +162,6 @@ def compare_models(
             labels = torch.cat([reader.labels(first, move_batch(first, batch), shape) for batch in batches])
             check_count(labels, len(some))
             y = rules.label_matrix(labels, num_columns).double()
-
     metrics = {} if loss is not None else rules.default_metrics(num_columns)  # accuracy first; none in a regression
     expectation = Expectation(rules, loss, metrics, some, like, Doubts(warn))
     read = {name: each[rows] for name, each in outputs_of.items()}
@@ -171,6 +170,11 @@ def compare_models(
             raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
     with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(first, loss) as run:
         ranked = run(expectation.rank, read, Known(y[rows], new.groups, unseen))
+    return _scores(ranked)
+
+
+def _scores(ranked: Sequence[tuple[str, float, float, float]]) -> Comparison:
+    """Return the scores of models by what :meth:`Expectation.rank` says, or say why there are none."""
     if not ranked:
         raise Refused(
             "`validation_labels` can't be read: no sample of `dataloader` has one, or all are of one class, and the "
@@ -181,7 +185,8 @@ def compare_models(
     for rank, (name, value, difference, stderr) in enumerate(ranked, start=1):
         if not math.isfinite(value):
             raise Refused(f"Model {name!r} can't be compared: `loss` gives {value}.", "comparing-models")
-        found.append(ModelScores(rank, name, value, difference, stderr, not difference > _QUANTILE * stderr))
+        may_be_best = not difference > _QUANTILE * stderr
+        found.append(ModelScores(rank, name, value, difference, stderr, may_be_best))
     return found
 
 

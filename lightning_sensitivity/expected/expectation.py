@@ -175,7 +175,7 @@ class Expectation:
 
         Returns:
             The name of each, the best first; its value, by how much that is worse than the first one's, and the
-            standard error of this, nan if it is unknown. None if neither the reference nor a label says anything.
+            standard error of this, nan if unknown. It is empty if neither the reference nor a label says anything.
 
         Raises:
             ValueError: If a loss is no number for each sample.
