@@ -199,8 +199,9 @@ def test_a_resumed_fit_begins_a_curve_with(name: str, tmp_path: Path) -> None:
     samples, options = OTHERS[name]
     again = quick_risk(**options)
     fit(Still(), quick_risk(), max_epochs=2).save_checkpoint(path := tmp_path / "two.ckpt")
-    with said():
+    with said() as texts:
         fit(Still(), again, val=DataLoader(samples, 16), max_epochs=5, ckpt_path=path)
+    assert any(word in text for text in texts for word in ("begins a new curve", "keeps other validation samples"))
     rows = [row for row in again.history if "expected_loss" in row]
     curves = [row["curve"] for row in rows]
     assert len({*curves}) == 2 and curves[0] == curves[1] != curves[2] == curves[-1]
