@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
-from lightning_sensitivity.functional.expected import WEIGHT, Loss, complete_labels, losses
+from lightning_sensitivity.functional.expected import WEIGHT, Loss, complete_labels, label_draws, losses
 from lightning_sensitivity.functional.tensors import without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, check_count
@@ -242,7 +242,7 @@ class _Judge:
         check_count(labels, self._num_samples)
         labels = labels[rows]
         y = task.label_matrix(labels, q.shape[1])
-        drawn = complete_labels(task.hard_labels(y), draws)
+        drawn = complete_labels(label_draws(y, task), draws)
         y = y.where(~q.isnan().all(0), torch.nan)
         known, has_label = task.known(y).double().mean(1), task.has_label(y)
         num_labels = int(has_label.sum())

@@ -21,6 +21,7 @@ from lightning_sensitivity.functional.expected import (
     estimate,
     is_area,
     jackknife,
+    label_draws,
     losses,
     metric_value,
     one_draw,
@@ -191,10 +192,10 @@ class Expectation:
 
         # Labels that the reference can't tell are left out.
         rows = self._task.has_label(labels) & is_finite
-        y, draws = labels[rows], self._task.hard_labels(labels)[None]
+        y, draws = labels[rows], label_draws(labels, self._task)
         if unseen is not None:
             y = y.where(~unseen.q.isnan().all(0), math.nan)
-            draws = complete_labels(draws[0], unseen.draws, unseen.indices)
+            draws = complete_labels(draws, unseen.draws, unseen.indices)
         of_rows = None if groups is None else groups[rows]
         size = count_groups(of_rows, self._count(labels[rows]))
         by_labels = Labelled(outputs[rows], y, draws[:, rows], of_rows, size)

@@ -27,6 +27,7 @@ _EQUIVALENT_LABELS = {
     "features": {"accuracy": 200, "auroc": 50, "loss": 100},
     "part": {"accuracy": 30, "auroc": 30, "loss": 30},
 }
+_FEWEST = 1.5  # positives, or groups of them, from which on these have a variance; of draws their number is a mean
 BLOCKS = 10  # of samples, each of which is left out once
 _BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 _QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
@@ -35,7 +36,7 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 
 
 def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None) -> Tensor:
-    """Draw labels from the predictions of a reference: 20 a sample, at evenly spaced quantiles.
+    """Draw labels from the predictions of a reference: 20 per sample, at evenly spaced quantiles.
 
     The quantiles of a sample begin at an offset of its own, so that rare classes get their share. There are
     no random numbers: the same predictions give the same labels.
@@ -61,20 +62,28 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
     return rules.draw(rules.label_matrix(q), None if residuals is None else as_tensor(residuals))
 
 
+def label_draws(y: Tensor, task: Task) -> Tensor:
+    """Return labels ``(N, C)`` as they are drawn, ``(1, N, ...)``, nan where unknown; of soft ones 20 draws."""
+    if task.is_regression or not bool(((y > 0) & (y < 1)).any()):
+        return task.hard_labels(y)[None]
+    draws = task.draw(y, None)
+    return draws.where(~y.isnan(), math.nan) if task.is_by_column else draws
+
+
 def complete_labels(labels: Tensor, draws: Tensor, indices: Tensor | slice = slice(None)) -> Tensor:
     """Complete labels by drawn ones where they are unknown.
 
     Args:
-        labels: Labels as they are drawn, ``(N, ...)``, nan where unknown.
+        labels: Labels as they are drawn, ``(1, N, ...)`` or ``(R, N, ...)``, nan where unknown.
         draws: Labels that are drawn for some of the samples, ``(R, M, ...)``.
         indices: Which samples these are, ``(M,)``; all by default.
 
     Returns:
-        The labels ``(R, N, ...)``, or ``(1, N, ...)`` if all are known.
+        The labels ``(R, N, ...)``; as they are if all are known.
     """
     if not bool(labels.isnan().any()):
-        return labels[None]
-    completed = labels.repeat(len(draws), *[1] * labels.ndim)
+        return labels
+    completed = labels.repeat(len(draws) // len(labels), *[1] * (labels.ndim - 1))
     some = completed[:, indices]
     completed[:, indices] = some.where(~some.isnan(), draws.to(some))
     return completed
@@ -277,8 +286,8 @@ def combine(
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
     The variance by the reference is the sum of three: of as many labels as there are unseen samples, as it was
-    calibrated by, and as it is sure of a network that may err elsewhere. Beside labels it counts as 1,000, unless
-    they differ from it: as the median of some validations says, or its weight would choose the epoch.
+    calibrated by, and as it is sure of a network that may err elsewhere. Alongside labels it weighs as 1,000 of
+    them, or fewer if they differ from it: the median of some validations, so that a changing weight decides no epoch.
 
     Args:
         expected: The value to expect by the reference.
@@ -369,13 +378,19 @@ def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate
     number = 1 / float(shares.square().sum())  # of groups, as many as if they were equally large
     if number < 2:
         return Estimate(value, math.nan, size)
+    num_answers *= number / len(units)
     influences = influences.new_zeros(len(influences), len(shares)).index_add(1, units, influences)
     # The mean is nearer to a unit the larger that is (Bell and McCaffrey, 2002).
     variance = float((influences.square().mean(0) / (1 - shares)).sum())
     if variance == 0 and num_answers > 0:
         # All answers are right, or none: two more of each are taken to be there (Agresti and Coull, 1998).
         variance = 2 * (num_answers + 2) / (num_answers + 4) ** 3
-    return Estimate(value, variance, size, number - 1)
+        return Estimate(value, variance, size, number - 1)
+    # The mean over few positives is nearer to these, too.
+    fewest = min(number, num_answers or number)
+    if fewest < _FEWEST:
+        return Estimate(value, math.nan, size)
+    return Estimate(value, variance * (1 - 1 / number) / (1 - 1 / fewest), size, fewest - 1)
 
 
 def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:

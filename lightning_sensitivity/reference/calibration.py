@@ -179,7 +179,7 @@ def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, Sharp
 
 
 def _share_beyond_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
-    """Return the share that gives the lowest score at the temperature of predictions, up to 1; 0 if it may be chance."""
+    """Return the share of the lowest score, of predictions as sharp as they are, up to 1; 0 if it may be chance."""
     towards = y.mean(0) - q
     size = float(towards.square().sum().clamp(min=_UNLIKELY))
     share = float(((y - q) * towards).sum()) / size

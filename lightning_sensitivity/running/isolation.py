@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import random
 from abc import ABC
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.messages import Refused
+from lightning_sensitivity.messages import Refused, describe_error
 
 T = TypeVar("T")
 
@@ -25,7 +27,8 @@ T = TypeVar("T")
 _LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed; an array of more is not copied
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
-_OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # or of others
+_WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OF_THREADS = {"lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading"}  # not to copy
 
 
 class RunIsolated(Protocol):
@@ -49,14 +52,14 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
 
     What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
     tensors in collections, and iterators, but ``run`` raises MisconfigurationException if one was written to,
-    or advanced.
+    or advanced; of the ``data`` of parameters, the end of all runs tells by their norms.
 
     Args:
         model: The module.
         others: More modules that the function may run.
 
     Raises:
-        MisconfigurationException: If one has lazy weights or scripted parts.
+        MisconfigurationException: If one has lazy weights or scripted parts, or has written to its parameters.
     """
     roots = (*others, model)
     for each in roots:
@@ -71,6 +74,10 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
             try:
                 state.put_copies()
                 result = function(*args)
+            except ValueError as error:
+                if "read-only" in str(error):
+                    raise _not_restored("writes to a large array") from error
+                raise
             finally:
                 state.restore()
         state.check_writes()
@@ -86,6 +93,7 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
             yield run
     finally:
         state.restore()  # a run whose own `restore` was interrupted
+    state.check_norms()
 
 
 def _has_scripts(model: nn.Module) -> bool:
@@ -124,12 +132,13 @@ def isolated_with(model: nn.Module, function: object) -> AbstractContextManager[
 
 
 class _Steps(ABC):  # noqa: B024
-    """An iterator without attributes, such as a generator or an `itertools.count`, of which nobody sees where it is."""
+    """An iterator of Python's own, such as a generator or an `itertools.count`, whose position can't be read."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         """Look at the class alone."""
-        return issubclass(other, Iterator) and other.__dictoffset__ == 0
+        is_own = other.__module__ in ("builtins", "itertools") and other not in ProxyTypes
+        return is_own and issubclass(other, Iterator)
 
 
 class _NoIterator(Iterator[Any]):
@@ -155,6 +164,7 @@ def _array(value: Any) -> object:
 # The first kind that fits counts, also of a subclass, such as a `Counter`; but iterators with attributes are objects.
 _COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
     (torch.Generator, lambda name, value: value.clone_state()),
+    (random.SystemRandom, lambda name, value: value),  # without a state
     ((random.Random, np.random.Generator, np.random.RandomState), lambda name, value: copy.deepcopy(value)),
     (np.ndarray, lambda name, value: _array(value)),
     (_Steps, lambda name, value: _NoIterator(name)),
@@ -196,6 +206,7 @@ class _State:
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
         self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
         weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
+        self.registered = set(map(id, weights))
         self._watch((name, parameter) for parameter, name in weights.items())
         for module in {module: None for root in roots for module in root.modules()}:
             attributes = vars(module)
@@ -217,6 +228,9 @@ class _State:
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
         self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
+        dense = {name: x for x, name in weights.items() if x.layout == torch.strided and not x.is_nested}
+        self.dense = {name: x for name, x in dense.items() if x.dtype in _WITH_NORM}
+        self.norms = self._norms()
 
     def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Note tensors that a run has to leave alone."""
@@ -233,7 +247,7 @@ class _State:
             self.copied += [_Copied(holder, name, value, make_copy) for make_copy in ways[:1]]
             if isinstance(value, list | dict | tuple | deque):
                 items = value.values() if isinstance(value, dict) else value
-                tensors = [x for x in items if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+                tensors = [x for x in items if isinstance(x, Tensor) and id(x) not in self.registered]
                 self._watch((f"a tensor in `{name}`", x) for x in tensors)
 
     def put_copies(self) -> None:
@@ -242,7 +256,11 @@ class _State:
         copies: dict[int, object] = {}  # what several places share stays shared
         for holder, name, value, make_copy in self.copied:
             if id(value) not in copies:
-                copies[id(value)] = make_copy(name, value)
+                try:
+                    copies[id(value)] = make_copy(name, value)
+                except Exception as error:
+                    reason = f"`{name}` of the model can't be copied for our passes: {describe_error(error)}"
+                    raise Refused(reason, entry="state") from error
             holder[name] = copies[id(value)]
         for attributes, values in self.fixed:
             attributes.update(values)
@@ -251,7 +269,8 @@ class _State:
         """Clone a tensor; a large one only if the last run has written to its clone."""
         clone, writes = self.clones.get(id(x), (x, None))
         if x.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
-            clone = x.detach().clone()
+            with torch.inference_mode(False):  # in which no writes are counted
+                clone = x.detach().clone()
             self.clones[id(x)] = clone, _count_writes(clone)
         return clone
 
@@ -270,9 +289,22 @@ class _State:
 
     def check_writes(self) -> None:
         """Raise MisconfigurationException if a run has written to a parameter, or to what else is not copied."""
-        names = [name for name, x, num_writes in self.watched if _count_writes(x) != num_writes]
-        if names:
-            raise _not_restored(f"writes to {', '.join(names[:3])}")
+        _refuse_writes([name for name, x, num_writes in self.watched if _count_writes(x) != num_writes])
+
+    def _norms(self) -> list[float]:
+        """Return the norms of parameters, since torch counts no writes to their ``data``."""
+        norms = torch._foreach_norm([x.detach() for x in self.dense.values()]) if self.dense else []
+        return [float(norm) for norm in norms]
+
+    def check_norms(self) -> None:
+        """Raise MisconfigurationException if some run has changed the norm of a parameter."""
+        pairs = zip(self.dense, self.norms, self._norms(), strict=True)
+        _refuse_writes([name for name, before, after in pairs if before != after and not math.isnan(before)])
+
+
+def _refuse_writes(names: list[str]) -> None:
+    if names:
+        raise _not_restored(f"writes to {', '.join(names[:3])}")
 
 
 def _not_restored(what: str) -> Refused:
@@ -287,7 +319,9 @@ def _is_object(value: Any) -> bool:
     """Return whether a value is an object of a class of its own, whose attributes a run may change."""
     if isinstance(value, (Tensor, *(kind for kind, _ in _COPIES), nn.Module, type, FunctionType, ModuleType)):
         return False
-    return isinstance(getattr(value, "__dict__", None), dict) and not type(value).__module__.startswith(_OF_THREADS)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict) and type(value).__module__.split(".")[0] not in _OF_THREADS
+    )
 
 
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:

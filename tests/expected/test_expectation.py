@@ -83,6 +83,17 @@ def test_labels_that_contradict_the_reference_outweigh_it(is_contradicted: bool)
         )
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_soft_labels_are_as_often_right_as_they_say(task: str) -> None:
+    """A network that always says yes is right in 0.7, 0.6 and 0 of labels; the most likely label says in 1, 1 and 0."""
+    rules, yes = TASKS[task], torch.tensor([0.7, 0.6, 0.0]).repeat(20)[:, None].double()
+    y = torch.cat([1 - yes, yes], 1) if task == "multiclass" else yes
+    outputs = torch.cat([torch.zeros(60, 1), torch.ones(60, 1)], 1) if task == "multiclass" else torch.ones(60, 1)
+    known = Known(y, None, None, 0)
+    told = Expectation(rules, None, rules.default_metrics(y.shape[1]), outputs, y, Doubts(print))
+    assert told.values(0, outputs, known, [])["expected_accuracy"] == pytest.approx(1.3 / 3, abs=0.01)
+
+
 # What other metrics have, and what has no value
 
 

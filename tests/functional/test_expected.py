@@ -320,7 +320,7 @@ def test_copies_of_samples_that_are_one_group_add_nothing(task: str, name: str) 
     metric, draws, rows = TASKS[task].default_metrics(4)[name], draw_labels(q, task), torch.arange(200).repeat(3)
     once, copies = metric.measure(p, draws), metric.measure(p[rows], draws[:, rows])
     assert estimate(copies, 200, rows) == pytest.approx(estimate(once, 200, None))
-    assert estimate(copies, 600, None).variance == pytest.approx(estimate(once, 200, None).variance / 3, rel=0.01)
+    assert estimate(copies, 600, None).variance == pytest.approx(estimate(once, 200, None).variance / 3, rel=0.02)
 
 
 @pytest.mark.parametrize("sizes", [[20] * 12, [20] * 5, [200] + [20] * 30], ids=["12", "5", "one large"])
@@ -343,6 +343,32 @@ def test_where_all_labels_are_right_the_interval_is_the_binomials(task: str, nam
     )
     answers = 4 + (size if name == "accuracy" else size // 2)  # of the area: the rarer class
     assert found.value == 1 and found.variance == pytest.approx(2 * (answers - 2) / answers**3)
+
+
+@pytest.mark.parametrize(("name", "answers"), [("accuracy", 10), ("auroc", 5)])
+def test_where_all_labels_are_right_groups_count_and_not_their_samples(name: str, answers: int) -> None:
+    y, groups = torch.arange(1000) % 2, torch.arange(10).repeat_interleave(100)
+    p = torch.nn.functional.one_hot(y, 2).double()
+    found = estimate(TASKS["binary"].default_metrics(2)[name].measure(p, y[None]), 10, groups)
+    assert found.variance == pytest.approx(2 * (answers + 2) / (answers + 4) ** 3)
+
+
+@pytest.mark.parametrize(("positives", "least"), [(2, 0.74), (5, 0.74), (10, 0.8), (20, 0.85)])
+def test_of_few_positives_the_interval_of_the_area_holds(positives: int, least: float) -> None:
+    """By the normal distribution, and mean squares, it were 49, 69, 79 and 86 %."""
+    metric, random, truth = TASKS["binary"].default_metrics(2)["auroc"], generator(), 0.8556  # Φ(1.5 / √2)
+    y, held = (torch.arange(300) < positives).long(), 0
+    for _ in range(400):
+        p = (torch.randn(300, generator=random) + 1.5 * y).sigmoid()
+        found = combine(None, estimate(metric.measure(torch.stack([1 - p, p], 1), y[None]), 300, None))
+        held += abs(found.value - truth) <= 1.645 * found.stderr
+    assert held >= least * 400
+
+
+def test_a_single_positive_says_nothing_of_the_spread_of_areas() -> None:
+    p, y = torch.linspace(0, 1, 9), (torch.arange(9) == 5).long()
+    found = estimate(TASKS["binary"].default_metrics(2)["auroc"].measure(torch.stack([1 - p, p], 1), y[None]), 9, None)
+    assert math.isnan(found.variance)
 
 
 def test_a_single_sample_or_group_says_nothing_of_its_spread() -> None:

@@ -1,7 +1,10 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
+import io
 import itertools
+import math
 import random
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -124,9 +127,10 @@ def test_a_pass_finds_what_the_one_before_found_and_leaves_no_trace(change: str,
     assert snapshot(model) == before
 
 
-def test_a_large_tensor_is_cloned_once_for_all_passes_and_again_after_a_write() -> None:
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_a_large_tensor_is_cloned_once_for_all_passes_and_again_after_a_write(in_inference_mode: bool) -> None:
     model = Stateful()
-    with isolated(model) as run:
+    with torch.inference_mode(in_inference_mode), isolated(model) as run:
         places = [run(lambda: model.table.data_ptr()) for _ in range(3)]
         assert len(set(places)) == 1 and places[0] != model.table.data_ptr()
         run(lambda: model.table.add_(1))
@@ -215,6 +219,12 @@ REFUSED: dict[
         lambda held: next(held.n),
         "advances the iterator `n`",
     ),
+    "a parameter in a list": (
+        [nn.Parameter(torch.zeros(1))],
+        lambda held: held[0].add_(1),
+        "writes to a tensor in `held`",
+    ),
+    "a large array": (np.zeros(2**17), lambda held: held.__iadd__(1), "writes to a large array"),
 }
 
 
@@ -229,23 +239,71 @@ def test_a_pass_that_can_not_be_undone_is_refused_by_name(what: str) -> None:
             run(lambda: change(model.held))
 
 
-def test_a_large_array_may_be_read_and_not_written() -> None:
+class Uncopyable(list[int]):
+    def __copy__(self) -> "Uncopyable":
+        raise TypeError("one alone")
+
+
+def test_what_can_not_be_copied_is_refused_by_name() -> None:
     model = nn.Linear(2, 2)
-    model.table = np.zeros(2**17)
+    model.held = Uncopyable()
+    with isolated(model) as run, pytest.raises(MisconfigurationException, match="`held` of the model can't be copied"):
+        run(model, X)
+
+
+class Parent:
+    scale = 2
+
+
+@pytest.mark.parametrize("held", [weakref.proxy(Parent), random.SystemRandom(), io.StringIO("text"), np.zeros(2**17)])
+def test_what_a_pass_only_reads_may_be_held(held: object) -> None:
+    model = nn.Linear(2, 2)
+    model.held = held
     with isolated(model) as run:
-        assert run(lambda: model.table.sum()) == 0
-        with pytest.raises(ValueError, match="read-only"):
-            run(lambda: model.table.__iadd__(1))
-    assert model.table.flags.writeable
+        assert run(lambda: getattr(model.held, "scale", 2)) == 2
+    assert model.held is held and getattr(getattr(held, "flags", None), "writeable", True)
+
+
+@pytest.mark.parametrize("module", ["lightning_modules", "queue_utils"])
+def test_objects_of_packages_that_are_called_like_those_of_threads_are_put_back(module: str) -> None:
+    model = nn.Linear(2, 2)
+    model.held = type("Counts", (), {"__module__": module})()
+    model.held.n = 0
+    with isolated(model) as run:
+        run(lambda: setattr(model.held, "n", 1))
+    assert model.held.n == 0
 
 
 def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model(X).sum().backward()
-    with isolated(model) as run:
+    match = "`forward` writes to 0.weight, 0.bias, 1.weight in eval"
+    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
         run(model, X)
-        with pytest.raises(MisconfigurationException, match="`forward` writes to 0.weight, 0.bias, 1.weight in eval"):
-            run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
-    refused = pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval")
-    with isolated(model) as run, refused:
+        run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
+    with pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval"), isolated(model) as run:
         run(lambda: model[0].weight.grad.zero_())
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_pass_that_writes_to_the_data_of_parameters_is_refused_by_name(is_replaced: bool) -> None:
+    """Torch counts no such writes."""
+
+    def normalize(module: nn.Module, inputs: object) -> None:
+        if is_replaced:
+            module.weight.data = nn.functional.normalize(module.weight.data)
+        else:
+            module.weight.data.mul_(0.5)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].register_forward_pre_hook(normalize)
+    match = "`forward` writes to 1.weight in eval"
+    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
+        run(model, X)
+
+
+def test_weights_that_are_nan_are_taken_for_what_they_were() -> None:
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, math.nan)
+    with isolated(model) as run:
+        assert run(model, X).isnan().all()
