@@ -22,7 +22,7 @@ NO_VALUE = (
     "This epoch has no value: callbacks that monitor it get the last one again, and count it against their patience."
 )
 _SAME = 0.01  # difference of a value from that which was logged, as 16 bits have it
-_FEW_SAMPLES = 50  # of which a value is mostly chance
+_FEW_SAMPLES = 50  # of which a value is mostly noise
 
 
 class Monitor(Callback, ABC):
@@ -115,6 +115,7 @@ class Monitor(Callback, ABC):
         if self.run.phase is Phase.TRAINING:
             self.learn(trainer, pl_module, batch, batch_idx)
             return
+        self.reader.reset()  # a sanity check may have read others
         with raise_in_all(trainer):
             self.start(trainer, pl_module, batch)
             self.learn(trainer, pl_module, batch, batch_idx)
@@ -283,7 +284,7 @@ class Monitor(Callback, ABC):
         are_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
         if 0 < len(rows[0]) < _FEW_SAMPLES and not are_meant:
             message = (
-                f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
+                f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly noise. Use 600."
             )
             self.run.warn("few-samples", message, kind=str(dataloader_idx))
         values: Values | None = None

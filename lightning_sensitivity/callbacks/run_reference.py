@@ -149,7 +149,8 @@ class RunReference:
             message = (
                 "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
                 "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
-                "their patience. Validate on the same samples."
+                "their patience. Validate on the same samples, as many as before: `num_samples=`, which with "
+                "`validation_labels=True` is at least 2,000."
             )
             self._run.warn("checkpoint", message, kind="samples")
         return matched
@@ -183,7 +184,7 @@ class RunReference:
             if samples.size > 0:
                 index = samples.dataloader_idx
                 unseen[index] = None
-                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._reader.join(module, samples.batches)
         return _Part(known, unseen, _fingerprints(kept))
 
@@ -202,7 +203,7 @@ class RunReference:
         return known
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> Predicted:
-        """Predict the kept samples of each loader, if it may choose; of those that can't be read, expect nothing."""
+        """Predict the kept samples of each loader, if it may choose; it leaves out those that can't be read."""
         assert self.fitted is not None
         verdict = self.fitted.verdict
         unseen: dict[int, Unseen] = {}
@@ -210,7 +211,7 @@ class RunReference:
             found = [part.unseen[index] for part in parts if index in part.unseen]
             can_read = [each for each in found if each is not None]
             if len(can_read) == len(found):  # else it has been said where it happened
-                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._predict(index, known, Observations.join(can_read))
         indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
         fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}

@@ -25,6 +25,8 @@ from lightning_sensitivity.running.call import (
     select_targets,
 )
 from lightning_sensitivity.running.isolation import isolated
+from lightning_sensitivity.running.layout import Layout, Sight
+from lightning_sensitivity.running.rules import find_sight, sight_like
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -88,7 +90,7 @@ class BatchReader:
         self.has_features = features is not None
         self.has_groups = groups is not None
         self.task = task
-        self.unread: list[str] = []
+        self.reset()
 
     @property
     def sees_all(self) -> bool:
@@ -96,8 +98,10 @@ class BatchReader:
         return not self.unread and not self.has_features
 
     def reset(self) -> None:
-        """Forget what other batches have shown, before those of another run."""
-        self.unread = []
+        """Forget what other batches have shown; the next one says what is seen of those with the same inputs."""
+        self.unread: list[str] = []
+        self._first: Layout | None = None
+        self._first_sight: Sight | None = None
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -107,9 +111,25 @@ class BatchReader:
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
         if self.function is None and self._inputs is None:
-            return ModelCall(model, batch, None, self._outputs)
-        with isolated(model) as run:
-            return run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
+            call = ModelCall(model, batch, None, self._outputs)
+        else:
+            with isolated(model) as run:
+                call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
+        self._first = self._first or call.layout
+        if self._first.rows is None and self._is_like_first(call):  # else sizes are equal by chance
+            call.size = 0
+        return call
+
+    def _is_like_first(self, call: ModelCall) -> bool:
+        """Return whether a batch has the same inputs as the first one."""
+        return self._first is not None and self._first.inputs.keys() == call.layout.inputs.keys()
+
+    def _sight(self, call: ModelCall, size: int) -> Sight:
+        """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
+        own = call.layout.sight if call.size == size else None
+        own = own or find_sight(call.inputs(), size)
+        self._first_sight = self._first_sight or own
+        return sight_like(self._first_sight, own) if self._is_like_first(call) else own
 
     def labels(
         self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None
@@ -213,8 +233,7 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            sight = call.layout.sight if call.size == size else None
-            seen, unread = select_seen(call.inputs() if sight is None else call.arguments, size, indices, sight)
+            seen, unread = select_seen(call.arguments, size, indices, self._sight(call, size))
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:

@@ -295,6 +295,25 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
+def sight_like(first: Sight, own: Sight) -> Sight:
+    """Return what is seen of a first batch, if all of it is found in another batch, too; else what is found there.
+
+    More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
+    be taken for words, or for categories.
+    """
+    found = {(each.name, each.place): (_kind_of_any(each), each.mask) for each in own[0]}
+    for each in first[0]:
+        kind, mask = found.get((each.name, each.place), ("", None))
+        if kind != _kind_of_any(each) or each.mask not in (None, mask):
+            return own
+    return first
+
+
+def _kind_of_any(each: Input) -> str:
+    """Return the kind of an input, one for all integers."""
+    return "tokens" if each.kind == INTEGERS else each.kind
+
+
 def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
     """List the tensors that can be read, with their arguments, and the arguments that hold more."""
     found, unread = [], []

@@ -174,6 +174,7 @@ def test_other_validation_samples_are_said_and_others_get_the_last_value_until_t
     data = batches_of(X, NOISY), DataLoader(HOLDOUT[:40], 16)
     run, texts = fitted_and_said(monitor := quick_risk(), Still(), *data, **options)
     assert len(texts) == 1 and "keeps other validation samples than the checkpoint knows" in texts[0]
+    assert "as many as before: `num_samples=`" in texts[0]
     assert run.epochs[0][LOSS] == pytest.approx(first.epochs[-1][LOSS]) and "expected_loss" not in monitor.history[2]
     assert run.epochs[1][LOSS] != run.epochs[0][LOSS] and "expected_loss" in monitor.history[3]
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
