@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as cb
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -190,6 +191,8 @@ def tenfold(outputs: Tensor, y: Tensor) -> Tensor:
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # validation samples, and options of the monitor
     "other samples": (inputs(50, seed=7), {}),
     "another loss": (HOLDOUT, {"loss": tenfold}),
+    "other class shares": (HOLDOUT, {"class_shares": [0.1, 0.2, 0.3, 0.4]}),
+    "another estimator": (HOLDOUT, {"reference": LogisticRegression()}),
     "other labels": (TensorDataset(HOLDOUT, torch.arange(50) % 4), {"validation_labels": True}),
 }
 
