@@ -35,11 +35,11 @@ from lightning_sensitivity.expected.record import (
     plot_history,
     state_of,
 )
-from lightning_sensitivity.expected.summary import Curve, summarize
+from lightning_sensitivity.expected.summary import Curve, summarize, why_blind
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import AnyMetric
 from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
-from lightning_sensitivity.messages import BLIND, Refused, Selector, check_bool, check_task, describe_error
+from lightning_sensitivity.messages import Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count
 from lightning_sensitivity.running.call import Function
@@ -400,8 +400,7 @@ class RiskMonitor(Monitor):
         """Say that nothing is logged, if the reference may not choose."""
         verdict = None if self._predicted is None else self._predicted.verdict
         if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
-            self.run.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
+            self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
 
     def _say_range(self, draws: Tensor) -> None:
         """Say which targets are drawn, where a loss of the user gives no number of them."""

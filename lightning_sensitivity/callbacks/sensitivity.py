@@ -125,8 +125,7 @@ class SensitivityMonitor(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked by now, also the callbacks that stop by sensitivity."""
         super().setup(trainer, pl_module, stage)
-        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        logged = {each.prefix + name for each in monitors for name in each.names}
+        logged = {*self.names_of_all(trainer)}
         for callback, monitored in callbacks_that_monitor(trainer) if stage == "fit" else []:
             name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
             if name in {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT} - logged:

@@ -1,4 +1,4 @@
-"""What is known of a fit, in a form that all processes and checkpoints have: predictions, and a row a validation."""
+"""What is known of a fit, in a form that all processes and checkpoints have: predictions, and a row per validation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -75,8 +75,8 @@ class Verdict:
     blind_labels: list[int] = field(default_factory=list)
 
     @property
-    def knows_too_much(self) -> bool:
-        """Whether it explains so much of a table that its inputs may hold the answer."""
+    def suggests_leakage(self) -> bool:
+        """Whether it explains so much of a table that labels may leak into its inputs."""
         is_table = "columns" in self.features or self.features == "features"
         return is_table and self.skill >= _TOO_MUCH
 

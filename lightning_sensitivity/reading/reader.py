@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
-from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer
+from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
@@ -42,7 +42,7 @@ class BatchReader:
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.running.select_targets`.
         features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
             that gets the inputs of the model.
-        groups: A function ``batch -> groups``, numbers or strings, one a sample; None without groups.
+        groups: A function ``batch -> groups``, numbers or strings, one per sample; None without groups.
         task: The task, which labels have to fit.
         call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` says only what
             a reference sees, and it or ``features`` is needed.
@@ -186,7 +186,7 @@ class BatchReader:
             return
         seen = self.see(model, batch, call, len(labels))
         inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
-        if answer := find_answer(inputs, labels, self.task.has_label(labels)):
+        if answer := find_leaked_label(inputs, labels, self.task.has_label(labels)):
             raise Refused(
                 f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
                 "of what `inputs=` or `features=` returns."

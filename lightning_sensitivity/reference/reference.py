@@ -146,10 +146,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         # Of the rows of a table a forest and ridge regression were both tried.
         is_table = self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
-        told = judge(learner.left_out, y, groups, task)
-        self._is_clear_table = is_table and any(each.is_clear for each in told)
-        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in told)
-        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in told]
+        evidence = judge(learner.left_out, y, groups, task)
+        self._is_clear_table = is_table and any(each.is_clear for each in evidence)
+        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in evidence)
+        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in evidence]
         blind = [label for label, is_blind in enumerate(are_blind) if task.is_by_column and is_blind]
         if self.inputs_tell_nothing_:
             learner.forget()

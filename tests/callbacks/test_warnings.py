@@ -247,7 +247,7 @@ def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share:
     texts = said(kind(), ByHand(), of(X, y))
     assert (
         len(texts) == 1
-        and "got outputs that all lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
+        and "finds that all outputs lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
         in texts[0]
     )
     assert said(kind(), ByHand(), of(X, y), max_epochs=0) == []

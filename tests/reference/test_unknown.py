@@ -1,4 +1,4 @@
-"""Several labels a sample, and several targets, of which some are unknown."""
+"""Several labels per sample, and several targets, of which some are unknown."""
 
 import math
 from typing import Any
