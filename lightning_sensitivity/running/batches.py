@@ -30,7 +30,7 @@ _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer con
 
 _CONSTANTS = {str, int, float, bool, type(None)}
 _MAX_STRUCTURES = 100  # that are remembered of a model
-_FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
+FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
 
 # Copies
 
@@ -179,7 +179,7 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
 
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
-    known = _FOUND.setdefault(model, {})
+    known = FOUND.setdefault(model, {})
     if len(known) >= _MAX_STRUCTURES:
         return rule(model, value)
     key = rule, structure_of(value)

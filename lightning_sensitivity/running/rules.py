@@ -14,6 +14,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
+    FOUND,
     TARGET_NAMES,
     Attribute,
     Place,
@@ -58,6 +59,12 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     if module not in _PARAMETERS:
         _PARAMETERS[module] = inspect.signature(module.forward).parameters
     return _PARAMETERS[module]
+
+
+def forget(model: nn.Module) -> None:
+    """Forget what is remembered of a module, whose ``forward`` may be another one by now, as in a notebook."""
+    _PARAMETERS.pop(original_module(model), None)
+    FOUND.pop(model, None)
 
 
 def required_names(model: nn.Module) -> list[str]:
