@@ -1,6 +1,7 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -90,6 +91,8 @@ class RunReference:
         self._class_shares = class_shares
         self._run = run
         self._is_local = is_local
+        told = reader.task.name, estimator, class_shares, reader.has_groups
+        self._settings = re.sub(" at 0x[0-9a-f]+", "", str(told))  # addresses of objects
         self._is_compared = False  # what a checkpoint holds, with the kept samples
 
     # Keep training samples
@@ -144,13 +147,13 @@ class RunReference:
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
         matched = None
         with suppress(Exception):  # of a damaged checkpoint, which no run should end by
-            matched = saved.matched(found, self.num_columns)
+            matched = saved.matched(found, self.num_columns, self._settings)
         if matched is None and saved.fingerprints:  # without these nobody can tell
             message = (
-                "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
-                "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
-                "their patience. Validate on the same samples, as many as before: `num_samples=`, which with "
-                "`validation_labels=True` is at least 2,000."
+                "keeps other validation samples than the checkpoint knows, or has other settings, such as "
+                "`class_shares=`, and so makes a new reference after a whole epoch. Until then, callbacks that monitor "
+                "its values get the last ones again, and count them against their patience. Validate on the same "
+                "samples, as many as before: `num_samples=`, which with `validation_labels=True` is at least 2,000."
             )
             self._run.warn("checkpoint", message, kind="samples")
         return matched
@@ -215,7 +218,7 @@ class RunReference:
                     unseen[index] = self._predict(index, known, Observations.join(can_read))
         indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
         fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
-        return Predicted(verdict, unseen, fingerprints)
+        return Predicted(verdict, unseen, fingerprints, self._settings)
 
     def _predict(self, dataloader_idx: int, known: Observations, unseen: Observations) -> Unseen:
         """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""

@@ -129,7 +129,9 @@ class BatchReader:
         own = call.layout.sight if call.size == size else None
         own = own or find_sight(call.inputs(), size)
         self._first_sight = self._first_sight or own
-        return sight_like(self._first_sight, own) if self._is_like_first(call) else own
+        if own is self._first_sight or not self._is_like_first(call):
+            return own
+        return sight_like(self._first_sight, own)
 
     def labels(
         self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None

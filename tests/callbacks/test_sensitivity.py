@@ -175,6 +175,17 @@ def test_a_bound_on_the_other_kind_of_sensitivity_is_refused(per_output: bool, s
     helpers.refused([SensitivityMonitor(per_output=per_output), stop], Linear(), match=match)
 
 
+def test_a_schedule_that_monitors_the_other_kind_is_refused_too() -> None:
+    class Plateau(Linear):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": OF_MEAN}}
+
+    match = f"`ReduceLROnPlateau` monitors `{OF_MEAN}`"
+    helpers.refused([SensitivityMonitor(per_output=True)], Plateau(), match=match)
+
+
 class Tuned(Classifier):
     """All that a user has: a validation step that needs labels; the loss is not lowest at the end."""
 
