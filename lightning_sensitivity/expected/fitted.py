@@ -43,7 +43,7 @@ class FittedReference:
         warn: Warn,
         class_shares: Sequence[float] | str | None = None,
     ) -> None:
-        from lightning_sensitivity.reference import Reference
+        from lightning_sensitivity.reference.reference import Reference
 
         self._reader, self._warn, self._class_shares = reader, warn, class_shares  # no samples, which are freed
         self.model = Reference(reader.task.name, estimator).fit(known.seen, known.labels.numpy(), known.groups)

@@ -260,7 +260,7 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.reference import unexplained_share
+        >>> from lightning_sensitivity import unexplained_share
         >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
         >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
         >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong

@@ -287,7 +287,7 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
-    (:func:`~lightning_sensitivity.reference.unexplained_share`).
+    (:func:`~lightning_sensitivity.unexplained_share`).
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are
     redrawn at random are found if the reference can learn the task. Where one class is turned into another,
