@@ -24,7 +24,7 @@ RECIPES = ("encoders", "data", "few_positives")  # pages of which `test_recipes.
 NOT_HERE = (*RECIPES, "libraries")  # of other libraries, which `.ci/clients` runs
 PAGES = [*SITE, TESTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/**/README.md"))]
 SOURCES = "\n".join(path.read_text() for path in Path(lightning_sensitivity.__file__).parent.rglob("*.py"))
-PUBLIC_MODULES = ("lightning_sensitivity", "lightning_sensitivity.functional", "lightning_sensitivity.reference")
+PUBLIC_MODULES = ("lightning_sensitivity", "lightning_sensitivity.functional")
 # Addresses that exist. None is ours: whoever registered that first would run code on the machines of our users.
 ADDRESSES = re.compile(
     r"https?://("

@@ -17,12 +17,13 @@ from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
+from lightning_sensitivity.running.rules import forget
 
 NO_VALUE = (
     "This epoch has no value: callbacks that monitor it get the last one again, and count it against their patience."
 )
 _SAME = 0.01  # difference of a value from that which was logged, as 16 bits have it
-_FEW_SAMPLES = 50  # of which a value is mostly chance
+_FEW_SAMPLES = 50  # of which a value is mostly noise
 
 
 class Monitor(Callback, ABC):
@@ -98,12 +99,12 @@ class Monitor(Callback, ABC):
         if stage not in ("fit", "validate"):
             return
         check_run(type(self).__name__, trainer, pl_module, stage, has_call=self.reader.function is not None)
-        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        names = [each.prefix + name for each in monitors for name in each.names]
+        names = self.names_of_all(trainer)
         are_unique = len(names) == len({*names})
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
+        forget(pl_module)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)
@@ -115,6 +116,7 @@ class Monitor(Callback, ABC):
         if self.run.phase is Phase.TRAINING:
             self.learn(trainer, pl_module, batch, batch_idx)
             return
+        self.reader.reset()  # a sanity check may have read others
         with raise_in_all(trainer):
             self.start(trainer, pl_module, batch)
             self.learn(trainer, pl_module, batch, batch_idx)
@@ -187,7 +189,7 @@ class Monitor(Callback, ABC):
             if is_fitting(trainer):
                 self.remember(trainer, dataloader_idx, values)
         if is_fitting(trainer):
-            self.run.missing.hand_out(trainer)  # to others, for what is missing
+            self.run.missing.publish(trainer)  # to others, for what is missing
         self.run.validation = Validation.SKIPPED
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,8 +203,8 @@ class Monitor(Callback, ABC):
     # After a run
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what was not measured, so that nobody takes it for a value of the fit."""
-        self.run.missing.take_back(trainer)
+        """Withdraw what was not measured, so that nobody takes it for a value of the fit."""
+        self.run.missing.withdraw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end, for which Lightning does not call us after an exception."""
@@ -220,6 +222,11 @@ class Monitor(Callback, ABC):
     def names(self) -> tuple[str, ...]:
         """The names of all values that may be logged, without the prefix."""
         return tuple(self.directions)
+
+    def names_of_all(self, trainer: Trainer) -> list[str]:
+        """List the names of all values that monitors of a Trainer may log, with their prefixes."""
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        return [each.prefix + name for each in monitors for name in each.names]
 
     def num_loaders(self, trainer: Trainer) -> int:
         """Count the loaders whose samples are kept; before there are any, those of the validation."""
@@ -280,10 +287,10 @@ class Monitor(Callback, ABC):
         if not agree(trainer, own is not None) or own is None:
             return {}
         rows = [gather_tensors(trainer, each) for each in own]
-        are_meant = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
-        if 0 < len(rows[0]) < _FEW_SAMPLES and not are_meant:
+        is_intended = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
+        if 0 < len(rows[0]) < _FEW_SAMPLES and not is_intended:
             message = (
-                f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly chance. Use 600."
+                f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly noise. Use 600."
             )
             self.run.warn("few-samples", message, kind=str(dataloader_idx))
         values: Values | None = None

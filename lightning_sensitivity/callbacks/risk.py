@@ -35,11 +35,11 @@ from lightning_sensitivity.expected.record import (
     plot_history,
     state_of,
 )
-from lightning_sensitivity.expected.summary import Curve, summarize
+from lightning_sensitivity.expected.summary import Curve, summarize, why_blind
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import AnyMetric
 from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
-from lightning_sensitivity.messages import BLIND, Refused, Selector, check_bool, check_task, describe_error
+from lightning_sensitivity.messages import Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count, check_logits
 from lightning_sensitivity.running.call import Function
@@ -140,7 +140,7 @@ class RiskMonitor(Monitor):
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
             ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
-            set, or for those that were estimated in the fit; they are nan where an input is. There is no ``mean``
+            set, or were estimated in the fit; they are nan where an input is. There is no ``mean``
             where the network gives quantiles, logarithms of rates or the like.
 
         Raises:
@@ -154,9 +154,9 @@ class RiskMonitor(Monitor):
         fitted = None if self._reference is None else self._reference.fitted
         if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        # Shares that were estimated are those of the samples that the reference has predicted in the fit.
+        # Shares that were estimated are those of the samples that the reference has predicted in the fit, if it has.
         unseen = {} if self._predicted is None else self._predicted.unseen
-        shares = unseen[min(unseen)].q.double().mean(0) if unseen else None
+        shares = unseen[min(unseen)].q.double().mean(0) if unseen else torch.from_numpy(fitted.model.shares_)
         return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
 
     def plot(self) -> PlotType:
@@ -185,7 +185,6 @@ class RiskMonitor(Monitor):
         self._expectation = None
         self._restore(self.history if goes_on else [], self._predicted if goes_on else None)
         self.summary = {}
-        self.reader.reset()
 
     def _restore(self, history: History, predicted: Predicted | None) -> None:
         """Go on with what is known of an earlier part of this fit."""
@@ -390,14 +389,26 @@ class RiskMonitor(Monitor):
                     values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
         if not values:
             self._say_blind(trainer)
+        if unseen is not None and f"{EXPECTED}loss" not in values:
+            self._say_range(unseen.draws)
         return values
 
     def _say_blind(self, trainer: Trainer) -> None:
         """Say that nothing is logged, if the reference may not choose."""
         verdict = None if self._predicted is None else self._predicted.verdict
         if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            sees = "has seen labels of only one class" if verdict.majority == 1 else "sees too little of the inputs"
-            self.run.warn("blind", f"logs nothing: the reference {sees}{BLIND}")
+            self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
+
+    def _say_range(self, draws: Tensor) -> None:
+        """Say which targets are drawn, where a loss of the user gives no number of them."""
+        known = draws[draws.isfinite()]
+        if self.loss is not None and self.task.is_regression and len(known) > 0:
+            message = (
+                f"draws targets from {float(known.min()):.3g} to {float(known.max()):.3g}, around what the reference "
+                "predicts, and `loss` has to take all of them. If it takes only those above 0, set "
+                "`loss=lambda outputs, targets: loss(outputs, targets.clamp(min=0))`."
+            )
+            self.run.warn("loss", message, kind="range")
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""

@@ -192,12 +192,12 @@ class MissingValues:
             value += gain if is_highest else -gain
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits
 
-    def hand_out(self, trainer: Trainer) -> None:
+    def publish(self, trainer: Trainer) -> None:
         """Give other callbacks what stands in for the values that are missing."""
         trainer.callback_metrics.update(self._given)
         self.num_incomplete += bool(self._given)
 
-    def take_back(self, trainer: Trainer) -> None:
+    def withdraw(self, trainer: Trainer) -> None:
         """Remove what stands in for values, so that nobody takes it for a value of the fit."""
         for name in self._given:
             trainer.callback_metrics.pop(name, None)

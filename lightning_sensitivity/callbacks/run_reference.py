@@ -1,6 +1,7 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -90,6 +91,8 @@ class RunReference:
         self._class_shares = class_shares
         self._run = run
         self._is_local = is_local
+        told = reader.task.name, estimator, class_shares, reader.has_groups
+        self._settings = re.sub(" at 0x[0-9a-f]+", "", str(told))  # addresses of objects
         self._is_compared = False  # what a checkpoint holds, with the kept samples
 
     # Keep training samples
@@ -144,12 +147,13 @@ class RunReference:
             found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
         matched = None
         with suppress(Exception):  # of a damaged checkpoint, which no run should end by
-            matched = saved.matched(found, self.num_columns)
+            matched = saved.matched(found, self.num_columns, self._settings)
         if matched is None and saved.fingerprints:  # without these nobody can tell
             message = (
-                "keeps other validation samples than the checkpoint knows, and so makes a new reference after a whole "
-                "epoch. Until then, callbacks that monitor its values get the last ones again, and count them against "
-                "their patience. Validate on the same samples."
+                "keeps other validation samples than the checkpoint knows, or has other settings, such as "
+                "`class_shares=`, and so makes a new reference after a whole epoch. Until then, callbacks that monitor "
+                "its values get the last ones again, and count them against their patience. Validate on the same "
+                "samples, as many as before: `num_samples=`, which with `validation_labels=True` is at least 2,000."
             )
             self._run.warn("checkpoint", message, kind="samples")
         return matched
@@ -183,7 +187,7 @@ class RunReference:
             if samples.size > 0:
                 index = samples.dataloader_idx
                 unseen[index] = None
-                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._reader.join(module, samples.batches)
         return _Part(known, unseen, _fingerprints(kept))
 
@@ -202,7 +206,7 @@ class RunReference:
         return known
 
     def _predict_all(self, parts: Sequence[_Part], known: Observations) -> Predicted:
-        """Predict the kept samples of each loader, if it may choose; of those that can't be read, expect nothing."""
+        """Predict the kept samples of each loader, if it may choose; it leaves out those that can't be read."""
         assert self.fitted is not None
         verdict = self.fitted.verdict
         unseen: dict[int, Unseen] = {}
@@ -210,11 +214,11 @@ class RunReference:
             found = [part.unseen[index] for part in parts if index in part.unseen]
             can_read = [each for each in found if each is not None]
             if len(can_read) == len(found):  # else it has been said where it happened
-                with self._run.report_failure(f"expects nothing of dataloader {index}", "Set `features=`."):
+                with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._predict(index, known, Observations.join(can_read))
         indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
         fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
-        return Predicted(verdict, unseen, fingerprints)
+        return Predicted(verdict, unseen, fingerprints, self._settings)
 
     def _predict(self, dataloader_idx: int, known: Observations, unseen: Observations) -> Unseen:
         """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""

@@ -122,12 +122,12 @@ class SensitivityMonitor(Monitor):
         names = [self._kind, f"{self._kind}_stderr", *["loss_estimate"] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check what can be checked by now, also the callbacks that stop by sensitivity."""
-        super().setup(trainer, pl_module, stage)
-        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
-        logged = {each.prefix + name for each in monitors for name in each.names}
-        for callback, monitored in callbacks_that_monitor(trainer) if stage == "fit" else []:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the name of the submodule, and the callbacks and schedulers that monitor sensitivity."""
+        if self.at is not None:
+            submodule(pl_module, self.at)
+        logged = {*self.names_of_all(trainer)}
+        for callback, monitored in callbacks_that_monitor(trainer):
             name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
             if name in {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT} - logged:
                 raise Refused(
@@ -145,11 +145,6 @@ class SensitivityMonitor(Monitor):
                     "`value`."
                 )
                 self.run.warn("stop-by-sensitivity", message, kind=kind)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the name of the submodule."""
-        if self.at is not None:
-            submodule(pl_module, self.at)
 
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Try the noise on the first training batch."""

@@ -23,6 +23,11 @@ _FALLING = 0.9  # of the last score: below, a network is still learning
 _FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
 CONSTANT, PROBABILITIES = "worse than a constant", "probabilities"  # as a summary has them
+REASONS = {
+    CONSTANT: f"the network was worse than a constant prediction in {_SOME_VALIDATIONS} validations. If your step "
+    "scales targets or takes logarithms, do the same in `targets=`.",
+    PROBABILITIES: f"all outputs lie in [0, 1]. If they are probabilities, set {LOGITS}.",
+}
 Warn: TypeAlias = Callable[..., None]  # by an entry of the page on troubleshooting, a message, and what is special
 
 
@@ -59,16 +64,12 @@ class Doubts:
         self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
             self._is_worse_than_constant = True
-            message = (
-                f"finds the network worse than a constant prediction in {self._num_bad} validations. If your step "
-                "scales targets or takes logarithms, do the same in `targets=`."
-            )
-            self.warn("targets", message)
+            self.warn("targets", f"finds that {REASONS[CONSTANT]}")
 
     def finish(self) -> None:
         """Warn of what only the end of a run, or some validations, can tell."""
         if PROBABILITIES in self.found:
-            self.warn("arguments", f"got outputs that all lie in [0, 1]. If they are probabilities, set {LOGITS}.")
+            self.warn("arguments", f"finds that {REASONS[PROBABILITIES]}")
 
 
 def say_unused(shares: Sequence[float], num_labels: int) -> str:

@@ -141,8 +141,16 @@ class Expectation:
             return dict.fromkeys(self._names, math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
             self._note(outputs, is_finite, known.unseen)
+        is_first = not self._identities
         curve = self._identity(dataloader_idx, known)
-        earlier = [row for row in history if row["dataloader_idx"] == dataloader_idx and row["curve"] == curve]
+        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
+        earlier = [row for row in rows if row["curve"] == curve]
+        if is_first and rows and not earlier and (rows[-1]["reference"] is None) == (known.unseen is None):
+            message = (
+                "begins a new curve, since this fit goes on with another loss, or other labels: the last line compares "
+                "no values of both, but other callbacks do."
+            )
+            self._doubts.warn("checkpoint", message, kind="samples")
         values = self._combined(outputs, is_finite, known, earlier)
         if not values:
             return {}

@@ -43,7 +43,7 @@ class FittedReference:
         warn: Warn,
         class_shares: Sequence[float] | str | None = None,
     ) -> None:
-        from lightning_sensitivity.reference import Reference
+        from lightning_sensitivity.reference.reference import Reference
 
         self._reader, self._warn, self._class_shares = reader, warn, class_shares  # no samples, which are freed
         self.model = Reference(reader.task.name, estimator).fit(known.seen, known.labels.numpy(), known.groups)
@@ -53,7 +53,7 @@ class FittedReference:
             raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
         if reader.task.link == "softmax" and (message := say_unused(list(shares), self.model.num_samples_)):
             warn("outputs", message)
-        self._is_table = "columns" in (self.model.kind_, self.model.features_)
+        is_table = "columns" in (self.model.kind_, self.model.features_)
         is_trusted = self.model.may_choose(reader.sees_all)
         self.verdict = Verdict(
             learner=self.model.learner_,
@@ -63,7 +63,7 @@ class FittedReference:
             majority=self.model.majority_,
             unexplained=self.model.unexplained_,
             is_trusted=is_trusted,
-            is_whole_table=reader.sees_all and self._is_table,
+            is_whole_table=reader.sees_all and is_table,
             inputs_tell_nothing=is_trusted and self.model.inputs_tell_nothing_,
             blind_labels=self.model.blind_labels_.tolist(),
         )
@@ -102,14 +102,9 @@ class FittedReference:
         q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
         groups = None if model.groups_ is None else torch.from_numpy(model.groups_)
         num_calibrating = count_groups(groups, model.num_samples_)
-        return Unseen(indices, q, draws, model.score_, num_calibrating, self._sees)
-
-    @property
-    def _sees(self) -> str:
-        """What it sees of what a network may know."""
-        if self._reader.has_features:
-            return "features"
-        return "table" if self._is_table and self._reader.sees_all else "part"
+        part = "features" if self._reader.has_features else "part"  # of what a network may know
+        sees = "table" if self.verdict.is_whole_table else part
+        return Unseen(indices, q, draws, model.score_, num_calibrating, sees)
 
     def predict_both(
         self, network: nn.Module, dataloader: Iterable[object], are_alike: bool, shares: Tensor | None

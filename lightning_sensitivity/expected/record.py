@@ -1,4 +1,4 @@
-"""What is known of a fit, in a form that all processes and checkpoints have: predictions, and a row a validation."""
+"""What is known of a fit, in a form that all processes and checkpoints have: predictions, and a row per validation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -75,8 +75,8 @@ class Verdict:
     blind_labels: list[int] = field(default_factory=list)
 
     @property
-    def knows_too_much(self) -> bool:
-        """Whether it explains so much of a table that its inputs may hold the answer."""
+    def suggests_leakage(self) -> bool:
+        """Whether it explains so much of a table that labels may leak into its inputs."""
         is_table = "columns" in self.features or self.features == "features"
         return is_table and self.skill >= _TOO_MUCH
 
@@ -112,24 +112,31 @@ class Predicted:
         unseen: What it predicts, by loader; empty if it may not choose.
         fingerprints: A number for each kept sample, by which it is known again, by loader; empty if there is
             none for some.
+        settings: What the monitor was told of it.
     """
 
     verdict: Verdict
     unseen: dict[int, Unseen]
     fingerprints: dict[int, Tensor]
+    settings: str
 
     def fingerprint(self, dataloader_idx: int) -> float:
         """Return a number by which the kept samples of a loader are known again, in any order; 0 if there is none."""
         return float(self.fingerprints[dataloader_idx].sum()) if dataloader_idx in self.fingerprints else 0.0
 
-    def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int) -> "Predicted | None":
-        """Return it for the same samples, which may have come in another order; None if they are others.
+    def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int, settings: str) -> "Predicted | None":
+        """Return it for the same samples, which may have come in another order; None for others, or other settings.
 
         Args:
             fingerprints: Those of the samples that are kept now, by loader.
             num_columns: C.
+            settings: What the monitor is told now.
         """
-        if self.fingerprints.keys() != fingerprints.keys() or not self.unseen.keys() <= fingerprints.keys():
+        if (
+            self.settings != settings
+            or self.fingerprints.keys() != fingerprints.keys()
+            or not self.unseen.keys() <= fingerprints.keys()
+        ):
             return None
         unseen: dict[int, Unseen] = {}
         for index, each in self.unseen.items():
@@ -140,7 +147,7 @@ class Predicted:
             new_indices = torch.empty_like(before)
             new_indices[before] = after
             unseen[index] = replace(each, indices=new_indices[each.indices])
-        return Predicted(self.verdict, unseen, dict(fingerprints))
+        return Predicted(self.verdict, unseen, dict(fingerprints), settings)
 
 
 # Validations
@@ -162,7 +169,7 @@ def state_of(history: History, predicted: Predicted | None) -> State:
     if predicted is None or not predicted.unseen or not predicted.fingerprints:
         return {"history": rows, "predicted": None}
     unseen = {index: {**vars(each), "draws": _shortened(each.draws)} for index, each in predicted.unseen.items()}
-    state = {"verdict": asdict(predicted.verdict), "unseen": unseen, "fingerprints": predicted.fingerprints}
+    state = {**vars(predicted), "verdict": asdict(predicted.verdict), "unseen": unseen}
     return {"history": rows, "predicted": state}
 
 
@@ -194,7 +201,7 @@ def of_state(state: Any) -> tuple[History, Predicted | None]:
     for name, kind in get_type_hints(Verdict).items():
         if not isinstance(getattr(verdict, name), get_origin(kind) or kind):
             raise TypeError(f"no {name}")
-    return history, Predicted(verdict, unseen, fingerprints)
+    return history, Predicted(verdict, unseen, fingerprints, str(saved["settings"]))
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, TypeAlias
 
-from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
+from lightning_sensitivity.expected.doubts import REASONS
 from lightning_sensitivity.expected.record import EXPECTED, QUANTILE, Row, Verdict
-from lightning_sensitivity.messages import BLIND, LOGITS
+from lightning_sensitivity.messages import BLIND
 
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
 
@@ -15,13 +15,10 @@ _SAID = 0.05  # share of labels that is worth a sentence
 _MEAN_IS_BETTER = 0.5  # standard errors by which a reference leads, from which on the mean of both is better; it from 1
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
-ANSWER = "knows the answer"
-_DOUBTS = {  # what makes numbers doubtful, so that there is no advice
-    CONSTANT: "The network is worse than a constant prediction: if your step scales targets or takes logarithms, do "
-    "the same in `targets=`.",
-    PROBABILITIES: f"All outputs lie in [0, 1], and logits are needed: set {LOGITS}.",
-    ANSWER: "The reference explains all but a hundredth of the labels: look whether its inputs hold the answer, which "
-    "`inputs=` or `features=` leaves out.",
+LEAKAGE = "explains nearly all labels"
+_DOUBTS = REASONS | {  # what makes numbers doubtful, so that there is no advice
+    LEAKAGE: "the reference explains all but a hundredth of the labels. Check whether the label leaks into its inputs, "
+    "and leave it out by `inputs=` or `features=`.",
 }
 
 
@@ -62,7 +59,7 @@ def summarize(
     best, curve_rows, finite, rows = _choose(curve, history)
     num_labels = int(best.get("num_labels", 0))
     chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
-    knows_answer = verdict is not None and verdict.knows_too_much
+    suggests_leakage = verdict is not None and verdict.suggests_leakage
     summary = {
         "monitored": name,
         "direction": "highest" if curve.is_highest else "lowest",
@@ -76,7 +73,7 @@ def summarize(
         "is_improving": len(curve_rows) > 1 and best is rows[-1] and not has_ended,
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
-        "doubts": [*doubts, *[ANSWER] * knows_answer],
+        "doubts": [*doubts, *[LEAKAGE] * suggests_leakage],
         **{each: value for each, value in best.items() if EXPECTED in each},
         **({"learner": None, "is_trusted": False} if verdict is None else asdict(verdict)),
     }
@@ -133,14 +130,14 @@ def _of_best(s: Summary, value: str) -> list[str]:
     """Say what is known of the best epoch; what there is nothing to say of is empty."""
     file = f", in the checkpoint {s['checkpoint']}" if s["checkpoint"] else ""
     blind, num_gaps = ", ".join(map(str, s.get("blind_labels", ()))), s["num_gaps"]
-    nothing = "The inputs tell nothing of the labels: the mean label is what to expect of any network."
+    nothing = "The inputs seem to tell nothing of the labels: no network is expected to beat the mean label."
     return [
         f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.",
         _what_chose(s),
-        *[_DOUBTS[each] for each in s["doubts"]],
+        *[f"This is doubtful: {_DOUBTS[each]}" for each in s["doubts"]],
         nothing * bool(s.get("inputs_tell_nothing")),
         _rival(s, value),
-        f"The reference can't tell these labels, which means by default leave out: {blind}." * bool(blind),
+        f"The reference has no skill on these labels, so the averages leave them out: {blind}." * bool(blind),
         f"There is no value for {num_gaps} of {s['num_validations']} validations." * (num_gaps > 0),
     ]
 
@@ -149,13 +146,13 @@ def _what_chose(s: Summary) -> str:
     """Say what chose the epoch."""
     labels = f"{s['num_labels']} validation labels"
     if "reference" not in s["chosen_by"]:
-        return f"{labels} chose."
+        return f"Chosen by {labels}."
     if s["learner"] is None:
-        return "The reference of an earlier part of this fit chose."
+        return "Chosen by the reference of an earlier part of this fit."
     learner: str = s["learner"]
     name = _LEARNERS.get(learner, learner).format(s["features"])
-    both = f"{labels} and the" if s["num_labels"] else "The"
-    return f"{both} reference ({name}, {s['num_training']:,} training labels) chose."
+    both = f"{labels} and the" if s["num_labels"] else "the"
+    return f"Chosen by {both} reference ({name}, {s['num_training']:,} training labels)."
 
 
 def _why_nothing(s: Summary) -> str:
@@ -165,12 +162,15 @@ def _why_nothing(s: Summary) -> str:
         return f"{none}: the reference is missing{BLIND}"
     if s["is_trusted"]:
         return f"{none}: no validation after the reference gave one."
-    if s["majority"] == 1:
-        return f"{none}: the reference has seen labels of only one class{BLIND}"
-    better = f"{max(0.0, s['skill']):.0%} better than chance"
-    return (
-        f"{none}: the reference sees too little of the inputs (on labels that it has not seen, it is {better}){BLIND}"
-    )
+    return f"{none}: {why_blind(s['majority'], s['skill'])}"
+
+
+def why_blind(majority: float, skill: float) -> str:
+    """Say why a reference may not choose, and what to do."""
+    if majority == 1:
+        return f"the reference has seen labels of only one class{BLIND}"
+    better = f"{max(0.0, skill):.0%} better than chance"
+    return f"the reference sees too little of the inputs (on labels that it has not seen, it is {better}){BLIND}"
 
 
 def _rival(s: Summary, value: str) -> str:
@@ -183,7 +183,7 @@ def _rival(s: Summary, value: str) -> str:
     by_labels, by_reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
     if by_labels is not None and by_reference is not None:
         both = f"by labels alone it is {by_labels:.3g}, by the reference alone {by_reference:.3g}"
-        advice = f". The labels contradict the reference beyond chance ({both}): believe the labels"
+        advice = f". The labels contradict the reference beyond chance ({both}): trust the labels"
     else:
         advice = "" if stderr is None or s["doubts"] or s.get("inputs_tell_nothing") else _advice(s, stderr)
     return f"There the network is expected to reach {reached}{advice}."

@@ -14,7 +14,7 @@ from lightning_sensitivity.running.batches import cast, code_of, has_samples, te
 from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import isolated
 
-# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms a sample, and
+# Training samples that are encoded, in all processes. On a CPU, an encoder takes 8 to 100 ms per sample, and
 # features that know much need few: those of 1,000 images predict 79 to 84 % of CIFAR-10, patches of 10,000 62 %.
 MAX_ENCODED = 3000
 _PART = 64  # samples that are encoded at a time, for lack of memory
@@ -80,7 +80,7 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
 # The labels among the inputs, from which a reference would know them
 
 
-def find_answer(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -> str | None:
+def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -> str | None:
     """Find the first input that has a column of the labels of a batch, up to scale and shift.
 
     Labels of two values are not looked for, since a good flag may equal them in a batch.

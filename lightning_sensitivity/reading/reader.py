@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities, in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
-from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_answer
+from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
@@ -25,6 +25,8 @@ from lightning_sensitivity.running.call import (
     select_targets,
 )
 from lightning_sensitivity.running.isolation import isolated
+from lightning_sensitivity.running.layout import Layout, Sight
+from lightning_sensitivity.running.rules import find_sight, sight_like
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -40,7 +42,7 @@ class BatchReader:
         targets: A function ``batch -> labels``; by default :func:`~lightning_sensitivity.running.select_targets`.
         features: What a reference sees, by default the inputs: a function ``batch -> (N, D)``, or a module
             that gets the inputs of the model.
-        groups: A function ``batch -> groups``, numbers or strings, one a sample; None without groups.
+        groups: A function ``batch -> groups``, numbers or strings, one per sample; None without groups.
         task: The task, which labels have to fit.
         call: A function ``(model, batch) -> result`` in place of ``forward``; then ``inputs`` says only what
             a reference sees, and it or ``features`` is needed.
@@ -88,7 +90,7 @@ class BatchReader:
         self.has_features = features is not None
         self.has_groups = groups is not None
         self.task = task
-        self.unread: list[str] = []
+        self.reset()
 
     @property
     def sees_all(self) -> bool:
@@ -96,8 +98,10 @@ class BatchReader:
         return not self.unread and not self.has_features
 
     def reset(self) -> None:
-        """Forget what other batches have shown, before those of another run."""
-        self.unread = []
+        """Forget what other batches have shown; the next one says what is seen of those with the same inputs."""
+        self.unread: list[str] = []
+        self._first: Layout | None = None
+        self._first_sight: Sight | None = None
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -107,9 +111,27 @@ class BatchReader:
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
         if self.function is None and self._inputs is None:
-            return ModelCall(model, batch, None, self._outputs)
-        with isolated(model) as run:
-            return run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
+            call = ModelCall(model, batch, None, self._outputs)
+        else:
+            with isolated(model) as run:
+                call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
+        self._first = self._first or call.layout
+        if self._first.rows is None and self._is_like_first(call):  # else sizes are equal by chance
+            call.size = 0
+        return call
+
+    def _is_like_first(self, call: ModelCall) -> bool:
+        """Return whether a batch has the same inputs as the first one."""
+        return self._first is not None and self._first.inputs.keys() == call.layout.inputs.keys()
+
+    def _sight(self, call: ModelCall, size: int) -> Sight:
+        """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
+        own = call.layout.sight if call.size == size else None
+        own = own or find_sight(call.inputs(), size)
+        self._first_sight = self._first_sight or own
+        if own is self._first_sight or not self._is_like_first(call):
+            return own
+        return sight_like(self._first_sight, own)
 
     def labels(
         self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None
@@ -164,7 +186,7 @@ class BatchReader:
             return
         seen = self.see(model, batch, call, len(labels))
         inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
-        if answer := find_answer(inputs, labels, self.task.has_label(labels)):
+        if answer := find_leaked_label(inputs, labels, self.task.has_label(labels)):
             raise Refused(
                 f"the labels are among the inputs, in `{answer}`, where the reference would see them: leave them out "
                 "of what `inputs=` or `features=` returns."
@@ -213,8 +235,7 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            sight = call.layout.sight if call.size == size else None
-            seen, unread = select_seen(call.inputs() if sight is None else call.arguments, size, indices, sight)
+            seen, unread = select_seen(call.arguments, size, indices, self._sight(call, size))
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:

@@ -260,7 +260,7 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
 
     Example:
         >>> import torch
-        >>> from lightning_sensitivity.reference import unexplained_share
+        >>> from lightning_sensitivity import unexplained_share
         >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
         >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
         >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong
@@ -328,29 +328,29 @@ def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> 
 # How good left-out predictions are
 
 
-class Told(NamedTuple):
+class Evidence(NamedTuple):
     """What left-out predictions tell of one question, or of one target of a regression.
 
     Attributes:
-        by_chance: How likely it is that they are so much better than the mean label, by score or by order.
+        p_value: How likely it is that they are so much better than the mean label, by score or by order.
         is_clear: Whether labels are enough, and not all alike, so that it is the inputs that tell nothing otherwise.
     """
 
-    by_chance: float
+    p_value: float
     is_clear: bool
 
     @property
     def is_blind(self) -> bool:
         """Whether predictions may be no better."""
-        return self.by_chance >= _CHANCE
+        return self.p_value >= _CHANCE
 
     @property
     def is_nothing(self) -> bool:
         """Whether they hardly can be better: inputs that tell something are seldom so unlucky."""
-        return self.by_chance >= _NOTHING
+        return self.p_value >= _NOTHING
 
 
-def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Told]:
+def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Evidence]:
     """Judge how far left-out predictions tell labels better than chance, question by question.
 
     Args:
@@ -365,11 +365,11 @@ def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Told]
     for rows, q, answers in of_targets or task.classifications(p, y):
         own = None if groups is None else groups[rows]
         is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
-        found.append(Told(_by_chance(q, answers, own), is_clear))
+        found.append(Evidence(_p_value(q, answers, own), is_clear))
     return found
 
 
-def _by_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
+def _p_value(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
     """Return how likely it is by chance that predictions ``(N, K)`` are so much better than the mean label.
 
     What counts is the largest of the gains: that of the score, and that of the order, which is a rank correlation

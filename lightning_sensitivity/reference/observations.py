@@ -211,8 +211,8 @@ def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
 def farther_share(known: Observations, new: Observations) -> float:
     """Return how often new samples are farther from their nearest known one than known ones from their nearest other.
 
-    It is a half of samples of the same kind, and more if known samples are of persons, of whom the new ones are
-    not: a sample of the same person is near. Equal samples count once, as a sampler may have repeated them, and
+    It is a half of samples of the same kind, and more if known samples come from people who are absent from the new
+    ones: a sample of the same person is near. Equal samples count once, as a sampler may have repeated them, and
     equal distances half.
 
     Args:
@@ -257,7 +257,7 @@ def group_numbers(groups: Array) -> Tensor:
     # A list as objects: of strings and nan, NumPy would make the string "nan".
     names = np.asarray(groups, dtype=object if isinstance(groups, list | tuple) else None)
     if names.ndim == 0 or names.size != len(names):
-        raise ValueError(f"Expected groups to be numbers or strings, one a sample, but got shape {names.shape}.")
+        raise ValueError(f"Expected groups to be numbers or strings, one per sample, but got shape {names.shape}.")
     names = names.ravel()
     if names.dtype.kind == "O":
         _refuse_unknown(any(map(is_missing, names)))

@@ -146,10 +146,10 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = sum(math.prod(shape[1:]) for shape in learner.features.shapes.values())
         # Of the rows of a table a forest and ridge regression were both tried.
         is_table = self.estimator is None and self.kind_ == "columns" and self.n_features_in_ <= MAX_FOREST_COLUMNS
-        told = judge(learner.left_out, y, groups, task)
-        self._is_clear_table = is_table and any(each.is_clear for each in told)
-        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in told)
-        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in told]
+        evidence = judge(learner.left_out, y, groups, task)
+        self._is_clear_table = is_table and any(each.is_clear for each in evidence)
+        self.inputs_tell_nothing_ = self._is_clear_table and all(each.is_nothing for each in evidence)
+        are_blind = [not each.is_clear if self.inputs_tell_nothing_ else each.is_blind for each in evidence]
         blind = [label for label, is_blind in enumerate(are_blind) if task.is_by_column and is_blind]
         if self.inputs_tell_nothing_:
             learner.forget()
@@ -287,7 +287,7 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
     """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
     It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
-    (:func:`~lightning_sensitivity.reference.unexplained_share`).
+    (:func:`~lightning_sensitivity.unexplained_share`).
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are
     redrawn at random are found if the reference can learn the task. Where one class is turned into another,

@@ -73,7 +73,7 @@ class ByColumns:
         return found
 
     def filled(self, left_out: Array, matrix: Matrix) -> Array:
-        """Put what is predicted in the place of left-out predictions that there are not, since labels are unknown."""
+        """Fill in missing left-out predictions, of samples without a label."""
         is_missing = np.isnan(left_out)
         return np.where(is_missing, self.predict(matrix), left_out) if is_missing.any() else left_out
 

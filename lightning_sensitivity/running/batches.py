@@ -3,6 +3,7 @@
 import copy
 from abc import ABC
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType
@@ -29,7 +30,7 @@ _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer con
 
 _CONSTANTS = {str, int, float, bool, type(None)}
 _MAX_STRUCTURES = 100  # that are remembered of a model
-_FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
+FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
 
 # Copies
 
@@ -178,7 +179,7 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
 
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
-    known = _FOUND.setdefault(model, {})
+    known = FOUND.setdefault(model, {})
     if len(known) >= _MAX_STRUCTURES:
         return rule(model, value)
     key = rule, structure_of(value)
@@ -206,7 +207,7 @@ def structure_of(value: object) -> object:
             found.append(len(item))
             items += item
         elif type(item) not in _CONSTANTS:
-            held = {name: x for name in TARGET_NAMES if isinstance(x := getattr(item, name, None), Tensor)}
+            held = {name: x for name in TARGET_NAMES if isinstance(x := entry(item, name), Tensor)}
             found.append((*held,))
             items += held.values()
     return (*found,)
@@ -236,8 +237,12 @@ def first_of(result: object) -> object:
 
 
 def entry(value: object, name: str) -> object:
-    """Return an entry of a mapping or an attribute of another object; None if it is not there."""
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    """Return an entry of a mapping or an attribute of another object; None if it is not there, or a property fails."""
+    if isinstance(value, Mapping):
+        return value.get(name)
+    with suppress(Exception):
+        return getattr(value, name, None)
+    return None
 
 
 def is_empty(value: object) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.messages import Refused
+from lightning_sensitivity.messages import Refused, describe_error
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ _LARGE = 2**16  # elements of a tensor that is cloned again only where it has ch
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
 _WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OF_THREADS = ("lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading")  # locks, queues, loggers
+_OF_THREADS = {"lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading"}  # not to copy
 
 
 class RunIsolated(Protocol):
@@ -73,6 +74,10 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
             try:
                 state.put_copies()
                 result = function(*args)
+            except ValueError as error:
+                if "read-only" in str(error):
+                    raise _not_restored("writes to a large array") from error
+                raise
             finally:
                 state.restore()
         state.check_writes()
@@ -127,12 +132,13 @@ def isolated_with(model: nn.Module, function: object) -> AbstractContextManager[
 
 
 class _Steps(ABC):  # noqa: B024
-    """An iterator without attributes, such as a generator or an `itertools.count`, whose position can't be read."""
+    """An iterator of Python's own, such as a generator or an `itertools.count`, whose position can't be read."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         """Look at the class alone."""
-        return issubclass(other, Iterator) and other.__dictoffset__ == 0
+        is_own = other.__module__ in ("builtins", "itertools") and other not in ProxyTypes
+        return is_own and issubclass(other, Iterator)
 
 
 class _NoIterator(Iterator[Any]):
@@ -158,6 +164,7 @@ def _array(value: Any) -> object:
 # The first kind that fits counts, also of a subclass, such as a `Counter`; but iterators with attributes are objects.
 _COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
     (torch.Generator, lambda name, value: value.clone_state()),
+    (random.SystemRandom, lambda name, value: value),  # without a state
     ((random.Random, np.random.Generator, np.random.RandomState), lambda name, value: copy.deepcopy(value)),
     (np.ndarray, lambda name, value: _array(value)),
     (_Steps, lambda name, value: _NoIterator(name)),
@@ -199,6 +206,7 @@ class _State:
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
         self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
         weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
+        self.registered = set(map(id, weights))
         self._watch((name, parameter) for parameter, name in weights.items())
         for module in {module: None for root in roots for module in root.modules()}:
             attributes = vars(module)
@@ -239,7 +247,7 @@ class _State:
             self.copied += [_Copied(holder, name, value, make_copy) for make_copy in ways[:1]]
             if isinstance(value, list | dict | tuple | deque):
                 items = value.values() if isinstance(value, dict) else value
-                tensors = [x for x in items if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)]
+                tensors = [x for x in items if isinstance(x, Tensor) and id(x) not in self.registered]
                 self._watch((f"a tensor in `{name}`", x) for x in tensors)
 
     def put_copies(self) -> None:
@@ -248,7 +256,11 @@ class _State:
         copies: dict[int, object] = {}  # what several places share stays shared
         for holder, name, value, make_copy in self.copied:
             if id(value) not in copies:
-                copies[id(value)] = make_copy(name, value)
+                try:
+                    copies[id(value)] = make_copy(name, value)
+                except Exception as error:
+                    reason = f"`{name}` of the model can't be copied for our passes: {describe_error(error)}"
+                    raise Refused(reason, entry="state") from error
             holder[name] = copies[id(value)]
         for attributes, values in self.fixed:
             attributes.update(values)
@@ -307,7 +319,9 @@ def _is_object(value: Any) -> bool:
     """Return whether a value is an object of a class of its own, whose attributes a run may change."""
     if isinstance(value, (Tensor, *(kind for kind, _ in _COPIES), nn.Module, type, FunctionType, ModuleType)):
         return False
-    return isinstance(getattr(value, "__dict__", None), dict) and not type(value).__module__.startswith(_OF_THREADS)
+    return (
+        isinstance(getattr(value, "__dict__", None), dict) and type(value).__module__.split(".")[0] not in _OF_THREADS
+    )
 
 
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:

@@ -14,6 +14,7 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
+    FOUND,
     TARGET_NAMES,
     Attribute,
     Place,
@@ -58,6 +59,12 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     if module not in _PARAMETERS:
         _PARAMETERS[module] = inspect.signature(module.forward).parameters
     return _PARAMETERS[module]
+
+
+def forget(model: nn.Module) -> None:
+    """Forget what is remembered of a module, whose ``forward`` may be another one by now, as in a notebook."""
+    _PARAMETERS.pop(original_module(model), None)
+    FOUND.pop(model, None)
 
 
 def required_names(model: nn.Module) -> list[str]:
@@ -293,6 +300,25 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
         kind = GRAPHS if _are_graphs(named[name]) else kind
         seen.append(Input(name, place, kind, masks.get(x.shape) if are_words else None))
     return seen, unread
+
+
+def sight_like(first: Sight, own: Sight) -> Sight:
+    """Return what is seen of a first batch, if all of it is found in another batch, too; else what is found there.
+
+    More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
+    be taken for words, or for categories.
+    """
+    found = {(each.name, each.place): (_kind_of_any(each), each.mask) for each in own[0]}
+    for each in first[0]:
+        kind, mask = found.get((each.name, each.place), ("", None))
+        if kind != _kind_of_any(each) or each.mask not in (None, mask):
+            return own
+    return first
+
+
+def _kind_of_any(each: Input) -> str:
+    """Return the kind of an input, one for all integers."""
+    return "tokens" if each.kind == INTEGERS else each.kind
 
 
 def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:

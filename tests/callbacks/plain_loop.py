@@ -143,7 +143,7 @@ def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> 
 
 
 def drawn(q: Tensor) -> Tensor:
-    """20 labels a sample, ``(20, N)``, at evenly spaced quantiles, which begin at the multiples of the golden ratio."""
+    """20 labels per sample, ``(20, N)``, at evenly spaced quantiles that begin at the multiples of the golden ratio."""
     q = torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
     offsets = [(place + 1) * (math.sqrt(5) - 1) / 2 % 1 for place in range(len(q))]
     rows = [[int((row.cumsum(0) <= (k + offset) / 20).sum()) for row, offset in zip(q, offsets, strict=True)]

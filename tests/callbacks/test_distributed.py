@@ -119,7 +119,7 @@ def assert_same_as_one(found: list[Any], alone: Any) -> None:
     values, numbers, words, lines, texts = found[0]
     truth, one, one_words, one_line, _ = alone
     assert texts == [] and lines == one_line and words == one_words
-    assert len(lines) == 2 and all("The reference (" in line for line in lines)
+    assert len(lines) == 2 and all("the reference (" in line for line in lines)
     assert values.keys() == truth.keys()
     noisy = {name for name in values if "sensitivity" in name or "loss_estimate" in name}  # noise is drawn by rank
     assert {name: values[name] for name in values.keys() - noisy} == pytest.approx(

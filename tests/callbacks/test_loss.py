@@ -1,6 +1,7 @@
 """A loss of the user's own is expected on labels that are drawn, as a plain loop computes it."""
 
 import math
+import re
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
@@ -122,6 +123,19 @@ def test_of_logarithms_of_rates_a_reference_of_rates_has_no_loss_and_raises_no_d
     assert predictions.network.shape == predictions.reference.shape == (50, 1)
     with nullcontext() if is_told else pytest.raises(ValueError, match="outputs that predict targets, but"):
         assert torch.equal(predictions.mean, (predictions.network + predictions.reference) / 2)
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, 0])
+def test_the_range_of_drawn_targets_is_said_where_a_loss_does_not_take_it(lowest: float) -> None:
+    def of_roots(outputs: Tensor, y: Tensor) -> Tensor:
+        return (softplus(outputs).sqrt() - y.clamp(min=lowest).sqrt()).square().mean(1)
+
+    model, prices = Plain(1, lambda *args: of_roots(*args).mean()), (2 * X[:, :1]).double().exp()
+    monitor = quick_risk("regression", loss=of_roots)
+    _, texts = fitted_and_said(monitor, model, batches_of(X, prices), unlabelled_loader(seed=1), max_epochs=2)
+    assert ["expected_loss" in row for row in monitor.history] == [lowest == 0] * 2
+    of_range = [text for text in texts if re.search(r"draws targets from -\d.* to \d.*targets.clamp\(min=0\)", text)]
+    assert len(of_range) == (lowest != 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

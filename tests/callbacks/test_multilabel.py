@@ -1,4 +1,4 @@
-"""Several labels a sample, some unknown: what is expected, and what is said of labels that can't be told."""
+"""Several labels per sample, some unknown: what is expected, and what is said of labels that can't be told."""
 
 import math
 from typing import Any

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch import callbacks as cb
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -174,6 +175,7 @@ def test_other_validation_samples_are_said_and_others_get_the_last_value_until_t
     data = batches_of(X, NOISY), DataLoader(HOLDOUT[:40], 16)
     run, texts = fitted_and_said(monitor := quick_risk(), Still(), *data, **options)
     assert len(texts) == 1 and "keeps other validation samples than the checkpoint knows" in texts[0]
+    assert "as many as before: `num_samples=`" in texts[0]
     assert run.epochs[0][LOSS] == pytest.approx(first.epochs[-1][LOSS]) and "expected_loss" not in monitor.history[2]
     assert run.epochs[1][LOSS] != run.epochs[0][LOSS] and "expected_loss" in monitor.history[3]
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
@@ -189,6 +191,8 @@ def tenfold(outputs: Tensor, y: Tensor) -> Tensor:
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # validation samples, and options of the monitor
     "other samples": (inputs(50, seed=7), {}),
     "another loss": (HOLDOUT, {"loss": tenfold}),
+    "other class shares": (HOLDOUT, {"class_shares": [0.1, 0.2, 0.3, 0.4]}),
+    "another estimator": (HOLDOUT, {"reference": LogisticRegression()}),
     "other labels": (TensorDataset(HOLDOUT, torch.arange(50) % 4), {"validation_labels": True}),
 }
 
@@ -199,8 +203,9 @@ def test_a_resumed_fit_begins_a_curve_with(name: str, tmp_path: Path) -> None:
     samples, options = OTHERS[name]
     again = quick_risk(**options)
     fit(Still(), quick_risk(), max_epochs=2).save_checkpoint(path := tmp_path / "two.ckpt")
-    with said():
+    with said() as texts:
         fit(Still(), again, val=DataLoader(samples, 16), max_epochs=5, ckpt_path=path)
+    assert any(word in text for text in texts for word in ("begins a new curve", "keeps other validation samples"))
     rows = [row for row in again.history if "expected_loss" in row]
     curves = [row["curve"] for row in rows]
     assert len({*curves}) == 2 and curves[0] == curves[1] != curves[2] == curves[-1]

@@ -361,6 +361,15 @@ def test_estimated_class_shares_are_those_of_the_fit_however_few_samples_are_pre
         torch.testing.assert_close(monitor.predict(model, [HOLDOUT[row : row + 1]]).reference, found[row : row + 1])
 
 
+def test_without_estimated_class_shares_they_are_those_of_training() -> None:
+    monitor, model = quick_risk(class_shares="estimate"), Plain()
+    _, texts = fitted_and_said(monitor, model, batches_of(X, NOISY.flip(0)), unlabelled(seed=1), max_epochs=1)
+    assert any("the reference sees too little" in text for text in texts)
+    expected = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT[:1]))
+    found = monitor.predict(model, [HOLDOUT[:1]]).reference
+    torch.testing.assert_close(found, expected, check_dtype=False)
+
+
 def test_a_row_with_nan_keeps_its_place_without_a_prediction_by_the_reference() -> None:
     monitor, model = quick_risk(), Plain()
     fitted(monitor, model, batches_of(X, CORRECT), unlabelled(seed=1), max_epochs=1)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
@@ -173,6 +173,30 @@ def test_a_bound_on_the_other_kind_of_sensitivity_is_refused(per_output: bool, s
     stop = EarlyStopping(other + suffix, divergence_threshold=1.0, patience=1000)
     match = f"monitors `{other}{suffix}`, but `{own}` is logged.*set `per_output={not per_output}`"
     helpers.refused([SensitivityMonitor(per_output=per_output), stop], Linear(), match=match)
+
+
+def test_a_schedule_that_monitors_the_other_kind_is_refused_too() -> None:
+    class Plateau(Linear):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": OF_MEAN}}
+
+    match = f"`ReduceLROnPlateau` monitors `{OF_MEAN}`"
+    helpers.refused([SensitivityMonitor(per_output=True)], Plateau(), match=match)
+
+
+def test_a_forward_that_is_defined_anew_as_in_a_notebook_is_read_anew() -> None:
+    class Scaled(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model, values = Scaled(), list[float]()
+    batches = DataLoader(StackDataset(x=inputs(20), scale=torch.full((20, 1), 3)), 20)
+    values.append(validated(SensitivityMonitor(), model, batches)[OF_MEAN])
+    Scaled.forward = lambda self, x, scale=1: Linear.forward(self, x) * scale  # type: ignore[assignment]
+    values.append(validated(SensitivityMonitor(), model, batches)[OF_MEAN])
+    assert values[1] == pytest.approx(9 * values[0], rel=1e-5)
 
 
 class Tuned(Classifier):

@@ -15,7 +15,7 @@ from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, has_ended
 from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
 from lightning_sensitivity.expected.record import Verdict
-from lightning_sensitivity.expected.summary import ANSWER, Curve, summarize
+from lightning_sensitivity.expected.summary import LEAKAGE, Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit, names_of
 from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
@@ -64,7 +64,7 @@ def without(rows: Rows, **changes: Any) -> Rows:
 CURVES = {LOSS: Curve("expected_loss", 0, False), ACCURACY: Curve("expected_accuracy", 0, True)}
 SKILL = "on labels that it has not seen, it is 50% better than chance"
 BEST = f"`{LOSS}` was lowest at epoch 3"
-CHOSE = "The reference (random forest, 2,000 training labels) chose."
+CHOSE = "Chosen by the reference (random forest, 2,000 training labels)."
 REACH = "There the network is expected to reach a loss of 0.4 ± 0.05, the reference by itself 0.35"
 RIVAL = f"{REACH}: consider it, or the mean of both."
 CANT_TELL = f"{REACH}. Which of both is better it can't tell, since the network may know more than it sees."
@@ -86,10 +86,10 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "many labels are left": (verdict(unexplained=0.12), validations(), f"{BEST}. {CHOSE} {RIVAL} About 12% of the "
         "training labels can't be explained: they are wrong, or not to be known from the inputs."),
     "labels and the reference chose": (verdict(), validations(num_labels=70),
-        f"{BEST}. 70 validation labels and the{CHOSE[3:]} {RIVAL}"),
-    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. 70 validation labels chose."),
+        f"{BEST}. Chosen by 70 validation labels and the{CHOSE[13:]} {RIVAL}"),
+    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. Chosen by 70 validation labels."),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
-        f"{BEST}. 70 validation labels chose."),
+        f"{BEST}. Chosen by 70 validation labels."),
     "a reference that is hardly better": (verdict(), validations(expected_loss_stderr=0.11),
         f"{BEST}. {CHOSE} {REACH.replace('0.05,', '0.2,')}."),
     "a reference that may be better": (verdict(), validations(expected_loss_stderr=0.09),
@@ -98,14 +98,14 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
         f"{BEST}. {CHOSE} {REACH.replace(' ± 0.05', '')}."),
     "a reference that may see less": (verdict(features="features", is_whole_table=False), validations(),
         f"{BEST}. {CHOSE} {CANT_TELL}"),
-    "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs tell "
-        f"nothing of the labels: the mean label is what to expect of any network. {REACH}."),
+    "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs seem "
+        f"to tell nothing of the labels: no network is expected to beat the mean label. {REACH}."),
     "labels that contradict": (verdict(), validations(num_labels=70, expected_loss_by_labels=0.16,
-        expected_loss_by_reference=0.41), f"{BEST}. 70 validation labels and the{CHOSE[3:]} {REACH}. The labels "
-        "contradict the reference beyond chance (by labels alone it is 0.16, by the reference alone 0.41): believe the "
-        "labels."),
+        expected_loss_by_reference=0.41), f"{BEST}. Chosen by 70 validation labels and the{CHOSE[13:]} {REACH}. "
+        "The labels contradict the reference beyond chance (by labels alone it is 0.16, by the reference alone 0.41): "
+        "trust the labels."),
     "before a resume": (None, validations(),
-        f"{BEST}. The reference of an earlier part of this fit chose. {CANT_TELL}"),
+        f"{BEST}. Chosen by the reference of an earlier part of this fit. {CANT_TELL}"),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {RIVAL}"),
     "another estimator, many classes": (verdict(learner="GaussianNB"), validations(),
@@ -146,8 +146,8 @@ def test_it_says_if(what: str) -> None:
 
 DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict, what was said, doubts
     "of the network": ({}, [CONSTANT, PROBABILITIES], [CONSTANT, PROBABILITIES]),
-    "of a reference that explains a table": ({"skill": 0.992}, [], [ANSWER]),
-    "of one that explains features": ({"skill": 0.992, "features": "features"}, [CONSTANT], [CONSTANT, ANSWER]),
+    "of a reference that explains a table": ({"skill": 0.992}, [], [LEAKAGE]),
+    "of one that explains features": ({"skill": 0.992, "features": "features"}, [CONSTANT], [CONSTANT, LEAKAGE]),
     "none of one that explains images": ({"skill": 0.992, "features": "patches"}, [], []),
 }
 
@@ -156,7 +156,7 @@ DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict
 def test_it_gives_no_advice_if_there_are_doubts(what: str) -> None:
     changes, said, doubts = DOUBTED[what]
     facts, line = summarize(*watched_in(trainer()), CURVES, validations(4), verdict(**changes), said)
-    sentences = {CONSTANT: "worse than a constant", PROBABILITIES: "lie in [0, 1]", ANSWER: "all but a hundredth"}
+    sentences = {CONSTANT: "worse than a constant", PROBABILITIES: "lie in [0, 1]", LEAKAGE: "all but a hundredth"}
     assert facts["doubts"] == doubts and REACH in line
     assert all((text in line) == (doubt in doubts) for doubt, text in sentences.items())
     assert all((advice in line) == (not doubts) for advice in ("consider it", "train for longer"))

@@ -70,7 +70,7 @@ def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_t
     monitor, options = quick_risk(features=features, validation_labels=has_labels), {"enable_checkpointing": True}
     val = DataLoader(labelled(80, seed=1), 20)
     texts = fitted_and_said([monitor, checkpoint], Quiet(), of(X[:180], Y[:180]), val, max_epochs=3, **options)[1]
-    assert any("expects nothing of dataloader 0: No sample has finite inputs" in text for text in texts)
+    assert any("can't estimate anything for dataloader 0: No sample has finite inputs" in text for text in texts)
     assert monitor.summary["chosen_by"] == ("labels" if has_labels else "nothing")
     assert has_labels or checkpoint.best_model_path.endswith("epoch=2.ckpt")
     assert [row["reference"] for row in monitor.history] == [None] * 3
@@ -247,7 +247,7 @@ def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share:
     texts = said(kind(), ByHand(), of(X, y))
     assert (
         len(texts) == 1
-        and "got outputs that all lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
+        and "finds that all outputs lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
         in texts[0]
     )
     assert said(kind(), ByHand(), of(X, y), max_epochs=0) == []

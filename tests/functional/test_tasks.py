@@ -21,6 +21,7 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
     "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*set `task='multilabel'`"),
     "bools": ("multiclass", LOGITS, BITS.bool(), "Expected class indices .* torch.bool"),
+    "nan for a label": ("binary", SINGLE, CLASSES / CLASSES, r"but got nan: .*nan_to_num\(-100\)"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2. If 2 means"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
     "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),

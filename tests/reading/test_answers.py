@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.reading.inputs import find_answer
+from lightning_sensitivity.reading.inputs import find_leaked_label
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Z = torch.randn(60, 5, generator=RANDOM), torch.randn(60, 2, generator=RANDOM)
@@ -14,7 +14,7 @@ K, FLAG = torch.randint(4, (60,), generator=RANDOM), torch.randint(2, (60,), gen
 
 
 def find(inputs: Any, labels: Tensor) -> str | None:
-    return find_answer(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
+    return find_leaked_label(inputs, labels, torch.ones(len(labels), dtype=torch.bool))
 
 
 FOUND: dict[str, tuple[dict[str, Any], Tensor, str]] = {
@@ -54,4 +54,4 @@ def test_what_may_be_no_label_passes(what: str) -> None:
 
 def test_ignored_labels_are_not_compared() -> None:
     labels = torch.where(torch.arange(60) % 3 > 0, K, -100)
-    assert find_answer({"x": K}, labels, labels >= 0) == "x"
+    assert find_leaked_label({"x": K}, labels, labels >= 0) == "x"

@@ -131,6 +131,46 @@ def test_inputs_by_position_are_seen_whatever_their_names() -> None:
     assert torch.equal(see(BatchReader(), Two(), (X, X + 1, Y))["columns"], torch.cat([X, X + 1], 1))
 
 
+def net_of(forward: Any, **makers: Any) -> Any:
+    """A network, and how to make its batch of N samples, of texts that have so many tokens."""
+    make = lambda size, length: {name: make(size, length) for name, make in makers.items()}  # noqa: E731
+    return type("Net", (nn.Module,), {"forward": forward})(), make
+
+
+def integers(size: int, length: int) -> Tensor:
+    return torch.ones(size, length, dtype=torch.int64)
+
+
+TEXT = {"input_ids": integers, "attention_mask": integers}
+# A network with a batch of 10 samples, whose texts have 16 tokens; what is seen of it, and how many of it are kept.
+BY_CHANCE: dict[str, tuple[Any, dict[str, int], int]] = {
+    "as many shared numbers as samples": (
+        net_of(lambda self, x, prior: x, x=torch.rand, prior=lambda size, length: torch.rand(10)),
+        {"columns": 16}, 10),
+    "as many shared numbers as samples, beside integers": (
+        net_of(lambda self, x, prior: x.float(), x=integers, prior=lambda size, length: torch.rand(10)),
+        {"tokens": 16}, 10),
+    "as many numbers as tokens": (
+        net_of(lambda self, input_ids, attention_mask, token_type_ids, x: x, **TEXT, token_type_ids=integers,
+                 x=lambda size, length: torch.rand(size, 16)),
+        {"tokens": 16, "columns": 16}, 5),
+    "as many categories as tokens": (
+        net_of(lambda self, input_ids, attention_mask, codes, x: x, **TEXT,
+                 codes=lambda size, length: integers(size, 16), x=lambda size, length: torch.rand(size, 5)),
+        {"tokens": 16, "columns": 21}, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BY_CHANCE)
+def test_sizes_that_are_equal_by_chance_change_nothing(what: str) -> None:
+    (model, make), expected, num_kept = BY_CHANCE[what]
+    reader = BatchReader()
+    see(reader, model, make(50, 12))
+    unread = [*reader.unread]
+    assert {kind: x.shape[1] for kind, x in see(reader, model, make(10, 16)).items()} == expected
+    assert reader.unread == unread and reader.keep(model, make(10, 16), 0, max_samples=5).size == num_kept
+
+
 def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSamples:
     samples = KeptSamples(num_wanted)
     for index, batch in enumerate(batches):

@@ -13,9 +13,9 @@ from sklearn.dummy import DummyClassifier
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lightning_sensitivity import Reference
+from lightning_sensitivity import Reference, label_noise, unexplained_share
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.reference import label_noise, reference, unexplained_share
+from lightning_sensitivity.reference import reference
 from lightning_sensitivity.reference.calibration import (
     _FEWEST,
     Calibration,

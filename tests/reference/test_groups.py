@@ -60,8 +60,8 @@ def test_numbers_of_strings_and_fractions_depend_on_no_process_and_no_other_samp
     (pd.Series(["a", None], dtype="string"), "some are None"),
     (pd.Series(pd.to_datetime(["2020-01-01", None])), "some are None"),
     ([pd.Timestamp("2020-01-01"), pd.NaT], "some are None"),
-    (torch.zeros(3, 2), r"one a sample, but got shape \(3, 2\)"),
-    (3, r"one a sample, but got shape \(\)"),
+    (torch.zeros(3, 2), r"one per sample, but got shape \(3, 2\)"),
+    (3, r"one per sample, but got shape \(\)"),
 ])  # fmt: skip
 def test_what_are_no_groups_is_refused(groups: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):

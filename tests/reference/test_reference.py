@@ -23,8 +23,8 @@ from torch.nn.functional import one_hot, pad
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.reference import learners, reference, unexplained_share
-from lightning_sensitivity.reference.calibration import Calibration, error_quantiles
+from lightning_sensitivity.reference import learners, reference
+from lightning_sensitivity.reference.calibration import Calibration, error_quantiles, unexplained_share
 from lightning_sensitivity.reference.kinds import KINDS
 from lightning_sensitivity.reference.learners import Features, Learner
 from lightning_sensitivity.reference.observations import Observations

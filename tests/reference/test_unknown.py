@@ -1,4 +1,4 @@
-"""Several labels a sample, and several targets, of which some are unknown."""
+"""Several labels per sample, and several targets, of which some are unknown."""
 
 import math
 from typing import Any
@@ -12,7 +12,8 @@ from sklearn.naive_bayes import GaussianNB
 from torch import Tensor
 
 from lightning_sensitivity import Reference, label_noise
-from lightning_sensitivity.reference import learners, unexplained_share
+from lightning_sensitivity.reference import learners
+from lightning_sensitivity.reference.calibration import unexplained_share
 from tests.reference.conftest import generator
 
 X, NEW = torch.randn(2, 400, 5, generator=generator())

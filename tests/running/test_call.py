@@ -26,6 +26,12 @@ def module(forward: Any) -> nn.Module:
     return type("Model", (nn.Module,), {"forward": forward})()
 
 
+class Unlabelled(SimpleNamespace):
+    @property
+    def y(self) -> Tensor:
+        raise RuntimeError("has no y yet")
+
+
 call = ModelCall
 ONE, TWO = module(lambda self, x: x), module(lambda self, x, mask: x)
 THREE_LAST, IMAGES = module(lambda self, x: x.sum(-1, keepdim=True).expand(-1, -1, -1, 3)), torch.zeros(2, 5, 4, 1)
@@ -162,6 +168,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "labels of a named tuple that has inputs called so": (lambda: select_targets(DENOISER, Weighted(X, X, IDS)), IDS),
     "labels of a mapping": (lambda: select_targets(TWO, UserDict(x=X, labels=IDS)), IDS),
     "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
+    "labels of an object with a property that fails": (lambda: select_targets(ONE, Unlabelled(target=IDS)), IDS),
     "labels that are called Y": (lambda: select_targets(ONE, {"x": X, "Y": IDS}), IDS),
     "labels that are called class": (lambda: select_targets(ONE, {"x": X, "class": IDS}), IDS),
     "the only tensor beside labels": (lambda: call(ONE, {"image": X, "label": IDS})(), X),

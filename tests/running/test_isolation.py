@@ -1,8 +1,10 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
+import io
 import itertools
 import math
 import random
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -217,6 +219,12 @@ REFUSED: dict[
         lambda held: next(held.n),
         "advances the iterator `n`",
     ),
+    "a parameter in a list": (
+        [nn.Parameter(torch.zeros(1))],
+        lambda held: held[0].add_(1),
+        "writes to a tensor in `held`",
+    ),
+    "a large array": (np.zeros(2**17), lambda held: held.__iadd__(1), "writes to a large array"),
 }
 
 
@@ -231,14 +239,39 @@ def test_a_pass_that_can_not_be_undone_is_refused_by_name(what: str) -> None:
             run(lambda: change(model.held))
 
 
-def test_a_large_array_may_be_read_and_not_written() -> None:
+class Uncopyable(list[int]):
+    def __copy__(self) -> "Uncopyable":
+        raise TypeError("one alone")
+
+
+def test_what_can_not_be_copied_is_refused_by_name() -> None:
     model = nn.Linear(2, 2)
-    model.table = np.zeros(2**17)
+    model.held = Uncopyable()
+    with isolated(model) as run, pytest.raises(MisconfigurationException, match="`held` of the model can't be copied"):
+        run(model, X)
+
+
+class Parent:
+    scale = 2
+
+
+@pytest.mark.parametrize("held", [weakref.proxy(Parent), random.SystemRandom(), io.StringIO("text"), np.zeros(2**17)])
+def test_what_a_pass_only_reads_may_be_held(held: object) -> None:
+    model = nn.Linear(2, 2)
+    model.held = held
     with isolated(model) as run:
-        assert run(lambda: model.table.sum()) == 0
-        with pytest.raises(ValueError, match="read-only"):
-            run(lambda: model.table.__iadd__(1))
-    assert model.table.flags.writeable
+        assert run(lambda: getattr(model.held, "scale", 2)) == 2
+    assert model.held is held and getattr(getattr(held, "flags", None), "writeable", True)
+
+
+@pytest.mark.parametrize("module", ["lightning_modules", "queue_utils"])
+def test_objects_of_packages_that_are_called_like_those_of_threads_are_put_back(module: str) -> None:
+    model = nn.Linear(2, 2)
+    model.held = type("Counts", (), {"__module__": module})()
+    model.held.n = 0
+    with isolated(model) as run:
+        run(lambda: setattr(model.held, "n", 1))
+    assert model.held.n == 0
 
 
 def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:

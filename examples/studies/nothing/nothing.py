@@ -32,7 +32,7 @@ import record
 from rules import Recorded, expected_curves, gain_curve, lowest
 from runs import _mlp_run, redrawn
 
-from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.reference import Reference
 
 SETTINGS = ((600, 0.2), (2000, 0.6))  # rows in training, and the share of labels that is redrawn
 MOST_ROWS, NUM_SEEDS, NUM_OTHERS = 6000, 10, 3000

@@ -51,9 +51,9 @@ from said import Said, file_of, fit_run
 from torch import Tensor
 
 from lightning_sensitivity.functional.expected import ESTIMATES
-from lightning_sensitivity.reference import Reference
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.observations import largest_difference
+from lightning_sensitivity.reference.reference import Reference
 
 NEVER_TWICE = (
     "photos", "texts", "redrawn", "tuned", "pretrained", "minilm", "made", "photos_more", "texts_more", "minilm_more",

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 
 from lightning_sensitivity.functional import draw_labels, expected_metric
 from lightning_sensitivity.functional.expected import WEIGHT, Estimate, combine
-from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.reference import Reference
 
 PATIENCE = 1 / 3  # of all epochs, without a better value of what one keeps by, where one stops to save time
 VALUES = ("loss", "accuracy", "auc")  # what one keeps by

@@ -25,9 +25,10 @@ from torch.nn.functional import one_hot
 
 import lightning_sensitivity
 from lightning_sensitivity.functional.tasks import find_task
-from lightning_sensitivity.reference import Reference, learners
+from lightning_sensitivity.reference import learners
 from lightning_sensitivity.reference.learners import Learner
 from lightning_sensitivity.reference.observations import Observations
+from lightning_sensitivity.reference.reference import Reference
 
 
 def sources() -> str:

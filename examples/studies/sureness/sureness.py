@@ -43,7 +43,7 @@ from lightning_sensitivity.functional.expected import (
     weight_beside,
 )
 from lightning_sensitivity.functional.tasks import AUROC, TASKS, Measured, measure_mean
-from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.reference import Reference
 
 COUNTS, NUM_DRAWS = (50, 200, 600), 5
 THRESHOLDS = (2.0, 2.5, 3.0)  # standard errors

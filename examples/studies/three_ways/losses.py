@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_sensitivity.functional import loss_estimate, output_sensitivity
-from lightning_sensitivity.reference import Reference
+from lightning_sensitivity.reference.reference import Reference
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("paper", "stopping")]

@@ -286,11 +286,13 @@ def check_probabilities(outputs: Tensor, targets: Tensor, advice: str = "") -> N
     is_valid = (targets >= 0) & (targets <= 1)
     is_valid |= are_ignored(targets)
     if not bool(is_valid.all()):
+        expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
+        if bool(targets.isnan().any()):
+            raise ValueError(f"{expected}, but got nan: `targets=lambda batch: batch[1].nan_to_num({IGNORED})`")
         lowest, highest = float(targets.min()), float(targets.max())
         has_two = lowest == -1 and bool((targets != 0).all())
         to_zero = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`"
         mapping = to_zero if has_two else _ignoring(targets, ~is_valid)
-        expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
         raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
 
 
