@@ -1,5 +1,6 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
@@ -8,14 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_sensitivity.expected.doubts import Doubts
+from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
-from lightning_sensitivity.functional.expected import WEIGHT, Loss, complete_labels, label_draws, losses
-from lightning_sensitivity.functional.tensors import without_ones
-from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
-from lightning_sensitivity.reading.reader import BatchReader, check_count
-from lightning_sensitivity.reference.observations import Observations, count_groups, stderr_of_mean
+from lightning_sensitivity.expected.record import Unseen
+from lightning_sensitivity.functional.expected import Loss
+from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities, without_ones
+from lightning_sensitivity.messages import (
+    LOGITS,
+    Refused,
+    Selector,
+    check_argument,
+    check_task,
+    link_to,
+    refuse_on_error,
+)
+from lightning_sensitivity.reading.reader import BatchReader, Shape, check_count, check_logits
+from lightning_sensitivity.reference.observations import Observations
 from lightning_sensitivity.running.batches import move_batch
-from lightning_sensitivity.running.call import Function
+from lightning_sensitivity.running.call import Function, Sigmoids
 from lightning_sensitivity.running.isolation import isolated, isolated_with
 
 _QUANTILE = 1.96  # of the normal distribution, for 95 %
@@ -31,9 +43,9 @@ class ModelScores(NamedTuple):
             yours, the loss to expect: the lower, the better. With validation labels, it is combined with the value on
             these.
         difference: By how much it is worse than that of the first model.
-        difference_stderr: The standard error of that, paired by sample.
-        may_be_best: Whether the samples are too few to tell it from the first model: the 95 % interval of
-            ``difference`` holds 0.
+        difference_stderr: The standard error of that, on the same labels, with all that a ``RiskMonitor`` counts: the
+            samples, the labels that calibrated the reference, and how sure that is of a model; nan if unknown.
+        may_be_best: Whether it can't be told from the first model: the 95 % interval of ``difference`` holds 0.
     """
 
     rank: int
@@ -75,7 +87,7 @@ def compare_models(
 
     A reference, the best small model of the training labels, which may be noisy, stands in for validation
     labels, as for :class:`~lightning_sensitivity.RiskMonitor`. It predicts probabilities of the classes; the
-    accuracy to expect is the mean probability of the class that a model chooses. See ``examples/studies`` for
+    accuracy to expect is that on 20 labels a sample, drawn from these. See ``examples/studies`` for
     what it is worth.
 
     Args:
@@ -98,7 +110,8 @@ def compare_models(
             other ones: numbers or strings, one a sample. The reference then leaves out whole groups, and standard
             errors count groups.
         validation_labels: Combine what is expected with the value on the labels of ``dataloader``, which may
-            be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference.
+            be noisy: it is the mean of both, with a weight of m for m labels, and of 1,000 for the reference, or fewer,
+            the same for all models, if labels contradict it.
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
         inputs: A function ``batch -> arguments``; by default see
             :class:`~lightning_sensitivity.running.ModelCall`.
@@ -134,17 +147,47 @@ def compare_models(
     )
     outputs_of = _run_all(models, batches, reader, rules.has_any_outputs(loss))
     first, some = next(iter(models.values())), next(iter(outputs_of.values()))
-    judge = _Judge(first, reader, loss, some)
+    shape = None if rules.has_any_outputs(loss) else tuple(without_ones(some).shape[1:])
     new = reader.join(first, (reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches)))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
         rows = finite_samples(new, "samples of `dataloader`", warn)
         new = new.take(rows)
-        judge.fit(training, reference, new, is_alone=not validation_labels)
+        like, known = _read_training(first, reader, training, shape)
+        num_columns = known.labels.shape[1]
+        is_other = shape is None and some.shape[1:].numel() != num_columns  # such as quantiles
+        unseen = _ask_reference(reader, known, reference, new, is_other, not validation_labels)
+    y = torch.full((len(some), num_columns), math.nan, dtype=torch.float64)
     if validation_labels:
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            judge.add_labels(batches, rows, new.groups)
-    values = {name: judge.value(name, each[rows]) for name, each in outputs_of.items()}
-    return _rank(values, judge.is_highest_best, new.groups)
+            labels = torch.cat([reader.labels(first, move_batch(first, batch), shape) for batch in batches])
+            check_count(labels, len(some))
+            y = rules.label_matrix(labels, num_columns).double()
+    metrics = {} if loss is not None else rules.default_metrics(num_columns)  # accuracy first; none in a regression
+    expectation = Expectation(rules, loss, metrics, some, like, Doubts(warn))
+    read = {name: each[rows] for name, each in outputs_of.items()}
+    for name, each in read.items():
+        if not bool(rules.predictions(each).isfinite().all()):  # a logit of -inf masks a class
+            raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
+    with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(first, loss) as run:
+        ranked = run(expectation.rank, read, Known(y[rows], new.groups, unseen))
+    return _scores(ranked)
+
+
+def _scores(ranked: Sequence[tuple[str, float, float, float]]) -> Comparison:
+    """Return the scores of models by what :meth:`Expectation.rank` says, or say why there are none."""
+    if not ranked:
+        raise Refused(
+            "`validation_labels` can't be read: no sample of `dataloader` has one, or all are of one class, and the "
+            "reference sees too little: set `features=`.",
+            "comparing-models",
+        )
+    found = Comparison()
+    for rank, (name, value, difference, stderr) in enumerate(ranked, start=1):
+        if not math.isfinite(value):
+            raise Refused(f"Model {name!r} can't be compared: `loss` gives {value}.", "comparing-models")
+        may_be_best = not difference > _QUANTILE * stderr
+        found.append(ModelScores(rank, name, value, difference, stderr, may_be_best))
+    return found
 
 
 def _run_all(
@@ -159,16 +202,17 @@ def _run_all(
             with isolated(model) as run:
                 for batch in batches:
                     call = reader.call(model, move_batch(model, batch))
-                    parts.append(run(call).cpu())
+                    with Sigmoids() as sigmoids:
+                        raw = run(call)
+                    if not has_any_outputs:
+                        check_logits(without_ones(raw), sigmoids.gave(raw), reader.task)
+                    parts.append(in_32_bits(raw).cpu())
             inputs[name] = (*call.inputs(),) if call.layout.by_name else len(call.inputs())
             found[name] = outputs = torch.cat(parts)
             is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
             check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
-            if reader.task.look_like_probabilities(outputs):
-                raise Refused(
-                    "outputs should be logits, but all are from 0 to 1: set `outputs=lambda p: p.log()`, or for a "
-                    "single one `outputs=lambda p: p.logit(1e-6)`."
-                )
+            if reader.task.link != "identity" and may_be_probabilities(outputs):
+                warn("arguments", f"gets outputs of {name!r} in [0, 1]. If they are probabilities, set {LOGITS}.")
     shapes = {name: tuple(each.shape) for name, each in found.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
     if not reader.has_features and len({*inputs.values()}) > 1:
@@ -176,115 +220,46 @@ def _run_all(
     return found
 
 
-class _Judge:
-    """A reference, and validation labels beside it, by which the outputs of models are judged.
+def _read_training(
+    model: nn.Module, reader: BatchReader, training: Iterable[object], shape: Shape | None
+) -> tuple[Tensor, Observations]:
+    """Return no labels, in the form that they have, and training samples, with labels as a matrix."""
+    kept = reader.make_kept(1 if shape is None else reader.task.num_columns(shape), num_batches=length_hint(training))
+    like = torch.zeros(0)
+    for index, batch in enumerate(training):
+        moved = move_batch(model, batch)
+        if index == 0:
+            labels = reader.labels(model, moved, shape)
+            reader.check_samples(model, moved, reader.call(model, moved), labels)
+            like = labels[:0]
+        reader.keep_observations(kept, model, moved, shape)
+    known = kept.joined()
+    return like, known.take(finite_samples(known, "training samples", warn))
+
+
+def _ask_reference(
+    reader: BatchReader, known: Observations, estimator: object, new: Observations, is_local: bool, is_alone: bool
+) -> Unseen | None:
+    """Fit a reference, and let it predict new samples; None if it may not choose.
 
     Args:
-        model: The first model, whose batches are read.
-        reader: Reads them.
-        loss: The loss of the user; None for the chance to be right, or the squared error.
-        outputs: Outputs of the model, ``(N, ...)``.
-
-    Attributes:
-        is_highest_best: Whether the best model is that of the highest :meth:`value`.
+        reader: The reader.
+        known: Training samples.
+        estimator: What is fitted; None for the reference's own learners.
+        new: The new samples; what makes them doubtful is said.
+        is_local: Whether errors of a regression are drawn near each prediction.
+        is_alone: Whether there are no other labels; then it has to choose.
     """
-
-    def __init__(self, model: nn.Module, reader: BatchReader, loss: Loss | None, outputs: Tensor) -> None:
-        self.is_highest_best = reader.task.is_highest_best and loss is None
-        self._model = model
-        self._reader = reader
-        self._loss = loss
-        self._num_samples, self._num_outputs = len(outputs), outputs.shape[1:].numel()
-        has_any_outputs = reader.task.has_any_outputs(loss)
-        self._shape = None if has_any_outputs else tuple(without_ones(outputs).shape[1:])
-        self._like = torch.zeros(0)  # no labels, in the form that they have
-        # What each sample counts, ``(N,)``, and its labels: as a matrix ``(N, C)``, and as drawn, ``(R, N, ...)``
-        self._answers: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def fit(self, training: Iterable[object], estimator: object, new: Observations, is_alone: bool) -> None:
-        """Fit a reference to training samples, and let it answer for new ones.
-
-        Args:
-            training: Training batches.
-            estimator: What is fitted; None for the reference's own learners.
-            new: The new samples; what makes them doubtful is said.
-            is_alone: Whether there are no other labels.
-        """
-        reader, task = self._reader, self._reader.task
-        num_columns = 1 if self._shape is None else task.num_columns(self._shape)
-        kept = reader.make_kept(num_columns, num_batches=length_hint(training))
-        for index, batch in enumerate(training):
-            moved = move_batch(self._model, batch)
-            if index == 0:
-                labels = reader.labels(self._model, moved, self._shape)
-                reader.check_samples(self._model, moved, reader.call(self._model, moved), labels)
-                self._like = labels[:0]
-            reader.keep_observations(kept, self._model, moved, self._shape)
-        known = kept.joined()
-        known = known.take(finite_samples(known, "training samples", warn))
-        fitted = FittedReference(reader, known, estimator, warn)
-        if fitted.verdict.inputs_tell_nothing and reader.sees_all:
-            text = "expects the mean label of any model, since the inputs tell nothing of the labels."
-            warn("nothing-to-know", text)
-        if is_alone and not fitted.verdict.is_trusted:
-            skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
-            raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-        is_other = self._shape is None and self._num_outputs != num_columns  # such as quantiles
-        unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_other, False)
-        weights = torch.full((len(new),), fitted.verdict.is_trusted * WEIGHT / len(new), dtype=torch.float64)
-        self._answers.append((weights, unseen.q, unseen.draws))
-
-    def add_labels(self, batches: Iterable[object], rows: Tensor, groups: Tensor | None) -> None:
-        """Let labels of new samples answer, too, of which those of one group count as one; what they lack is drawn."""
-        task, (_, q, draws) = self._reader.task, self._answers[0]
-        parts = [self._reader.labels(self._model, move_batch(self._model, batch), self._shape) for batch in batches]
-        labels = torch.cat(parts)
-        check_count(labels, self._num_samples)
-        labels = labels[rows]
-        y = task.label_matrix(labels, q.shape[1])
-        drawn = complete_labels(label_draws(y, task), draws)
-        y = y.where(~q.isnan().all(0), torch.nan)
-        known, has_label = task.known(y).double().mean(1), task.has_label(y)
-        num_labels = int(has_label.sum())
-        number = count_groups(None if groups is None else groups[has_label], num_labels)
-        self._answers.append((known * (number / max(1, num_labels)), y, drawn))
-        if not any(bool(weights.any()) for weights, _, _ in self._answers):
-            raise Refused("no sample of `dataloader` has one, and the reference sees too little: set `features=`.")
-
-    def value(self, name: str, outputs: Tensor) -> Tensor:
-        """Return the loss of each sample, or the chance to be right, by all answers, of a named model, ``(N,)``."""
-        if not bool(outputs.isfinite().all()):
-            raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
-        task, size = self._reader.task, len(outputs)
-        total = torch.stack([weights for weights, _, _ in self._answers]).sum(0).mean()
-        found = torch.zeros(size, dtype=torch.float64)
-        for weights, y, draws in self._answers:
-            if self._loss is None:
-                values = task.scores(outputs, y, draws)
-            else:
-                with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(self._model, self._loss) as run:
-                    drawn = run(losses, self._loss, outputs, draws, task, self._like)
-                expected = f"a number for each of {size} samples, as with `reduction='none'`"
-                check_argument("loss", tuple(drawn.shape[1:]), drawn.shape[1:2] == (size,), expected)
-                values = drawn.mean(0).reshape(size, -1).mean(1)
-            found = found + weights * values.nan_to_num()
-        return found / total
+    fitted = FittedReference(reader, known, estimator, warn)
+    if fitted.verdict.inputs_tell_nothing and reader.sees_all:
+        warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
+    if is_alone and not fitted.verdict.is_trusted:
+        skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
+        raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
+    unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_local, False)
+    return unseen if fitted.verdict.is_trusted else None
 
 
 def warn(entry: str, message: str, kind: str = "") -> None:
     """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
     warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=6)
-
-
-def _rank(values: Mapping[str, Tensor], highest_first: bool, groups: Tensor | None = None) -> Comparison:
-    """Sort models by their mean value over samples; standard errors count groups, if there are any."""
-    sign = -1 if highest_first else 1
-    order = sorted(values, key=lambda name: sign * float(values[name].mean()))
-    found = Comparison()
-    for rank, name in enumerate(order, start=1):
-        worse_by = sign * (values[name] - values[order[0]])
-        difference = float(worse_by.mean())
-        stderr = stderr_of_mean(worse_by, groups)
-        may_be_best = not difference > _QUANTILE * stderr
-        found.append(ModelScores(rank, name, float(values[name].mean()), difference, stderr, may_be_best))
-    return found

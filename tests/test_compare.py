@@ -13,6 +13,7 @@ import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
-from lightning_sensitivity.compare import Comparison, ModelScores, _rank
+from lightning_sensitivity.compare import Comparison, ModelScores
+from lightning_sensitivity.expected.expectation import Expectation
+from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reading import kept
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
 
@@ -46,6 +49,7 @@ def compare(models: Any = None, batches: Any = None, **kwargs: Any) -> dict[str,
     gc.freeze()  # else each model waits for a look at all modules that were imported
     batches = unlabelled_loader() if batches is None else batches
     found = compare_models(models or three(), batches, **{"training": TRAINING, "reference": GaussianNB(), **kwargs})
+    assert [row.difference for row in found] == pytest.approx([abs(row.expected - found[0].expected) for row in found])
     return {row.name: row for row in found}
 
 
@@ -57,10 +61,15 @@ def classes(models: dict[str, Any]) -> Tensor:
     return torch.stack([model(V).detach().argmax(1) for model in models.values()])
 
 
-def chances(models: dict[str, Any], x: Any = X, y: Tensor = Y, new: Tensor = V, estimator: Any = GaussianNB) -> Tensor:
-    """The probability that the class of each model is right, of a reference by itself, ``(M, N)``."""
-    q = torch.from_numpy(Reference("multiclass", estimator and estimator()).fit(x, y).predict_proba(new))
-    return torch.stack([q[torch.arange(NEW), chosen] for chosen in classes(models)])
+def hits(models: dict[str, Any], x: Any = X, y: Tensor = Y, new: Tensor = V, estimator: Any = GaussianNB) -> Tensor:
+    """Whether the class of each model is one that is drawn from the predictions of a reference, ``(M, R, N)``."""
+    q = Reference("multiclass", estimator and estimator()).fit(x, y).predict_proba(new)
+    return (classes(models)[:, None] == draw_labels(q)).double()
+
+
+def chances(*args: Any, **kwargs: Any) -> Tensor:
+    """The share of these, ``(M, N)``."""
+    return hits(*args, **kwargs).mean(1)
 
 
 def named(values: Tensor) -> Any:
@@ -71,7 +80,7 @@ def named(values: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("estimator", [None, GaussianNB])
-def test_models_are_ranked_by_the_mean_probability_of_the_class_that_each_chooses(estimator: Any) -> None:
+def test_models_are_ranked_by_the_share_of_drawn_labels_that_each_gets_right(estimator: Any) -> None:
     with small_forests():
         rows = compare(reference=estimator and estimator())
         assert found(rows) == named(chances(three(), estimator=estimator).mean(1))
@@ -108,31 +117,50 @@ def test_a_loss_may_write_to_what_it_gets() -> None:
     assert found(compare(loss=writing)) == found(plain)
 
 
-def test_differences_to_the_first_are_paired_by_sample() -> None:
+def test_differences_to_the_first_are_paired_by_label_and_as_sure_as_values_of_a_monitor() -> None:
     good = nn.Linear(12, 4)
     good.weight.data = 9 * torch.eye(4, 12)  # as the labels are made
     worst = nn.Linear(12, 4)
     worst.weight.data = -good.weight.data
     models = {"worst": worst} | three() | {"good": good, "same": linear(0)}
-    rows, values = compare(models), dict(zip(models, chances(models), strict=True))
+    rows, values = compare(models), dict(zip(models, hits(models), strict=True))
     first = next(iter(rows))
     for name, row in rows.items():
-        differences = (values[first] - values[name]).numpy()
-        stderr = differences.std(ddof=1) / math.sqrt(NEW)
-        assert (row.difference, row.difference_stderr) == pytest.approx((differences.mean(), stderr))
-        assert row.may_be_best == (differences.mean() <= 1.96 * stderr)
+        differences = values[first] - values[name]
+        of_label = float((differences - differences.mean()).square().mean()) * NEW / (NEW - 1)
+        quantile = stats.t.ppf(0.95, NEW - 1) / 1.645
+        stderr = quantile * math.sqrt(of_label * (1 / NEW + 1 / len(X) + 1 / 500))  # 500 for a table
+        assert (row.difference, row.difference_stderr) == pytest.approx((float(differences.mean()), stderr))
+        assert row.may_be_best == (row.difference <= 1.96 * stderr)
     assert rows[first].may_be_best and rows[first].difference == 0 and not rows["worst"].may_be_best
     assert rows["a"][2:] == rows["same"][2:]
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_model_may_be_the_best_if_the_interval_of_its_difference_holds_0(sign: int) -> None:
-    spread = torch.tensor([1.0, -1.0]).repeat(50)
-    stderr = float(spread.std()) / 10
-    values = {name: sign * (5 - times * stderr - spread) for name, times in (("far", 1.97), ("near", 1.95))}
-    rows = _rank(values | {"first": torch.full((100,), 5.0 * sign)}, highest_first=sign > 0)
-    assert [(row.name, row.may_be_best) for row in rows] == [("first", True), ("near", True), ("far", False)]
-    assert [row.difference for row in rows] == pytest.approx([0, 1.95 * stderr, 1.97 * stderr], abs=1e-5)
+def test_equal_models_are_seldom_told_apart() -> None:
+    """Mirror images have the same accuracy: the 95 % interval of their difference should hold 0 in 36 of 40 runs."""
+    held = 0
+    for seed in range(40):
+        x = torch.randn(600, 2, generator=torch.Generator().manual_seed(seed))
+        y = (x.sum(1) + 1.5 * torch.randn(600, generator=torch.Generator().manual_seed(100 + seed)) > 0).float()
+        models = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
+        for model, weights in zip(models.values(), ([1.0, 0.3], [0.3, 1.0]), strict=True):
+            model.weight.data, model.bias.data = torch.tensor([weights]), torch.zeros(1)
+        rows = compare(models, [x[300:]], training=[(x[:300], y[:300])], task="binary")
+        held += all(row.may_be_best for row in rows.values())
+    assert held >= 36
+
+
+def test_models_that_choose_the_same_classes_may_be_equal_and_no_more() -> None:
+    _, other = compare({"a": linear(), "b": linear(scale=5.0)}).values()
+    assert other.difference == 0 and 0.005 < other.difference_stderr < 0.05 and other.may_be_best
+
+
+def test_a_model_may_be_the_best_if_the_interval_of_its_difference_holds_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked = [("first", 0.5, 0.0, 0.0), ("near", 0.3, 0.2, 0.2 / 1.95), ("far", 0.3, 0.2, 0.2 / 1.97)]
+    monkeypatch.setattr(Expectation, "rank", lambda *args: ranked)
+    rows = compare()
+    assert {name: row.may_be_best for name, row in rows.items()} == {"first": True, "near": True, "far": False}
+    assert [row.rank for row in rows.values()] == [1, 2, 3]
 
 
 def test_the_reference_knows_as_many_training_samples_as_fit_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,11 +199,32 @@ def test_validation_labels_count_as_many_as_they_are(num_labels: int, shape: tup
     assert found(compare(models, batches, training=[(x, Y)], validation_labels=True, **options)) == named(wanted)
 
 
+def test_validation_labels_that_contradict_outweigh_the_reference_and_as_much_for_all_models() -> None:
+    labels = (classes({"a": linear()})[0] + 1) % 4  # the best model is never right
+    models = {"a": linear(), "b": linear(1)}
+    rows = compare(
+        models, [(V, labels)], training=[(V.repeat(3, 1) + 1e-3, (labels - 1).repeat(3) % 4)], validation_labels=True
+    )
+    assert rows["a"].expected < 0.5
+
+
+def test_labels_that_the_reference_can_not_tell_count_as_the_monitor_counts_them() -> None:
+    noise = torch.randint(2, (200, 3), generator=torch.Generator().manual_seed(0))
+    y, labels = ((torch.cat([x[:, :1] > 0.5, part > 0], 1)).float() for x, part in ((X, noise[:150]), (V, noise[150:])))
+    q = torch.from_numpy((known := Reference("multilabel", GaussianNB()).fit(X, y)).predict_proba(V))
+    told = torch.isin(torch.arange(4), torch.as_tensor(known.blind_labels_), invert=True)
+    says_yes = torch.stack([model(V).detach()[:, told] > 0 for model in three().values()])
+    expected = (says_yes[:, None] == draw_labels(q, "multilabel")[..., told]).double().mean((1, 2, 3))
+    of_labels = (says_yes == labels[:, told]).double().mean((1, 2))
+    rows = compare(batches=[(V, labels)], training=[(X, y)], task="multilabel", validation_labels=True)
+    assert told.any() and not told.all() and found(rows) == named((1000 * expected + 50 * of_labels) / 1050)
+
+
 def test_a_blind_reference_is_refused_with_advice() -> None:
     message = "no reference .*: it is only -?[0-9]+% better than chance on .* Set `features=`, or `validation_labels"
     with pytest.raises(MisconfigurationException, match=message):
         compare(training=[(NOISE_X, Y)])
-    with pytest.raises(MisconfigurationException, match="no sample of `dataloader` has one, and the reference sees"):
+    with pytest.raises(MisconfigurationException, match="no sample of `dataloader` has one, .* and the reference sees"):
         compare(batches=[(V, 0 * L - 100)], training=[(NOISE_X, Y)], validation_labels=True)
 
 
@@ -197,11 +246,12 @@ def test_a_reference_that_does_not_see_all_inputs_needs_more_skill(least: float,
 @pytest.mark.parametrize("select", [lambda y: y[:, 0], lambda y: y[:, :1]])
 def test_one_output_decides_between_two_classes(select: Any) -> None:
     is_first = (Y == 0).float()
-    q = torch.from_numpy(Reference("binary", GaussianNB()).fit(X, is_first).predict_proba(V))
+    draws = draw_labels(Reference("binary", GaussianNB()).fit(X, is_first).predict_proba(V), "binary")
     is_high = torch.stack([model(V).detach()[:, 0] > 0 for model in three().values()])
+    expected = (draws == is_high[:, None]).double().mean((1, 2))
     rows = compare(training=[(X, is_first)], task="binary", outputs=select)
-    assert found(rows) == named(q[:, 1].where(is_high, q[:, 0]).mean(1))
-    both = (1000 * q[:, 1].where(is_high, q[:, 0]) + 50 * (is_high == (L == 0))).mean(1) / 1050
+    assert found(rows) == named(expected)
+    both = (1000 * expected + 50 * (is_high == (L == 0)).double().mean(1)) / 1050
     labels = [(V, (L == 0).float())]
     rows = compare(batches=labels, training=[(X, is_first)], task="binary", outputs=select, validation_labels=True)
     assert found(rows) == named(both)
@@ -304,7 +354,8 @@ def test_half_precision_and_a_single_sample_are_compared() -> None:
     rows = compare(half, [V.bfloat16()], training=[(X.bfloat16(), Y)])
     assert all(0 < row.expected < 1 for row in rows.values())
     single = compare(batches=[inputs(1)])
-    assert all(math.isnan(row.difference_stderr) and row.may_be_best for row in single.values())
+    assert [math.isnan(row.difference_stderr) for row in single.values()] == [False, True, True]
+    assert all(row.may_be_best for row in single.values())
 
 
 @pytest.mark.parametrize(("task", "num_outputs"), [("multiclass", 4), ("binary", 1)])
@@ -343,8 +394,7 @@ def broken(act: Callable[[Tensor], Any]) -> nn.Module:
 
 @pytest.mark.parametrize(("model", "message"), [
     pytest.param(broken(lambda y: y / 0 * 0), "should be finite, but some are nan or inf", id="nan"),
-    pytest.param(broken(lambda y: y.softmax(1)), "should be logits, but all are from 0 to 1", id="a softmax"),
-    pytest.param(broken(lambda y: y[:, :1].sigmoid() / 4), "should be logits, but all are from 0", id="a rare sigmoid"),
+    pytest.param(broken(lambda y: y.softmax(1)), r"are probabilities, .*`outputs=lambda p: p.log\(\)`", id="a softmax"),
     pytest.param(broken(lambda y: y[..., None].expand(-1, -1, 3)), r"one row for each sample", id="dense"),
     pytest.param(broken(lambda y: (y[:, :2], y)), r"which of several.*`outputs=lambda out: out\[1\]`", id="features"),
     pytest.param(nn.Linear(3, 3), "RuntimeError: mat1", id="another input"),
@@ -352,6 +402,39 @@ def broken(act: Callable[[Tensor], Any]) -> nn.Module:
 def test_a_model_that_fails_is_named(model: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"Model 'bad' can't be compared.*{message}"):
         compare(three() | {"bad": model})
+
+
+def one_logit(act: Callable[[Tensor], Any]) -> dict[str, Any]:
+    models = {"good": broken(lambda y: act(y[:, :1])), "bad": broken(lambda y: act(-y[:, :1]))}
+    return {"models": models, "training": [(X, (Y == 0).float())], "task": "binary"}
+
+
+def test_what_a_sigmoid_gave_is_refused_and_other_outputs_from_0_to_1_are_doubted() -> None:
+    with pytest.raises(MisconfigurationException, match=r"'good' can't be compared.* `outputs=lambda p: p.logit\(1e-6"):
+        compare(**one_logit(torch.sigmoid))
+    with pytest.warns(UserWarning, match=r"outputs of '(good|bad)' in \[0, 1\]\. If they are probabilities, set"):
+        rows = compare(**one_logit(lambda y: 0.5 + y / 100))
+    assert len({*found(rows).values()}) == 1  # all are above 0
+
+
+def test_a_class_may_be_masked() -> None:
+    mask = torch.tensor([False, False, False, True])
+    models = {name: broken(lambda y: y.masked_fill(mask, -math.inf)) for name in "ab"}
+    assert found(compare(models)) == {name: pytest.approx(float(chances(models).mean())) for name in "ab"}
+
+
+def nan_for_one(outputs: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(outputs, y, reduction="none").where(y != 2, math.nan)
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    pytest.param(cross_entropy, "`loss` fails: Expected a number for each sample, as with", id="a mean"),
+    pytest.param(nan_for_one, "Model '[abc]' can't be compared: `loss` gives nan", id="nan"),
+    pytest.param(lambda f, y: nn.functional.nll_loss(f, y.float()), "`loss` fails: RuntimeError", id="an error"),
+])  # fmt: skip
+def test_a_loss_that_says_nothing_of_samples_is_refused(loss: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        compare(loss=loss)
 
 
 def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:

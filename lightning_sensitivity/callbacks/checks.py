@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity import compat
@@ -31,7 +30,6 @@ _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
 _ENDED = 0.01  # of the first learning rate
 _ROWS = 100  # of an input that are compared in the first step
-_SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -115,25 +113,6 @@ def has_ended(trainer: Trainer) -> bool:
     has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return has_stopped or any(0 < group.get("initial_lr", 0.0) >= group["lr"] / _ENDED for group in groups)
-
-
-class Sigmoids(TorchFunctionMode):
-    """Notes what sigmoids gave that were called inside: if outputs are that, they can't be logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._values: list[Tensor] = []  # copies, which nobody writes to
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch."""
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _SIGMOIDS:
-            self._values.append(result.detach().clone())
-        return result
-
-    def gave(self, outputs: Tensor) -> bool:
-        """Return whether outputs are what one of them gave, in any shape and precision, and nobody wrote to."""
-        return any(torch.equal(values.flatten().to(outputs), outputs.flatten()) for values in self._values)
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.callbacks.checks import Sigmoids, check_run
+from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, gather_tensors, is_fitting, raise_in_all
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
@@ -15,7 +15,7 @@ from lightning_sensitivity.messages import Refused, check_argument, check_bool, 
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
-from lightning_sensitivity.running.call import ModelCall
+from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
 from lightning_sensitivity.running.rules import forget
 

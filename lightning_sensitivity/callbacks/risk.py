@@ -38,10 +38,10 @@ from lightning_sensitivity.expected.record import (
 from lightning_sensitivity.expected.summary import Curve, summarize, why_blind
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import AnyMetric
-from lightning_sensitivity.functional.tensors import are_probabilities, in_32_bits, without_ones
+from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_bool, check_task, describe_error
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
-from lightning_sensitivity.reading.reader import BatchReader, check_count
+from lightning_sensitivity.reading.reader import BatchReader, check_count, check_logits
 from lightning_sensitivity.running.call import Function
 from lightning_sensitivity.running.isolation import RunIsolated, isolated, isolated_with
 
@@ -322,10 +322,7 @@ class RiskMonitor(Monitor):
         if outputs.ndim > 2:
             advice = self.task.advice_on_dense(outputs.shape)
             raise Refused(f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {advice}.", "outputs")
-        is_by_sigmoid = are_of_sigmoid and self.task.link == "sigmoid"  # a softmax may follow in the loss
-        if is_by_sigmoid or (self.task.link != "identity" and are_probabilities(outputs)):
-            select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
-            raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
+        check_logits(outputs, are_of_sigmoid, self.task)
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether every process has its training samples; a sanity check needs none."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from statistics import median_high
 from typing import NamedTuple, TypeAlias
 from zlib import crc32
 
@@ -13,6 +14,7 @@ from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
     BLOCKS,
+    VALIDATIONS,
     Estimate,
     Loss,
     combine,
@@ -172,6 +174,51 @@ class Expectation:
         self._reference_values[dataloader_idx] = found
         return found
 
+    def rank(self, models: Mapping[str, Tensor], known: Known) -> list[tuple[str, float, float, float]]:
+        """Rank models by the first value, on the same samples and labels.
+
+        Args:
+            models: Outputs of each, ``(N, ...)``, of which all samples have finite predictions, by name.
+            known: What is known of the samples.
+
+        Returns:
+            The name of each, the best first; its value, by how much that is worse than the first one's, and the
+            standard error of this, nan if unknown. It is empty if neither the reference nor a label says anything.
+
+        Raises:
+            ValueError: If a loss is no number for each sample.
+        """
+        name, is_finite = self._names[0], torch.ones(len(known.labels), dtype=torch.bool)
+        sign = -1 if name != _LOSS else 1
+        # By the reference and by labels, both of which have the same samples for all models.
+        labelled: list[Labelled | None] = []
+        measured: dict[str, list[Measured | None]] = {}
+        for model, outputs in models.items():
+            labelled = self._labelled(outputs, is_finite, known)
+            measured[model] = [each and self._measure(each, [name]).get(name) for each in labelled]
+
+        def joined(both: Sequence[Measured | None], earlier: Sequence[Row]) -> Values:
+            pairs = zip(both, labelled, strict=True)
+            expected, of_labels = (
+                {name: estimate(value, some.size, some.groups)} if value and some else {} for value, some in pairs
+            )
+            return _joined(expected, of_labels, known.unseen, earlier)
+
+        # The reference counts the same beside labels for all models, or its weight would choose one.
+        alone = [joined(both, ()) for both in measured.values()]
+        weights = [each[key] for each in alone if (key := f"{name}_equivalent_labels") in each]
+        earlier = [{key: median_high(weights)}] * VALIDATIONS if weights else []
+        values = {model: joined(both, earlier)[name] for model, both in measured.items() if any(both)}
+
+        order = sorted(values, key=lambda model: sign * values[model])
+        rows = []
+        for model in order:
+            pairs = zip(measured[model], measured[order[0]], strict=True)
+            difference = joined([m and best and m.minus(best) for m, best in pairs], earlier)
+            stderr = 0.0 if model == order[0] else difference.get(f"{name}_stderr", math.nan)
+            rows.append((model, values[model], sign * difference[name] + 0.0, stderr))
+        return rows
+
     def _are_finite(self, outputs: Tensor) -> Tensor:
         """Return which samples have finite predictions, ``(N,)``; a logit of -inf masks a class."""
         return self._task.predictions(outputs).isfinite().all(1)
@@ -239,8 +286,7 @@ class Expectation:
         if labelled is None:
             return {}
         measured = self._measure(labelled, self._names)
-        known = {name: each for name, each in measured.items() if math.isfinite(each.value) or name == _LOSS}
-        return {name: estimate(each, labelled.size, labelled.groups) for name, each in known.items()}
+        return {name: estimate(each, labelled.size, labelled.groups) for name, each in measured.items()}
 
     def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates, names: Sequence[str]) -> Estimates:
         """Return some of the estimates with the variance that leaving out blocks of samples shows."""
@@ -268,7 +314,7 @@ class Expectation:
         )
 
     def _measure(self, labelled: Labelled, names: Iterable[str]) -> dict[str, Measured]:
-        """Compute the loss of the task or of the user, and metrics where these say something."""
+        """Compute the loss of the task or of the user, which may be nan, and metrics where these say something."""
         y, draws, can_measure = labelled.y, labelled.draws, self._task.can_measure(labelled.draws)
         p = self._task.predictions(labelled.outputs)
         known = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
@@ -283,7 +329,7 @@ class Expectation:
                 else:
                     each = Measured(float(metric_value(metric, p, draws, self._task)))
                 measured[name] = each._replace(value=0.5) if is_area(metric) and labelled.tells_nothing else each
-        return measured
+        return {name: each for name, each in measured.items() if math.isfinite(each.value) or name == _LOSS}
 
     def _measure_loss(self, labelled: Labelled) -> Measured:
         """Compute the loss, which is exact in the probabilities of labels if it is that of the task."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.functional.tensors import in_floats
+from lightning_sensitivity.functional.tensors import are_probabilities, in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
@@ -344,6 +344,14 @@ class BatchReader:
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen = self.see(model, batch, call, size, indices)
             kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
+
+
+def check_logits(outputs: Tensor, are_of_sigmoid: bool, task: Task) -> None:
+    """Refuse outputs ``(N, K)`` or ``(N,)`` that are probabilities."""
+    is_by_sigmoid = are_of_sigmoid and task.link == "sigmoid"  # a softmax may follow in the loss
+    if is_by_sigmoid or (task.link != "identity" and are_probabilities(outputs)):
+        select = "p.logit(1e-6)" if is_by_sigmoid else "p.log()"
+        raise Refused(f"outputs are probabilities, and logits are needed: `outputs=lambda p: {select}`.", "outputs")
 
 
 def check_count(labels: Tensor, size: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
@@ -19,6 +20,7 @@ from lightning_sensitivity.running.graphs import sum_graphs
 from lightning_sensitivity.running.layout import Sight, without
 
 _MANY = 1000  # from which on integers are names, and no categories
+_SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 
 Perturb = Callable[[Tensor], Tensor]
 Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``forward``
@@ -242,3 +244,22 @@ def select_seen(
     alone = {kind: parts[0] for kind, parts in seen.items() if len(parts) == 1 and parts[0].ndim > 1}
     joined = {kind: alone[kind] if kind in alone else KINDS[kind].beside(parts) for kind, parts in seen.items()}
     return joined, [*dict.fromkeys(unread)]
+
+
+class Sigmoids(TorchFunctionMode):
+    """Notes what sigmoids gave that were called inside: if outputs are that, they can't be logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: list[Tensor] = []  # copies, which nobody writes to
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _SIGMOIDS:
+            self._values.append(result.detach().clone())
+        return result
+
+    def gave(self, outputs: Tensor) -> bool:
+        """Return whether outputs are what one of them gave, in any shape and precision, and nobody wrote to."""
+        return any(torch.equal(values.flatten().to(outputs), outputs.flatten()) for values in self._values)

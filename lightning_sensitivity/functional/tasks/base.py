@@ -10,9 +10,7 @@ from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks.metrics import AUROC, Accuracy, AnyMetric
 from lightning_sensitivity.functional.tensors import (
-    are_probabilities,
     in_32_bits,
-    may_be_probabilities,
     num_outputs,
     spaced_fraction,
     without_ones,
@@ -35,7 +33,6 @@ class TaskBase:
 
     Attributes:
         is_regression: Whether labels are numbers, which are drawn by errors, and not classes.
-        is_highest_best: Whether the best network is that of the highest :meth:`scores`.
         link: What makes predictions of outputs: ``"softmax"``, ``"sigmoid"`` or ``"identity"``.
         has_one_output: Whether outputs have the shape of a number for each sample, also where labels have two columns.
         has_indices: Whether labels ``(N,)`` that a user gives a reference are classes, as integers or names.
@@ -46,7 +43,6 @@ class TaskBase:
     """
 
     is_regression = False
-    is_highest_best = True
     link = "softmax"
     has_one_output = False
     has_indices = False
@@ -127,13 +123,6 @@ class TaskBase:
         """Return predictions and labels that were drawn as a metric takes them: probabilities and classes."""
         return p, drawn
 
-    def look_like_probabilities(self, outputs: Tensor) -> bool:
-        """Check whether outputs are those of a softmax, or of trained sigmoids, and no logits; waits for the device."""
-        if self.link == "identity":
-            return False
-        is_by_sigmoid = self.link == "sigmoid" or num_outputs(outputs) == 1
-        return (is_by_sigmoid and may_be_probabilities(outputs)) or are_probabilities(outputs)
-
 
 class Multiclass(TaskBase):
     """One of C classes is correct: softmax, and the sum over classes of squared differences."""
@@ -198,10 +187,6 @@ class Multiclass(TaskBase):
         """Return what a label of each class costs, ``(N, C)``."""
         costs = -self.output_matrix(outputs).log_softmax(1)
         return costs.where(~costs.isposinf() | (y == 1), 0.0)
-
-    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
-        """Return the chance that a network is right about each sample, ``(N,)``; arguments as for :meth:`losses`."""
-        return y.double().gather(1, self.hard_labels(self.predictions(outputs))[:, None])[:, 0]
 
     def as_labels(self, drawn: Tensor, like: Tensor) -> Tensor:
         """Turn class indices ``(N,)`` into the form of other labels: indices, or a column for each class."""

@@ -21,6 +21,16 @@ class Measured(NamedTuple):
     influences: Tensor | None = None
     num_answers: float = 0.0
 
+    def minus(self, other: "Measured") -> "Measured":
+        """Return the difference from another value of the same samples and labels.
+
+        Raises:
+            ValueError: If the influences of one are unknown.
+        """
+        if self.influences is None or other.influences is None:
+            raise ValueError("Expected a number for each sample, as with `reduction='none'`")
+        return Measured(self.value - other.value, self.influences - other.influences, self.num_answers)
+
 
 def measure_mean(values: Tensor) -> Measured:
     """Measure a mean over samples and their labels, ``(R, N, C)``, nan where unknown."""

@@ -43,10 +43,6 @@ class Multilabel(TaskBase):
         z = self.output_matrix(outputs)
         return (softplus(z) - draws.to(z) * z).where(~y.isnan(), torch.nan)
 
-    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
-        """Return the chance that a network is right about a known label, the mean of each sample, ``(N,)``."""
-        return y.double().where(self.predictions(outputs) > 0.5, 1 - y.double()).nanmean(1)
-
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return the logits of probabilities; 0 where these are unknown."""
         return p.nan_to_num(0.5).clamp(FLOOR, 1 - FLOOR).logit().reshape(len(p), *shape)

@@ -17,7 +17,6 @@ class Regression(TaskBase):
 
     name = "regression"
     is_regression = True
-    is_highest_best = False
     link = "identity"
     has_class_shares = False
     estimator_method = "predict"
@@ -68,10 +67,6 @@ class Regression(TaskBase):
     def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the same for each of several targets, ``(R, N, C)``."""
         return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double()
-
-    def scores(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
-        """Return the squared error of each sample, ``(N,)``."""
-        return self.losses(outputs, y, draws).nanmean(1)
 
     def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Return predictions as outputs; None if outputs are something else, such as quantiles."""
