@@ -206,7 +206,8 @@ class Expectation:
 
         # The reference counts the same beside labels for all models, or its weight would choose one.
         alone = [joined(both, ()) for both in measured.values()]
-        weights = [each[key] for each in alone if (key := f"{name}_equivalent_labels") in each]
+        key = f"{name}_equivalent_labels"
+        weights = [each[key] for each in alone if key in each]
         earlier = [{key: median_high(weights)}] * VALIDATIONS if weights else []
         values = {model: joined(both, earlier)[name] for model, both in measured.items() if any(both)}
 

@@ -132,11 +132,8 @@ class Predicted:
             num_columns: C.
             settings: What the monitor is told now.
         """
-        if (
-            self.settings != settings
-            or self.fingerprints.keys() != fingerprints.keys()
-            or not self.unseen.keys() <= fingerprints.keys()
-        ):
+        has_all = self.unseen.keys() <= fingerprints.keys() == self.fingerprints.keys()
+        if not has_all or self.settings != settings:
             return None
         unseen: dict[int, Unseen] = {}
         for index, each in self.unseen.items():

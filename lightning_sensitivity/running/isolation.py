@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
+from lightning_sensitivity.functional.tensors import wide_dtype
 from lightning_sensitivity.messages import Refused, describe_error
 
 T = TypeVar("T")
@@ -293,8 +294,11 @@ class _State:
 
     def _norms(self) -> list[float]:
         """Return the norms of parameters, since torch counts no writes to their ``data``."""
-        norms = torch._foreach_norm([x.detach() for x in self.dense.values()]) if self.dense else []
-        return [float(norm) for norm in norms]
+        if not self.dense:
+            return []
+        norms = torch._foreach_norm([x.detach() for x in self.dense.values()])
+        device = norms[0].device  # for which this waits once, and not once for each parameter
+        return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).tolist()
 
     def check_norms(self) -> None:
         """Raise MisconfigurationException if some run has changed the norm of a parameter."""
@@ -319,9 +323,8 @@ def _is_object(value: Any) -> bool:
     """Return whether a value is an object of a class of its own, whose attributes a run may change."""
     if isinstance(value, (Tensor, *(kind for kind, _ in _COPIES), nn.Module, type, FunctionType, ModuleType)):
         return False
-    return (
-        isinstance(getattr(value, "__dict__", None), dict) and type(value).__module__.split(".")[0] not in _OF_THREADS
-    )
+    package = type(value).__module__.split(".")[0]
+    return isinstance(getattr(value, "__dict__", None), dict) and package not in _OF_THREADS
 
 
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
