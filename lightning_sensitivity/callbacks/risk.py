@@ -389,8 +389,6 @@ class RiskMonitor(Monitor):
                     values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
         if not values:
             self._say_blind(trainer)
-        if unseen is not None and f"{EXPECTED}loss" not in values:
-            self._say_range(unseen.draws)
         return values
 
     def _say_blind(self, trainer: Trainer) -> None:
@@ -398,17 +396,6 @@ class RiskMonitor(Monitor):
         verdict = None if self._predicted is None else self._predicted.verdict
         if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
-
-    def _say_range(self, draws: Tensor) -> None:
-        """Say which targets are drawn, where a loss of the user gives no number of them."""
-        known = draws[draws.isfinite()]
-        if self.loss is not None and self.task.is_regression and len(known) > 0:
-            message = (
-                f"draws targets from {float(known.min()):.3g} to {float(known.max()):.3g}, around what the reference "
-                "predicts, and `loss` has to take all of them. If it takes only those above 0, set "
-                "`loss=lambda outputs, targets: loss(outputs, targets.clamp(min=0))`."
-            )
-            self.run.warn("loss", message, kind="range")
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""

@@ -134,7 +134,7 @@ def test_the_range_of_drawn_targets_is_said_where_a_loss_does_not_take_it(lowest
     monitor = quick_risk("regression", loss=of_roots)
     _, texts = fitted_and_said(monitor, model, batches_of(X, prices), unlabelled_loader(seed=1), max_epochs=2)
     assert ["expected_loss" in row for row in monitor.history] == [lowest == 0] * 2
-    of_range = [text for text in texts if re.search(r"draws targets from -\d.* to \d.*targets.clamp\(min=0\)", text)]
+    of_range = [text for text in texts if re.search(r"drawn from -\d.* to \d.*targets.clamp\(min=0\)", text)]
     assert len(of_range) == (lowest != 0)
 
 
