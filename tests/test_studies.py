@@ -40,10 +40,10 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return summaries.Runs.read_long(tmp_path / "results.csv", measures=["lost"])
 
 
-def test_pages_have_the_numbers_of_the_studies() -> None:
-    command = [sys.executable, str(STUDIES / "tables.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_pages_have_the_numbers_of_the_studies(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the studies add theirs
+    said, _ = run("studies/tables.py", "--check")  # it exits if one has others
+    assert "Changed: nothing." in said
 
 
 @pytest.mark.parametrize(
