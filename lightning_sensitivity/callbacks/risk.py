@@ -12,14 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.callbacks.checks import (
-    callbacks_that_monitor,
-    check_class_shares,
-    check_metrics,
-    check_monitored,
-    has_ended,
-    try_values,
-)
+from lightning_sensitivity.callbacks import checks
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
@@ -105,7 +98,7 @@ class RiskMonitor(Monitor):
     ) -> None:
         rules = check_task(task, loss, reference)
         check_bool("validation_labels", validation_labels)
-        check_class_shares(class_shares, rules)
+        checks.check_class_shares(class_shares, rules)
         selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
         reader = BatchReader(**selectors, features=features, groups=groups, task=rules)
         super().__init__(reader, num_samples, prefix, prog_bar)
@@ -116,7 +109,7 @@ class RiskMonitor(Monitor):
         self.validation_labels = validation_labels
         self.history: History = []
         self.summary: dict[str, Any] = {}
-        self._own_metrics = None if metrics is None else check_metrics(metrics)
+        self._own_metrics = None if metrics is None else checks.check_metrics(metrics)
         self._estimator = reference
         self._class_shares = class_shares
         self._predicted: Predicted | None = None  # by the reference, also that of an earlier part of this fit
@@ -244,7 +237,7 @@ class RiskMonitor(Monitor):
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
             verdict = None if self._predicted is None else self._predicted.verdict
             known = self._curves(trainer), self.history, verdict, self.run.doubts.found
-            self.summary, line = summarize(callbacks_that_monitor(trainer), has_ended(trainer), *known)
+            self.summary, line = summarize(checks.callbacks_that_monitor(trainer), checks.has_ended(trainer), *known)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
 
@@ -279,14 +272,14 @@ class RiskMonitor(Monitor):
             self.reader.check_samples(module, batch, call, labels, need_reference=not self.validation_labels)
             self.reader.groups(module, batch, len(outputs))
             num_columns = self.task.num_columns(shape)
-            check_class_shares(self._class_shares, self.task, num_columns)
+            checks.check_class_shares(self._class_shares, self.task, num_columns)
             metrics = self._metrics_of(num_columns)
-            may_predict = try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
+            may_predict = checks.try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
             self._expectation = Expectation(
                 self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
             )
             self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape, is_local)
-        check_monitored(trainer, self.prefix, self.directions)
+        checks.check_monitored(trainer, self.prefix, self.directions)
 
     def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
         """Keep training samples."""
