@@ -15,18 +15,10 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, take, tensors_in
-from lightning_sensitivity.running.call import (
-    Function,
-    ModelCall,
-    labels_at,
-    select_outputs,
-    select_seen,
-    select_targets,
-)
+from lightning_sensitivity.running.batches import at, clone_tensors, code_of, device_of, take, tensors_in
+from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.layout import Layout, Sight
-from lightning_sensitivity.running.rules import find_sight, sight_like
+from lightning_sensitivity.running.rules import Layout, Sight, find_sight, sight_like
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -148,7 +140,8 @@ class BatchReader:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
         if self._targets is None:
-            found = select_targets(model, batch) if call is None else labels_at(call.layout.labels, model, batch)
+            place = None if call is None else call.layout.labels
+            found = select_targets(model, batch) if place is None else at(batch, place)
         else:
             with isolated(model) as run:
                 found = run(select_targets, model, batch, self._targets)
@@ -158,8 +151,8 @@ class BatchReader:
         try:
             self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            place = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
-            reason = describe_error(error).replace("batch[1]", place)
+            code = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
+            reason = describe_error(error).replace("batch[1]", code)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
@@ -235,7 +228,7 @@ class BatchReader:
         if self._encoder is not None:
             return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
         if self._features is None:
-            seen, unread = select_seen(call.arguments, size, indices, self._sight(call, size))
+            seen, unread = select_seen(call.arguments, size, self._sight(call, size), indices)
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
         with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:

@@ -84,10 +84,8 @@ def _copied(item: Any, depth: int) -> Any:
 
 def _holds_tensors(value: object, depth: int) -> bool:
     """Return whether there is something to clone in a value, or in an object within so many others."""
-    if isinstance(value, Mapping):
-        return _holds_tensors([*value.values()], depth)
-    if isinstance(value, list | tuple):
-        return any(_holds_tensors(item, depth) for item in value)
+    if held := held_by(value):
+        return any(_holds_tensors(item, depth) for _, item in held)
     if isinstance(value, _Holder):
         return depth > 0 and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
     return isinstance(value, _Cloneable)

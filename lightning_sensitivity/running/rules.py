@@ -3,8 +3,8 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard, TypeVar
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
-    FOUND,
     TARGET_NAMES,
     Attribute,
     Place,
@@ -30,7 +29,6 @@ from lightning_sensitivity.running.batches import (
     is_floating,
     tensors_in,
 )
-from lightning_sensitivity.running.layout import Input, Layout, Sight, without
 
 T = TypeVar("T")
 
@@ -40,7 +38,6 @@ _MAX_NAMED = 3  # candidates that a message names
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 _DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
 
 _MAX_DIMENSIONS = 4  # those of images
@@ -50,21 +47,69 @@ GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
 _FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transformers return
 
 
+# What the rules find
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor of the arguments, or graphs, of which a reference sees samples.
+
+    Attributes:
+        name: The argument that holds it.
+        place: Where it is in the arguments.
+        kind: The name of its kind, ``"integers"`` or ``"graphs"``.
+        mask: Where its mask is.
+    """
+
+    name: str
+    place: Place
+    kind: str
+    mask: Place | None = None
+
+
+# What a reference sees, and names of arguments that it can't read.
+Sight: TypeAlias = tuple[list[Input], list[str]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a batch is to a model.
+
+    Attributes:
+        by_name: Whether the model gets its arguments by name, and not by position.
+        places: Where the arguments are, by their names in ``forward``; those of ``*args`` by numbers.
+        inputs: Which of them are no labels, and which entries of each are left out.
+        left_out: The names of others, and of entries beside inputs, if these are not those that labels have.
+        perturbed: The argument to which noise is added; None if that is not clear.
+        rows: Where in the arguments a tensor has a row for each sample, if all tensors have one.
+        sight: What a reference sees; None if that depends on the number of samples.
+        labels: Where in the batch the labels are; None if that is not clear.
+        is_chosen: Whether a function of the user has chosen the arguments.
+    """
+
+    by_name: bool
+    places: Mapping[str, Place]
+    inputs: Mapping[str, Sequence[str]]
+    left_out: list[str]
+    perturbed: str | None
+    rows: Place | None
+    sight: Sight | None
+    labels: Place | None
+    is_chosen: bool
+
+
+def without(value: Any, names: Sequence[str]) -> Any:
+    """Return a mapping without some entries; without names, any value as it is."""
+    return {name: item for name, item in value.items() if name not in names} if names else value
+
+
 # What a `forward` takes
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    module = original_module(model)
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = inspect.signature(module.forward).parameters
-    return _PARAMETERS[module]
-
-
-def forget(model: nn.Module) -> None:
-    """Forget what is remembered of a module, whose ``forward`` may be another one by now, as in a notebook."""
-    _PARAMETERS.pop(original_module(model), None)
-    FOUND.pop(model, None)
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(original_module(model).forward).parameters
+    return parameters
 
 
 def required_names(model: nn.Module) -> list[str]:
@@ -124,8 +169,8 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     Raises:
         MisconfigurationException: If ``forward`` has none of such a name.
     """
-    batch, chosen = both
-    unknown = [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
+    (batch, chosen), parameters = both, parameters_of(model)
+    unknown = [name for name in chosen if name not in parameters] if isinstance(chosen, Mapping) else []
     if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
@@ -141,20 +186,15 @@ def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     found: dict[str, Place] = {"0": (1,)}
     if isinstance(chosen, Mapping) or type(chosen) is tuple:
         found = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ()))
+    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found})
 
 
-def _layout(
-    model: nn.Module,
-    batch: object,
-    value: object,
-    by_name: bool,
-    found: dict[str, Place],
-    inputs: Mapping[str, Sequence[str]] | None = None,
-) -> Layout:
+def _layout(model: nn.Module, batch: object, value: object, by_name: bool, found: dict[str, Place]) -> Layout:
     """Find what is seen of the arguments in a value, and the inputs, which are not named like labels."""
     arguments = {name: at(value, place) for name, place in found.items()}
-    if inputs is None:
+    if BATCH in found:
+        inputs: dict[str, Sequence[str]] = {name: () for name in found if name != BATCH}
+    else:
         asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
         names = [name for name in found if name in asked or not is_like_targets(name)]
         inputs = {name: labels_in(arguments[name]) for name in names}
@@ -265,10 +305,8 @@ def _find_rows(arguments: Mapping[str, object]) -> Place | None:
 
 def _has_samples(value: object) -> bool:
     """Return whether a value is made of dense tensors and constants; a list may be of samples."""
-    if isinstance(value, Mapping):
-        return all(map(_has_samples, value.values()))
-    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
-        return all(map(_has_samples, value))
+    if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
+        return all(_has_samples(each) for _, each in held_by(value))
     return is_dense(value) or is_constant(value)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.running.call import select_seen
+from tests.reading.test_inputs import see
 
 NODES, EDGES = torch.arange(10.0).reshape(5, 2), torch.tensor([[1.0], [2.0], [4.0]])
 GRAPH, ENDS = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([[0, 1, 3], [1, 0, 4]])
@@ -26,13 +26,13 @@ SEEN: dict[str, tuple[dict[str, Any], Tensor]] = {
 @pytest.mark.parametrize("what", SEEN)
 def test_nodes_and_edges_are_counted_and_their_features_summed(what: str) -> None:
     named, expected = SEEN[what]
-    seen, unread = select_seen(named, 3)
+    seen, unread = see(named)
     assert torch.equal(seen["columns"], expected) and unread == []
     rows = torch.tensor([2, 0])
-    assert torch.equal(select_seen(named, 3, rows)[0]["columns"], expected[rows])
+    assert torch.equal(see(named, rows)[0]["columns"], expected[rows])
 
 
 def test_integers_are_categories() -> None:
     graphs = SimpleNamespace(x=torch.tensor([[0], [3], [3], [3], [200]]), edge_index=ENDS, batch=GRAPH)
-    seen = select_seen({"data": graphs}, 3)[0]["columns"]
+    seen = see({"data": graphs})[0]["columns"]
     assert seen.shape == (3, 130) and seen[0, [1, 4]].tolist() == [1, 1] and seen[2, [4, 128]].tolist() == [2, 1]

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from lightning_sensitivity.reference.kinds import join_seen
 from lightning_sensitivity.running.call import select_seen
+from lightning_sensitivity.running.rules import find_sight
 
 G = torch.Generator().manual_seed(0)
 X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
@@ -53,12 +54,16 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
 }  # fmt: skip
 
 
+def see(named: dict[str, Any], rows: Tensor | None = None) -> tuple[Seen, list[str]]:
+    return select_seen(named, 3, find_sight(named, 3), rows)
+
+
 @pytest.mark.parametrize("what", SEEN)
 def test_a_reference_sees(what: str) -> None:
     named, expected = SEEN[what]
     rows = torch.tensor([2, 0])
     for indices, wanted in ((None, expected), (rows, take(expected, rows))):
-        seen, unread = select_seen(named, 3, indices)
+        seen, unread = see(named, indices)
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
         assert unread == []
 
@@ -81,25 +86,25 @@ UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns
 @pytest.mark.parametrize("what", UNSEEN)
 def test_what_can_not_be_read_is_named_once(what: str) -> None:
     more, unseen = UNSEEN[what]
-    seen, unread = select_seen({"x": X} | more, 3)
+    seen, unread = see({"x": X} | more)
     assert torch.equal(seen["columns"][:, :12], X) and unread == unseen
 
 
 def test_nothing_is_seen_of_what_can_not_be_read() -> None:
     named = {"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}
-    assert select_seen(named, 3) == ({}, ["z", "wave"])  # a name is the same for all samples
+    assert see(named) == ({}, ["z", "wave"])  # a name is the same for all samples
 
 
 def test_integers_of_1000_and_more_beside_numbers_are_clamped_and_named() -> None:
     large = IDS.clone()
     large[1, 2] = 5000
     for z, unseen in ((large, ["z"]), (IDS, [])):
-        seen, unread = select_seen({"x": X, "z": z}, 3)
+        seen, unread = see({"x": X, "z": z})
         assert torch.equal(seen["columns"][:, 12:], z.clamp(max=1000).float()) and unread == unseen
 
 
 def test_large_images_and_long_signals_are_averaged() -> None:
-    seen, _ = select_seen({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)}, 3)
+    seen, _ = see({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)})
     assert seen["images"].shape == (3, 2, 32, 32) and seen["signals"].shape == (3, 1, 512)
 
 
