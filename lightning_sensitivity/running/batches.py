@@ -177,14 +177,13 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
 
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
-    known = FOUND.setdefault(model, {})
+    known: dict[object, T] = FOUND.setdefault(model, {})
     if len(known) >= _MAX_STRUCTURES:
         return rule(model, value)
     key = rule, structure_of(value)
     if key not in known:
         known[key] = rule(model, value)
-    remembered: T = known[key]
-    return remembered
+    return known[key]
 
 
 def structure_of(value: object) -> object:
@@ -241,15 +240,3 @@ def entry(value: object, name: str) -> object:
     with suppress(Exception):
         return getattr(value, name, None)
     return None
-
-
-def is_empty(value: object) -> bool:
-    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
-    if tensors := tensors_in(value):
-        return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
-    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
-
-
-def is_constant(value: object) -> bool:
-    """Return whether a value is the same for all samples, such as a flag, or nothing."""
-    return isinstance(value, bool | int | float | str) or is_empty(value)

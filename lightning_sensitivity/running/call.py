@@ -230,7 +230,7 @@ def select_seen(
             x = in_floats(x)
         elif kind == rules.INTEGERS:
             kind, x = "columns", x[:, None].flatten(1).cpu().long().float()
-            unread += [each.name] * bool((x >= _MANY).any())  # names, of which nothing is seen
+            unread += [each.place[0]] * bool((x >= _MANY).any())  # names, of which nothing is seen
             x = x.clamp(max=_MANY)
         else:
             mask = None if each.mask is None else take(at(arguments, each.mask), indices)

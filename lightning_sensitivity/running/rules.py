@@ -23,9 +23,7 @@ from lightning_sensitivity.running.batches import (
     first_of,
     has_samples,
     held_by,
-    is_constant,
     is_dense,
-    is_empty,
     is_floating,
     tensors_in,
 )
@@ -55,13 +53,11 @@ class Input:
     """A tensor of the arguments, or graphs, of which a reference sees samples.
 
     Attributes:
-        name: The argument that holds it.
-        place: Where it is in the arguments.
+        place: Where it is in the arguments; it begins with the name of one.
         kind: The name of its kind, ``"integers"`` or ``"graphs"``.
         mask: Where its mask is.
     """
 
-    name: str
     place: Place
     kind: str
     mask: Place | None = None
@@ -108,8 +104,7 @@ def without(value: Any, names: Sequence[str]) -> Any:
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    parameters: Mapping[str, inspect.Parameter] = inspect.signature(original_module(model).forward).parameters
-    return parameters
+    return inspect.signature(original_module(model).forward).parameters
 
 
 def required_names(model: nn.Module) -> list[str]:
@@ -251,7 +246,19 @@ def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> Place:
 
 def _beside_labels(batch: Mapping[str, object]) -> list[str]:
     """List the entries that are not called as labels are, and not empty."""
-    return [name for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)]
+    return [name for name, value in batch.items() if name not in TARGET_NAMES and not _is_empty(value)]
+
+
+def _is_empty(value: object) -> bool:
+    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
+    if tensors := tensors_in(value):
+        return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def _is_constant(value: object) -> bool:
+    """Return whether a value is the same for all samples, such as a flag, or nothing."""
+    return isinstance(value, bool | int | float | str) or _is_empty(value)
 
 
 def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
@@ -307,7 +314,7 @@ def _has_samples(value: object) -> bool:
     """Return whether a value is made of dense tensors and constants; a list may be of samples."""
     if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
         return all(_has_samples(each) for _, each in held_by(value))
-    return is_dense(value) or is_constant(value)
+    return is_dense(value) or _is_constant(value)
 
 
 def find_sight(named: Mapping[str, object], size: int) -> Sight:
@@ -324,19 +331,20 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
         What a reference sees, and the names of the arguments of which something can't be read.
     """
     if _are_graphs(named):  # one graph may be all inputs together
-        return [Input("graphs", (), GRAPHS)], []
+        return [Input((), GRAPHS)], []
     found, unread = _find_readable(named, size)
-    masks = {x.shape: place for name, place, x in found if name == _MASK}
-    numbers = {x.shape for _, _, x in found if x.is_floating_point()}
+    masks = {x.shape: place for place, x in found if place[0] == _MASK}
+    numbers = {x.shape for _, x in found if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    inputs = [(n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
-    has_numbers = not all(_are_integers(x) for _, _, x in inputs)
+    candidates = [(place, x) for place, x in found if x.shape in numbers or not _NO_INPUTS.search(place[0])]
+    inputs = [(place, x) for place, x in candidates if place[0] != _MASK]
+    has_numbers = not all(_are_integers(x) for _, x in inputs)
     seen = []
-    for name, place, x in inputs:
+    for place, x in inputs:
         are_words = _are_integers(x) and (x.shape in masks or not has_numbers)
         kind = kind_of(x) if are_words or x.ndim > 2 or x.is_floating_point() else INTEGERS
-        kind = GRAPHS if _are_graphs(named[name]) else kind
-        seen.append(Input(name, place, kind, masks.get(x.shape) if are_words else None))
+        kind = GRAPHS if _are_graphs(named[place[0]]) else kind
+        seen.append(Input(place, kind, masks.get(x.shape) if are_words else None))
     return seen, unread
 
 
@@ -346,9 +354,9 @@ def sight_like(first: Sight, own: Sight) -> Sight:
     More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
     be taken for words, or for categories.
     """
-    found = {(each.name, each.place): (_kind_of_any(each), each.mask) for each in own[0]}
+    found = {each.place: (_kind_of_any(each), each.mask) for each in own[0]}
     for each in first[0]:
-        kind, mask = found.get((each.name, each.place), ("", None))
+        kind, mask = found.get(each.place, ("", None))
         if kind != _kind_of_any(each) or each.mask not in (None, mask):
             return own
     return first
@@ -359,18 +367,18 @@ def _kind_of_any(each: Input) -> str:
     return "tokens" if each.kind == INTEGERS else each.kind
 
 
-def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
-    """List the tensors that can be read, with their arguments, and the arguments that hold more."""
+def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[Place, Tensor]], list[str]]:
+    """List the tensors that can be read, and the arguments that hold more."""
     found, unread = [], []
     for name, value in named.items():
         if _are_graphs(value):
-            found.append((name, (name,), torch.zeros(size, 0)))  # in place of their sums
+            found.append(((name,), torch.zeros(size, 0)))  # in place of their sums
             continue
         tensors = tensors_in(value, (name,))
-        parts = [(name, place, x) for place, x in tensors if x.ndim > 0 and not is_constant(x)]
-        readable = [each for each in parts if has_samples(each[2], size) and each[2].ndim <= _MAX_DIMENSIONS]
+        parts = [(place, x) for place, x in tensors if x.ndim > 0 and not _is_constant(x)]
+        readable = [(place, x) for place, x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
         found += readable
-        if len(readable) < len(parts) or not (tensors or is_constant(value)):
+        if len(readable) < len(parts) or not (tensors or _is_constant(value)):
             unread.append(name)
     return found, unread
 
@@ -463,7 +471,7 @@ def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[st
     for name in inputs if by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not is_empty(x)]
+        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not _is_empty(x)]
         listed += [(name, code_of(place, name)) for place, _ in tensors]
     return listed
 
@@ -496,7 +504,7 @@ def inputs_hint(batch: object) -> str:
     if not isinstance(batch, Mapping):
         return ""
     named = [(place, x) for place, x in tensors_in(batch) if place[-1] not in TARGET_NAMES]
-    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)])
+    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not _is_empty(x)])
     return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 
 
