@@ -15,10 +15,10 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import at, clone_tensors, code_of, device_of, take, tensors_in
+from lightning_sensitivity.running.batches import at, clone_tensors, code_of, take, tensors_in
 from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, find_sight, sight_like
+from lightning_sensitivity.running.rules import Layout, Sight, find_sight, no_labels, sight_like
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -102,8 +102,8 @@ class BatchReader:
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
-        if self.function is None and self._inputs is None:
-            call = ModelCall(model, batch, None, self._outputs)
+        if self._inputs is None:
+            call = ModelCall(model, batch, None, self._outputs, self.function)
         else:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
@@ -125,26 +125,24 @@ class BatchReader:
             return own
         return sight_like(self._first_sight, own)
 
-    def labels(
-        self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None
-    ) -> Tensor:
+    def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
         Args:
-            model: The model.
             batch: The batch.
+            call: The call of the model on it, or on some of its samples.
             output_shape: The shape of the outputs for a sample; None if it is not known yet.
-            call: The call of the model on it, if that is known, for its layout.
 
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
-        if self._targets is None:
-            place = None if call is None else call.layout.labels
-            found = select_targets(model, batch) if place is None else at(batch, place)
+        if self._targets is not None:
+            with isolated(call.model) as run:
+                found = run(select_targets, call.model, batch, self._targets)
+        elif call.layout.labels is None:
+            raise no_labels(call.model, batch)
         else:
-            with isolated(model) as run:
-                found = run(select_targets, model, batch, self._targets)
+            found = at(batch, call.layout.labels)
         labels = found.detach().to("cpu", copy=True)
         if output_shape is None:
             return labels
@@ -156,15 +154,12 @@ class BatchReader:
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
-    def check_samples(
-        self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True
-    ) -> None:
+    def check_samples(self, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True) -> None:
         """Refuse labels that are hardly those of the task, or that a reference sees, and samples that it can't read.
 
         What an encoder makes of samples is not looked at.
 
         Args:
-            model: The model.
             batch: A training batch.
             call: The call of the model on it.
             labels: Its labels.
@@ -177,7 +172,7 @@ class BatchReader:
             raise Refused(doubt, entry="task")
         if self._encoder is not None:
             return
-        seen = self.see(model, batch, call, len(labels))
+        seen = self.see(batch, call, len(labels))
         inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
         if answer := find_leaked_label(inputs, labels, self.task.has_label(labels)):
             raise Refused(
@@ -193,9 +188,7 @@ class BatchReader:
                 "nan",
             )
 
-    def kept_labels(
-        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: Shape | None = None
-    ) -> Tensor | None:
+    def kept_labels(self, batch: object, kept: KeptBatch, output_shape: Shape | None = None) -> Tensor | None:
         """Copy the labels of those samples of a batch that are kept; None if it is not clear where they would be.
 
         Raises:
@@ -203,18 +196,17 @@ class BatchReader:
         """
         if self._targets is None and kept.call.layout.labels is None:
             return None
-        labels = self.labels(model, batch, output_shape, kept.call)
+        labels = self.labels(batch, kept.call, output_shape)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]
         check_count(labels, kept.size)
         return labels
 
-    def see(self, model: nn.Module, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
+    def see(self, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
 
         Args:
-            model: The model, which the function ``features`` may use.
-            batch: The batch; only that function needs it.
+            batch: The batch, which only a function ``features`` needs.
             call: The call of the model on it.
             size: N, the number of its samples.
             indices: Which of them are wanted; None for all.
@@ -226,12 +218,12 @@ class BatchReader:
             MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
         """
         if self._encoder is not None:
-            return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
+            return {"columns": encode(self._encoder, call, size, indices)}
         if self._features is None:
             seen, unread = select_seen(call.arguments, size, self._sight(call, size), indices)
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
-        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
+        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(call.model) as run:
             values: object = run(self._features, clone_tensors(batch))
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a module, or a function that returns a tensor ({size}, D)"
@@ -282,19 +274,19 @@ class BatchReader:
         kept = KeptBatch(index, num_kept, call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
         size = whole.size or num_kept
         if self._features is not None:  # all else can be found in the call
-            kept.seen = self.see(model, batch, whole, size, indices)
+            kept.seen = self.see(batch, whole, size, indices)
         if self._groups is not None:
             kept.groups = self.groups(model, batch, size, indices)
         return kept
 
-    def join(self, model: nn.Module, batches: Iterable[KeptBatch]) -> Observations:
+    def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.
 
         Raises:
             MisconfigurationException: If ``features`` fails.
             ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
-        parts = [(kept.seen or self.see(model, None, kept.call, kept.size), kept) for kept in batches]
+        parts = [(kept.seen or self.see(None, kept.call, kept.size), kept) for kept in batches]
         return Observations.join([Observations(seen, torch.zeros(kept.size, 0), kept.groups) for seen, kept in parts])
 
     # Training samples
@@ -327,7 +319,7 @@ class BatchReader:
         if kept.num_to_read == 0:
             return
         call = self.call(model, batch)
-        labels = self.labels(model, batch, output_shape, call)
+        labels = self.labels(batch, call, output_shape)
         size = len(labels)
         check_count(labels, call.size or size)
         labelled = self.task.has_label(labels).nonzero()[:, 0]
@@ -335,7 +327,7 @@ class BatchReader:
         if len(chosen) > 0:
             indices = labelled[chosen]
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
-            seen = self.see(model, batch, call, size, indices)
+            seen = self.see(batch, call, size, indices)
             kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
 
 

@@ -52,6 +52,7 @@ class ModelCall:
             says only what a reference sees, and without ``inputs`` that is nothing.
 
     Attributes:
+        model: The module.
         layout: What the batch is to the model.
         arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
         size: The number of samples, if that is the first dimension of all tensors, and all else belongs to all
@@ -77,7 +78,7 @@ class ModelCall:
             layout = resolved(rules.layout_of_chosen, model, (batch, value))
         else:
             layout = resolved(rules.layout_of_batch, model, batch)
-        self._model = model
+        self.model = model
         self._outputs = outputs
         self._function = function
         self.layout = layout
@@ -105,16 +106,16 @@ class ModelCall:
         if perturb is not None:
             name = self.layout.perturbed
             if name is None:
-                raise rules.no_perturbed(self._model, self.layout, self.arguments, str(self))
+                raise rules.no_perturbed(self.model, self.layout, self.arguments, str(self))
             arguments[name] = apply_to_collection(
                 arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
         if self._function is not None:
-            result = self._function(self._model, arguments[rules.BATCH])
+            result = self._function(self.model, arguments[rules.BATCH])
         elif self.layout.by_name:
-            result = self._model(**arguments)
+            result = self.model(**arguments)
         else:
-            result = self._model(*arguments.values())
+            result = self.model(*arguments.values())
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
         outputs = select_outputs(result, self._outputs)

@@ -185,7 +185,7 @@ def test_of_validation_samples_those_that_are_kept_are_encoded_once() -> None:
         if samples.wants(index):
             samples.add(read.keep(MODEL, batch, index, 50))
     assert encoded == []
-    features = read.join(MODEL, samples.batches).seen["columns"]
+    features = read.join(samples.batches).seen["columns"]
     kept = torch.cat([X[20 * batch.index : 20 * batch.index + 20] for batch in samples.batches])
     assert encoded == kept[:, 0].tolist() and torch.equal(features, kept)
 

@@ -121,7 +121,7 @@ def test_a_layout_selects_what_the_model_and_the_reference_get() -> None:
         assert layout.labels is None or isinstance(at(batch, layout.labels), Tensor)
         assert call.size == 0 or {len(x) for _, x in batches.tensors_in(call.arguments) if x.ndim > 0} == {call.size}
         rows = torch.tensor([(call.size or 4) - 1, 0])
-        whole, some = (attempt(BatchReader().see, model, batch, call, call.size or 4, each) for each in (None, rows))
+        whole, some = (attempt(BatchReader().see, batch, call, call.size or 4, each) for each in (None, rows))
         if not isinstance(whole, str):
             assert all(torch.equal(some[kind], x[rows]) for kind, x in whole.items())
     assert num_read > NUM_TEMPLATES / 2
