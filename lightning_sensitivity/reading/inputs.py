@@ -101,14 +101,12 @@ def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tens
         counts_of_values = torch.unique(column, return_counts=True)[1].double()
         if len(counts_of_values) != 2:
             orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
-    for name, value in inputs.items():
-        for place, x in tensors_in(value):
-            if not has_samples(x, len(counts)):
-                continue
+    for place, x in tensors_in(inputs):
+        if has_samples(x, len(counts)):
             columns = x.detach().cpu()[counts].double()[:, None].flatten(1)
             is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
             if bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any()):
-                return code_of(place, name)
+                return code_of(place[1:], place[0])
     return None
 
 

@@ -71,20 +71,18 @@ class KeptSamples:
         max_bytes: How many bytes they may take.
         batches: The batches, in the order of the loader.
         size: The number of samples.
-        is_complete: Whether no more batches are wanted.
         is_truncated: Whether samples are missing for lack of memory.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
-        self.is_complete = False
         self.is_truncated = False
         self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
-        self._threshold = 1.0
+        self._threshold = 1.0  # which the priority numbers of wanted batches are below
 
     def fingerprints(self) -> Tensor:
         """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
@@ -102,8 +100,7 @@ class KeptSamples:
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        has_dropped = self._threshold < 1.0
-        return not (self.is_complete or (has_dropped and spaced_fraction(batch_idx) >= self._threshold))
+        return self._threshold == 1.0 or spaced_fraction(batch_idx) < self._threshold
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty, and as few others as hold the wanted number of samples."""
@@ -130,7 +127,8 @@ class KeptSamples:
 
     def complete(self) -> None:
         """Want no more batches, unless none has come."""
-        self.is_complete = self.size > 0
+        if self.size > 0:
+            self._threshold = 0.0
 
 
 class KeptObservations:

@@ -233,7 +233,7 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def entry(value: object, name: str) -> object:
+def entry(value: object, name: str) -> Any:
     """Return an entry of a mapping or an attribute of another object; None if it is not there, or a property fails."""
     if isinstance(value, Mapping):
         return value.get(name)

@@ -70,20 +70,17 @@ class ModelCall:
         outputs: Selector | None = None,
         function: Function | None = None,
     ) -> None:
-        value = batch if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
-        if function is not None:
-            value = batch, () if inputs is None else value
-            layout = resolved(rules.layout_for_function, model, value)
-        elif inputs is not None:
-            layout = resolved(rules.layout_of_chosen, model, (batch, value))
-        else:
-            layout = resolved(rules.layout_of_batch, model, batch)
+        value: object = batch
+        rule: Callable[[nn.Module, Any], rules.Layout] = rules.layout_of_batch
+        if inputs is not None or function is not None:
+            value = batch, () if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
+            rule = rules.layout_of_chosen if function is None else rules.layout_for_function
         self.model = model
         self._outputs = outputs
         self._function = function
-        self.layout = layout
-        self.arguments = {name: at(value, place) for name, place in layout.places.items()}
-        self.size = 0 if layout.rows is None else len(at(self.arguments, layout.rows))
+        self.layout = resolved(rule, model, value)
+        self.arguments = {name: at(value, place) for name, place in self.layout.places.items()}
+        self.size = 0 if self.layout.rows is None else len(at(self.arguments, self.layout.rows))
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
@@ -253,8 +250,7 @@ def sum_graphs(graphs: object, size: int) -> Tensor:
     Returns:
         The sums, ``(N, D)``.
     """
-    of_node: Any = entry(graphs, "batch")
-    ends: Any = entry(graphs, "edge_index")
+    of_node, ends = entry(graphs, "batch"), entry(graphs, "edge_index")
     sums = []
     for graph, names in ((of_node, _OF_NODES), (of_node[ends[0]], _OF_EDGES)):
         columns = [torch.ones(len(graph), 1)]

@@ -170,9 +170,9 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
             raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
-        return _layout(model, batch, chosen, True, {name: (name,) for name in chosen})
-    positions = [(step,) for step in range(len(chosen))] if type(chosen) is tuple else [()]
-    return _layout(model, batch, chosen, False, by_position(model, positions))
+        return _layout(model, batch, both, True, {name: (1, name) for name in chosen})
+    positions = [(1, step) for step in range(len(chosen))] if type(chosen) is tuple else [(1,)]
+    return _layout(model, batch, both, False, by_position(model, positions))
 
 
 def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
@@ -391,9 +391,8 @@ def _are_integers(x: Tensor) -> bool:
 def _are_graphs(value: object) -> bool:
     """Return whether a value holds graphs: that of each node, and the nodes of each edge."""
     of_node, ends = entry(value, "batch"), entry(value, "edge_index")
-    if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor):
-        return False
-    return ends.shape[:1] == (2,) and of_node.ndim == 1
+    are_tensors = isinstance(of_node, Tensor) and isinstance(ends, Tensor)
+    return are_tensors and ends.shape[:1] == (2,) and of_node.ndim == 1
 
 
 # Features of an encoder
