@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from lightning_sensitivity.running.call import Function, ModelCall, select_outpu
 from lightning_sensitivity.running.isolation import isolated
 from lightning_sensitivity.running.rules import Layout, Sight, find_sight, no_labels, sight_like
 
-Shape: TypeAlias = tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 class BatchReader:

@@ -3,8 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ from lightning_sensitivity.running.batches import (
     tensors_in,
 )
 
-T = TypeVar("T")
-
 _LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
 _MAX_NAMED = 3  # candidates that a message names
 
@@ -48,8 +45,7 @@ _FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transfo
 # What the rules find
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """A tensor of the arguments, or graphs, of which a reference sees samples.
 
     Attributes:
@@ -67,8 +63,7 @@ class Input:
 Sight: TypeAlias = tuple[list[Input], list[str]]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """What a batch is to a model.
 
     Attributes:
@@ -126,7 +121,7 @@ def _takes_only_keywords(model: nn.Module) -> bool:
     return {*_kinds(model)} <= {_KEYWORDS}
 
 
-def by_position(model: nn.Module, values: Sequence[T]) -> dict[str, T]:
+def by_position(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
     """Name arguments that are given by position; those of ``*args`` by numbers."""
     return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
 
@@ -354,17 +349,13 @@ def sight_like(first: Sight, own: Sight) -> Sight:
     More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
     be taken for words, or for categories.
     """
-    found = {each.place: (_kind_of_any(each), each.mask) for each in own[0]}
-    for each in first[0]:
-        kind, mask = found.get(each.place, ("", None))
-        if kind != _kind_of_any(each) or each.mask not in (None, mask):
-            return own
-    return first
+    return first if _facts(first) <= _facts(own) else own
 
 
-def _kind_of_any(each: Input) -> str:
-    """Return the kind of an input, one for all integers."""
-    return "tokens" if each.kind == INTEGERS else each.kind
+def _facts(sight: Sight) -> set[object]:
+    """Collect the kind of each input, one for all integers, and its mask."""
+    kinds = {(each.place, "tokens" if each.kind == INTEGERS else each.kind) for each in sight[0]}
+    return kinds | {(each.place, each.mask) for each in sight[0] if each.mask is not None}
 
 
 def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[Place, Tensor]], list[str]]:
