@@ -28,21 +28,21 @@ class KeptBatch:
         index: Its index in its loader.
         size: Its number of samples.
         call: The call of the model on it.
-        labels: Its labels; None if it has none, or none are wanted.
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
         is_truncated: Whether samples are missing for lack of memory.
+        labels: Its labels; None if it has none, or none are wanted.
     """
 
     index: int
     size: int
     call: ModelCall
-    labels: Tensor | None = None
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
     is_truncated: bool = False
+    labels: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:

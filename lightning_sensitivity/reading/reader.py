@@ -270,13 +270,10 @@ class BatchReader:
         if num_kept == 0:  # then the outputs tell
             with isolated(model) as run:
                 num_kept = len(run(call))
-        kept = KeptBatch(index, num_kept, call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
         size = whole.size or num_kept
-        if self._features is not None:  # all else can be found in the call
-            kept.seen = self.see(batch, whole, size, indices)
-        if self._groups is not None:
-            kept.groups = self.groups(model, batch, size, indices)
-        return kept
+        seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
+        groups = None if self._groups is None else self.groups(model, batch, size, indices)
+        return KeptBatch(index, num_kept, call.copy_to_cpu(), seen, groups, indices, is_truncated)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.

@@ -438,10 +438,8 @@ def no_outputs(result: object, selected: object) -> Refused:
 
 def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
-    if outputs.ndim < 3:
-        return
     first, last = outputs.shape[1:-1], outputs.shape[2:]
-    if min(first.numel(), last.numel()) <= 1:
+    if min(first.numel(), last.numel()) <= 1:  # of matrices, too
         return
     shapes = [x.shape[1:] for _, x in tensors_in(arguments) if not x.is_nested]
     are_first = first in [shape[: len(first)] for shape in shapes]
