@@ -1,4 +1,4 @@
-"""What a reference sees of the inputs of a model: every column, texts and images side by side, and what is missing."""
+"""What a reference sees of the inputs of a model: every column, texts, images and graphs, and what is missing."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,10 @@ IMAGES, IDS = torch.rand(3, 2, 8, 8, generator=G), torch.arange(12).reshape(3, 4
 SOUND = IMAGES[:, :, 0]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 FLAGS, CITY = X > 0.5, torch.tensor([2, 0, 999])
+NODES, EDGES = torch.arange(10.0).reshape(5, 2), torch.tensor([[1.0], [2.0], [4.0]])
+GRAPH, ENDS = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([[0, 1, 3], [1, 0, 4]])
+SUMS = torch.tensor([[2.0, 2, 4, 2, 3], [0.0] * 5, [3.0, 18, 21, 1, 4]])  # of three graphs, of which one is empty
+OF_NODES = {"x": NODES, "edge_index": ENDS, "batch": GRAPH}
 Seen = dict[str, Tensor]
 
 
@@ -51,6 +55,11 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
         {"columns": CITY[:, None].float(), "tokens": IDS.where(MASK > 0, -1)}),
     "embeddings, without their mask": ({"x": SOUND, "attention_mask": MASK}, {"signals": SOUND}),
     "inputs in a part": ({"x": {"deep": [X, (Z, "name")]}, "scale": X.sum(), "deep": True}, beside(X, Z)),
+    "graphs of PyTorch Geometric": ({"data": SimpleNamespace(**OF_NODES, edge_attr=EDGES, y=GRAPH)}, beside(SUMS)),
+    "graphs of chemprop, beside descriptors": (
+        {"bmg": SimpleNamespace(V=NODES, E=EDGES, edge_index=ENDS, batch=GRAPH), "X_d": torch.ones(3, 1)},
+        beside(SUMS, torch.ones(3))),
+    "graphs as arguments, without features of edges": (OF_NODES, beside(SUMS[:, :4])),
 }  # fmt: skip
 
 
@@ -70,6 +79,12 @@ def test_a_reference_sees(what: str) -> None:
 
 def take(seen: Seen, rows: Tensor) -> Seen:
     return {kind: x[rows] for kind, x in seen.items()}
+
+
+def test_integers_of_graphs_are_categories() -> None:
+    graphs = SimpleNamespace(x=torch.tensor([[0], [3], [3], [3], [200]]), edge_index=ENDS, batch=GRAPH)
+    seen = see({"data": graphs})[0]["columns"]
+    assert seen.shape == (3, 130) and seen[0, [1, 4]].tolist() == [1, 1] and seen[2, [4, 128]].tolist() == [2, 1]
 
 
 UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns, and which of them are named
