@@ -17,7 +17,7 @@ from lightning_sensitivity.reference.observations import Observations, group_num
 from lightning_sensitivity.running.batches import at, clone_tensors, code_of, take, tensors_in
 from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, find_sight, no_labels, sight_like
+from lightning_sensitivity.running.rules import Layout, Sight, facts_of, find_sight, no_labels
 
 Shape = tuple[int, ...]
 
@@ -119,10 +119,9 @@ class BatchReader:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
         own = call.layout.sight if call.size == size else None
         own = own or find_sight(call.inputs(), size)
-        self._first_sight = self._first_sight or own
-        if own is self._first_sight or not self._is_like_first(call):
-            return own
-        return sight_like(self._first_sight, own)
+        self._first_sight = first = self._first_sight or own
+        is_found = own is first or (self._is_like_first(call) and facts_of(first) <= facts_of(own))
+        return first if is_found else own
 
     def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.

@@ -343,17 +343,12 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def sight_like(first: Sight, own: Sight) -> Sight:
-    """Return what is seen of a first batch, if all of it is found in another batch, too; else what is found there.
+def facts_of(sight: Sight) -> set[object]:
+    """Collect the kind of each input, one for all integers, and its mask.
 
-    More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
-    be taken for words, or for categories.
+    More may be found in a batch by chance, where shared numbers are as many as samples, or as tokens. And by these,
+    integers may be taken for words, or for categories.
     """
-    return first if _facts(first) <= _facts(own) else own
-
-
-def _facts(sight: Sight) -> set[object]:
-    """Collect the kind of each input, one for all integers, and its mask."""
     kinds = {(each.place, "tokens" if each.kind == INTEGERS else each.kind) for each in sight[0]}
     return kinds | {(each.place, each.mask) for each in sight[0] if each.mask is not None}
 
@@ -415,10 +410,9 @@ def find_outputs(result: Any) -> object:
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for _, x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
-        has_tensors = is_sequence(result) and any(map(is_floating, result))
-        example = (
-            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
-        )
+        example = "if none, set `call=lambda module, batch: ...`"
+        if is_sequence(result) and any(map(is_floating, result)):
+            example = "such as `outputs=lambda out: out[1]`"
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
             f"`forward` returned: {example}."

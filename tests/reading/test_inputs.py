@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.reference.kinds import join_seen
+from lightning_sensitivity.reference.kinds import Seen, join_seen
 from lightning_sensitivity.running.call import select_seen
 from lightning_sensitivity.running.rules import find_sight
 
@@ -22,7 +22,6 @@ NODES, EDGES = torch.arange(10.0).reshape(5, 2), torch.tensor([[1.0], [2.0], [4.
 GRAPH, ENDS = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([[0, 1, 3], [1, 0, 4]])
 SUMS = torch.tensor([[2.0, 2, 4, 2, 3], [0.0] * 5, [3.0, 18, 21, 1, 4]])  # of three graphs, of which one is empty
 OF_NODES = {"x": NODES, "edge_index": ENDS, "batch": GRAPH}
-Seen = dict[str, Tensor]
 
 
 def beside(*columns: Tensor) -> Seen:
@@ -71,14 +70,10 @@ def see(named: dict[str, Any], rows: Tensor | None = None) -> tuple[Seen, list[s
 def test_a_reference_sees(what: str) -> None:
     named, expected = SEEN[what]
     rows = torch.tensor([2, 0])
-    for indices, wanted in ((None, expected), (rows, take(expected, rows))):
+    for indices, wanted in ((None, expected), (rows, {kind: x[rows] for kind, x in expected.items()})):
         seen, unread = see(named, indices)
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
         assert unread == []
-
-
-def take(seen: Seen, rows: Tensor) -> Seen:
-    return {kind: x[rows] for kind, x in seen.items()}
 
 
 def test_integers_of_graphs_are_categories() -> None:

@@ -15,7 +15,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import KINDS
-from tests.helpers import labelled, labels, see
+from tests.helpers import labelled, labels, module, see
 
 MODEL = nn.Linear(12, 4)
 X, Y = labelled(60).tensors
@@ -109,7 +109,7 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 
 
 def test_a_graph_is_seen_by_features_alone() -> None:
-    graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
+    graph, model = SimpleNamespace(x=X, y=Y), module(lambda self, data: data.x[:, :4])
     reader = BatchReader()
     assert see(reader, model, graph) == {} and reader.unread == ["data"]
     reader.reset()
@@ -134,7 +134,7 @@ def test_inputs_by_position_are_seen_whatever_their_names() -> None:
 def net_of(forward: Any, **makers: Any) -> Any:
     """A network, and how to make its batch of N samples, of texts that have so many tokens."""
     make = lambda size, length: {name: make(size, length) for name, make in makers.items()}  # noqa: E731
-    return type("Net", (nn.Module,), {"forward": forward})(), make
+    return module(forward), make
 
 
 def integers(size: int, length: int) -> Tensor:
@@ -231,7 +231,7 @@ def test_samples_are_chosen_before_they_are_averaged(
     shrunk = images.shrunk
     monkeypatch.setattr(images, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
     monkeypatch.setattr("lightning_sensitivity.reading.kept.max_samples", lambda kinds, num_columns: 64)
-    model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
+    model = module(lambda self, x: x.mean((2, 3)))
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
     kept = reader.make_kept(3, num_batches=num_batches)
     for _ in range(40):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import ModelCall, batches, rules
 from lightning_sensitivity.running.batches import at, resolved
+from tests.helpers import module
 
 NUM_TEMPLATES = 450
 SIZES = (4, 5, 1, 2, 3, 7)  # of batches that are made alike
@@ -77,10 +78,6 @@ class Maker:
         if kind in (tuple, list):
             return kind(self.value(depth) for _ in range(self.random.randrange(1, 5)))
         return kind({name: self.value(depth) for name in self.random.sample(NAMES, self.random.randrange(1, 5))})
-
-
-def module(forward: Callable[..., Any]) -> nn.Module:
-    return type("Module", (nn.Module,), {"forward": forward})()
 
 
 def attempt(find: Callable[..., Any], *args: Any) -> Any:
