@@ -140,7 +140,7 @@ def compare_models(
     outputs_of = _run_all(models, batches, reader, rules.has_any_outputs(loss))
     first, some = next(iter(models.values())), next(iter(outputs_of.values()))
     shape = None if rules.has_any_outputs(loss) else tuple(without_ones(some).shape[1:])
-    new = reader.join(first, (reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches)))
+    new = reader.join(reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
         rows = finite_samples(new, "samples of `dataloader`", warn)
         new = new.take(rows)
@@ -151,7 +151,8 @@ def compare_models(
     y = torch.full((len(some), num_columns), math.nan, dtype=torch.float64)
     if validation_labels:
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            labels = torch.cat([reader.labels(first, move_batch(first, batch), shape) for batch in batches])
+            moved = (move_batch(first, batch) for batch in batches)
+            labels = torch.cat([reader.labels(each, reader.call(first, each), shape) for each in moved])
             check_count(labels, len(some))
             y = rules.label_matrix(labels, num_columns).double()
     metrics = {} if loss is not None else rules.default_metrics(num_columns)  # accuracy first; none in a regression
@@ -221,8 +222,9 @@ def _read_training(
     for index, batch in enumerate(training):
         moved = move_batch(model, batch)
         if index == 0:
-            labels = reader.labels(model, moved, shape)
-            reader.check_samples(model, moved, reader.call(model, moved), labels)
+            call = reader.call(model, moved)
+            labels = reader.labels(moved, call, shape)
+            reader.check_samples(moved, call, labels)
             like = labels[:0]
         reader.keep_observations(kept, model, moved, shape)
     known = kept.joined()

@@ -73,8 +73,7 @@ def check_argument(name: str, value: object, valid: bool, expected: str) -> None
 def check_int(name: str, value: object, minimum: int, optional: bool = False) -> None:
     """Require an int (not a bool) of at least a minimum, or None if it is optional."""
     is_int = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
-    valid = is_int or (optional and value is None)
-    check_argument(name, value, valid, f"an int of {minimum} or more")
+    check_argument(name, value, is_int or (optional and value is None), f"an int of {minimum} or more")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -39,7 +39,17 @@ def inputs(num_samples: int, seed: int = 0) -> Tensor:
 def see(reader: BatchReader, model: nn.Module, batch: Any, rows: Any = None, size: int = 0) -> dict[str, Tensor]:
     """What a reference sees of a batch."""
     call = reader.call(model, batch)
-    return reader.see(model, batch, call, size or call.size or len(call()), rows)
+    return reader.see(batch, call, size or call.size or len(call()), rows)
+
+
+def module(forward: Any) -> Any:
+    """A module with this forward, of a class of its own."""
+    return type("Model", (nn.Module,), {"forward": forward})()
+
+
+def labels(reader: BatchReader, model: nn.Module, batch: Any, output_shape: Any = None) -> Tensor:
+    """The labels of a batch."""
+    return reader.labels(batch, reader.call(model, batch), output_shape)
 
 
 def labelled(num_samples: int, seed: int = 0) -> TensorDataset:

@@ -20,8 +20,7 @@ from lightning_sensitivity.messages import Refused, check_argument, refuse_on_er
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.batches import is_dense, tensors_in
 from lightning_sensitivity.running.isolation import isolated, isolated_with
-from lightning_sensitivity.running.layout import without
-from lightning_sensitivity.running.rules import by_position, labels_in
+from lightning_sensitivity.running.rules import by_position, labels_in, without
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs

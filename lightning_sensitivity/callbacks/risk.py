@@ -265,11 +265,11 @@ class RiskMonitor(Monitor):
                 outputs = self.check_model(run, call)
             any_outputs = self.task.has_any_outputs(self.loss)
             shape = tuple(without_ones(outputs).shape[1:])
-            labels = self.reader.labels(module, batch, None if any_outputs else shape)
+            labels = self.reader.labels(batch, call, None if any_outputs else shape)
             is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
             shape = tuple(labels.shape[1:]) if any_outputs else shape
             check_count(labels, len(outputs))
-            self.reader.check_samples(module, batch, call, labels, need_reference=not self.validation_labels)
+            self.reader.check_samples(batch, call, labels, need_reference=not self.validation_labels)
             self.reader.groups(module, batch, len(outputs))
             num_columns = self.task.num_columns(shape)
             checks.check_class_shares(self._class_shares, self.task, num_columns)
@@ -331,7 +331,7 @@ class RiskMonitor(Monitor):
         if self.validation_labels:
             try:
                 shape = None if self._reference is None else self._reference.output_shape
-                kept.labels = self.reader.kept_labels(module, batch, kept, shape)
+                kept.labels = self.reader.kept_labels(batch, kept, shape)
             except MisconfigurationException as error:
                 message = f"treats some validation batches as unlabelled: {describe_error(error)}"
                 self.run.warn("labels", message)

@@ -166,7 +166,7 @@ class RunReference:
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         own: _Part | None = None
         with self._run.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
-            own = self._join(trainer.lightning_module, kept)
+            own = self._join(kept)
         parts = gather_objects(trainer, own)
         is_over = None in parts or any(part.known is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
@@ -179,7 +179,7 @@ class RunReference:
         self._run.training = None
         return predicted
 
-    def _join(self, module: LightningModule, kept: Sequence[KeptSamples]) -> _Part:
+    def _join(self, kept: Sequence[KeptSamples]) -> _Part:
         """Join the samples that this process has kept."""
         known = None if self._run.training is None or self._run.training.size == 0 else self._run.training.joined()
         unseen: dict[int, Observations | None] = {}
@@ -188,7 +188,7 @@ class RunReference:
                 index = samples.dataloader_idx
                 unseen[index] = None
                 with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
-                    unseen[index] = self._reader.join(module, samples.batches)
+                    unseen[index] = self._reader.join(samples.batches)
         return _Part(known, unseen, _fingerprints(kept))
 
     def _fit(self, parts: Sequence[Observations]) -> Observations:

@@ -126,7 +126,7 @@ class FittedReference:
             call = self._reader.call(network, moved)
             with isolated(network) as run:
                 outputs.append(self._reader.task.predictions(run(call).cpu()))
-            seen.append(self._reader.see(network, moved, call, len(outputs[-1])))
+            seen.append(self._reader.see(moved, call, len(outputs[-1])))
         if not outputs:
             raise ValueError("Expected batches in `dataloader`, but got none.")
         of_network = torch.cat(outputs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.messages import Refused, describe, refuse_on_error
-from lightning_sensitivity.running.batches import cast, code_of, has_samples, tensors_in
+from lightning_sensitivity.running.batches import cast, code_of, device_of, has_samples, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import isolated
 
@@ -41,19 +41,19 @@ def check_encoder(encoder: nn.Module, model: nn.Module) -> None:
         )
 
 
-def encode(encoder: nn.Module, call: ModelCall, size: int, indices: Tensor | None, device: torch.device) -> Tensor:
+def encode(encoder: nn.Module, call: ModelCall, size: int, indices: Tensor | None) -> Tensor:
     """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 
     Args:
-        encoder: The network, which a pass leaves as it was, but for its device.
+        encoder: The network, which a pass leaves as it was, but for its device: that of the model.
         call: A call of the model.
         size: N, the number of its samples.
         indices: Which of them to encode; None for all.
-        device: The device of the model.
 
     Raises:
         MisconfigurationException: If the network fails, or does not return features of each sample.
     """
+    device = device_of(call.model)
     encoder.to(device)
     indices = torch.arange(size) if indices is None else indices
     with refuse_on_error(f"`features` failed on {call}", "features"), isolated(encoder) as run:
@@ -101,14 +101,12 @@ def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tens
         counts_of_values = torch.unique(column, return_counts=True)[1].double()
         if len(counts_of_values) != 2:
             orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
-    for name, value in inputs.items():
-        for place, x in tensors_in(value):
-            if not has_samples(x, len(counts)):
-                continue
+    for place, x in tensors_in(inputs):
+        if has_samples(x, len(counts)):
             columns = x.detach().cpu()[counts].double()[:, None].flatten(1)
             is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
             if bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any()):
-                return code_of(place, name)
+                return code_of(place[1:], place[0])
     return None
 
 

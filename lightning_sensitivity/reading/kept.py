@@ -3,7 +3,6 @@
 import math
 import sys
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -29,21 +28,21 @@ class KeptBatch:
         index: Its index in its loader.
         size: Its number of samples.
         call: The call of the model on it.
-        labels: Its labels; None if it has none, or none are wanted.
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
         is_truncated: Whether samples are missing for lack of memory.
+        labels: Its labels; None if it has none, or none are wanted.
     """
 
     index: int
     size: int
     call: ModelCall
-    labels: Tensor | None = None
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
     is_truncated: bool = False
+    labels: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -69,53 +68,45 @@ class KeptSamples:
     Attributes:
         dataloader_idx: The index of the loader.
         num_wanted: How many samples to keep.
+        max_bytes: How many bytes they may take.
+        batches: The batches, in the order of the loader.
         size: The number of samples.
-        is_complete: Whether no more batches are wanted.
         is_truncated: Whether samples are missing for lack of memory.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
-        self.is_complete = False
         self.is_truncated = False
-        self._batches: list[KeptBatch] = []
+        self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
-        self._threshold = 1.0
-
-    @property
-    def batches(self) -> list[KeptBatch]:
-        """The batches, in the order of the loader."""
-        return sorted(self._batches, key=attrgetter("index"))
+        self._threshold = 1.0  # which the priority numbers of wanted batches are below
 
     def fingerprints(self) -> Tensor:
         """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
 
         Raises:
-            ValueError: If no tensor has a row for each sample, as with graphs.
+            RuntimeError: If no tensor has a row for each sample, as with graphs.
         """
         found = [torch.zeros(0, dtype=torch.float64)]
         for batch in self.batches:
             tensors = tensors_in(batch.seen or batch.call.inputs())
             columns = [x[:, None].flatten(1) for _, x in tensors if has_samples(x, batch.size)]
-            if not columns:
-                raise ValueError("No input has a row for each sample")
-            steps = [max(1, math.ceil(x.shape[1] / _MAX_COMPARED)) for x in columns]
-            found.append(projection({str(place): x[:, :: steps[place]] for place, x in enumerate(columns)}))
+            spaced = [x[:, :: math.ceil(x.shape[1] / _MAX_COMPARED) or 1] for x in columns]
+            found.append(projection({str(place): x for place, x in enumerate(spaced)}))
         return torch.cat(found)
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""
-        has_dropped = self._threshold < 1.0
-        return not (self.is_complete or (has_dropped and spaced_fraction(batch_idx) >= self._threshold))
+        return self._threshold == 1.0 or spaced_fraction(batch_idx) < self._threshold
 
     def add(self, batch: KeptBatch) -> None:
         """Keep a batch, unless it is empty, and as few others as hold the wanted number of samples."""
         if batch.size == 0:
             return
-        self._batches.append(batch)
+        self.batches.append(batch)
         self.size += batch.size
         self.is_truncated |= batch.is_truncated
         self._num_bytes += batch.num_bytes
@@ -124,22 +115,20 @@ class KeptSamples:
 
     def _drop_surplus(self) -> None:
         """Drop the batches of the highest priority numbers: those that are not wanted, then those that do not fit."""
-        self._batches.sort(key=lambda each: spaced_fraction(each.index))
-        while self.size - self._batches[-1].size >= self.num_wanted:
-            self._drop_last()
-        while self._num_bytes > self.max_bytes and len(self._batches) > 1:
-            self.is_truncated = True
-            self._drop_last()
+        for batch in sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True):
+            is_wanted = self.size - batch.size < self.num_wanted
+            if is_wanted and (self._num_bytes <= self.max_bytes or len(self.batches) == 1):
+                return
+            self.is_truncated |= is_wanted
+            self.batches.remove(batch)
+            self.size -= batch.size
+            self._num_bytes -= batch.num_bytes
+            self._threshold = spaced_fraction(batch.index)
 
     def complete(self) -> None:
         """Want no more batches, unless none has come."""
-        self.is_complete = self.size > 0
-
-    def _drop_last(self) -> None:
-        batch = self._batches.pop()
-        self.size -= batch.size
-        self._num_bytes -= batch.num_bytes
-        self._threshold = spaced_fraction(batch.index)
+        if self.size > 0:
+            self._threshold = 0.0
 
 
 class KeptObservations:

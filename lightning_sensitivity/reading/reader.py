@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,12 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, code_of, device_of, take, tensors_in
-from lightning_sensitivity.running.call import (
-    Function,
-    ModelCall,
-    labels_at,
-    select_outputs,
-    select_seen,
-    select_targets,
-)
+from lightning_sensitivity.running.batches import at, clone_tensors, code_of, take, tensors_in
+from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.layout import Layout, Sight
-from lightning_sensitivity.running.rules import find_sight, sight_like
+from lightning_sensitivity.running.rules import Layout, Sight, facts_of, find_sight, no_labels
 
-Shape: TypeAlias = tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 class BatchReader:
@@ -110,8 +101,8 @@ class BatchReader:
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""
-        if self.function is None and self._inputs is None:
-            call = ModelCall(model, batch, None, self._outputs)
+        if self._inputs is None:
+            call = ModelCall(model, batch, None, self._outputs, self.function)
         else:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
@@ -128,50 +119,45 @@ class BatchReader:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
         own = call.layout.sight if call.size == size else None
         own = own or find_sight(call.inputs(), size)
-        self._first_sight = self._first_sight or own
-        if own is self._first_sight or not self._is_like_first(call):
-            return own
-        return sight_like(self._first_sight, own)
+        self._first_sight = first = self._first_sight or own
+        is_found = own is first or (self._is_like_first(call) and facts_of(first) <= facts_of(own))
+        return first if is_found else own
 
-    def labels(
-        self, model: nn.Module, batch: object, output_shape: Shape | None = None, call: ModelCall | None = None
-    ) -> Tensor:
+    def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.
 
         Args:
-            model: The model.
             batch: The batch.
+            call: The call of the model on it, or on some of its samples.
             output_shape: The shape of the outputs for a sample; None if it is not known yet.
-            call: The call of the model on it, if that is known, for its layout.
 
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
-        if self._targets is None:
-            found = select_targets(model, batch) if call is None else labels_at(call.layout.labels, model, batch)
+        if self._targets is not None:
+            with isolated(call.model) as run:
+                found = run(select_targets, call.model, batch, self._targets)
+        elif call.layout.labels is None:
+            raise no_labels(call.model, batch)
         else:
-            with isolated(model) as run:
-                found = run(select_targets, model, batch, self._targets)
+            found = at(batch, call.layout.labels)
         labels = found.detach().to("cpu", copy=True)
         if output_shape is None:
             return labels
         try:
             self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            place = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
-            reason = describe_error(error).replace("batch[1]", place)
+            code = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
+            reason = describe_error(error).replace("batch[1]", code)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels
 
-    def check_samples(
-        self, model: nn.Module, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True
-    ) -> None:
+    def check_samples(self, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True) -> None:
         """Refuse labels that are hardly those of the task, or that a reference sees, and samples that it can't read.
 
         What an encoder makes of samples is not looked at.
 
         Args:
-            model: The model.
             batch: A training batch.
             call: The call of the model on it.
             labels: Its labels.
@@ -184,7 +170,7 @@ class BatchReader:
             raise Refused(doubt, entry="task")
         if self._encoder is not None:
             return
-        seen = self.see(model, batch, call, len(labels))
+        seen = self.see(batch, call, len(labels))
         inputs: Mapping[str, object] = call.inputs() if self._features is None else {"features": seen["columns"]}
         if answer := find_leaked_label(inputs, labels, self.task.has_label(labels)):
             raise Refused(
@@ -200,9 +186,7 @@ class BatchReader:
                 "nan",
             )
 
-    def kept_labels(
-        self, model: nn.Module, batch: object, kept: KeptBatch, output_shape: Shape | None = None
-    ) -> Tensor | None:
+    def kept_labels(self, batch: object, kept: KeptBatch, output_shape: Shape | None = None) -> Tensor | None:
         """Copy the labels of those samples of a batch that are kept; None if it is not clear where they would be.
 
         Raises:
@@ -210,18 +194,17 @@ class BatchReader:
         """
         if self._targets is None and kept.call.layout.labels is None:
             return None
-        labels = self.labels(model, batch, output_shape, kept.call)
+        labels = self.labels(batch, kept.call, output_shape)
         if kept.indices is not None and len(labels) > int(kept.indices.max()):
             labels = labels[kept.indices]
         check_count(labels, kept.size)
         return labels
 
-    def see(self, model: nn.Module, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
+    def see(self, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
 
         Args:
-            model: The model, which the function ``features`` may use.
-            batch: The batch; only that function needs it.
+            batch: The batch, which only a function ``features`` needs.
             call: The call of the model on it.
             size: N, the number of its samples.
             indices: Which of them are wanted; None for all.
@@ -233,12 +216,12 @@ class BatchReader:
             MisconfigurationException: If ``features`` fails, or does not return ``(N, D)``.
         """
         if self._encoder is not None:
-            return {"columns": encode(self._encoder, call, size, indices, device_of(model))}
+            return {"columns": encode(self._encoder, call, size, indices)}
         if self._features is None:
-            seen, unread = select_seen(call.arguments, size, indices, self._sight(call, size))
+            seen, unread = select_seen(call.arguments, size, self._sight(call, size), indices)
             self.unread = [*dict.fromkeys([*self.unread, *call.layout.left_out, *unread])]
             return seen
-        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(model) as run:
+        with refuse_on_error(f"`features` failed on {describe(batch)}", "features"), isolated(call.model) as run:
             values: object = run(self._features, clone_tensors(batch))
         if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != size:
             expected = f"a module, or a function that returns a tensor ({size}, D)"
@@ -286,22 +269,19 @@ class BatchReader:
         if num_kept == 0:  # then the outputs tell
             with isolated(model) as run:
                 num_kept = len(run(call))
-        kept = KeptBatch(index, num_kept, call.copy_to_cpu(), indices=indices, is_truncated=is_truncated)
         size = whole.size or num_kept
-        if self._features is not None:  # all else can be found in the call
-            kept.seen = self.see(model, batch, whole, size, indices)
-        if self._groups is not None:
-            kept.groups = self.groups(model, batch, size, indices)
-        return kept
+        seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
+        groups = None if self._groups is None else self.groups(model, batch, size, indices)
+        return KeptBatch(index, num_kept, call.copy_to_cpu(), seen, groups, indices, is_truncated)
 
-    def join(self, model: nn.Module, batches: Iterable[KeptBatch]) -> Observations:
+    def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.
 
         Raises:
             MisconfigurationException: If ``features`` fails.
             ValueError: As by :func:`~lightning_sensitivity.reference.kinds.join_seen`.
         """
-        parts = [(kept.seen or self.see(model, None, kept.call, kept.size), kept) for kept in batches]
+        parts = [(kept.seen or self.see(None, kept.call, kept.size), kept) for kept in batches]
         return Observations.join([Observations(seen, torch.zeros(kept.size, 0), kept.groups) for seen, kept in parts])
 
     # Training samples
@@ -334,7 +314,7 @@ class BatchReader:
         if kept.num_to_read == 0:
             return
         call = self.call(model, batch)
-        labels = self.labels(model, batch, output_shape, call)
+        labels = self.labels(batch, call, output_shape)
         size = len(labels)
         check_count(labels, call.size or size)
         labelled = self.task.has_label(labels).nonzero()[:, 0]
@@ -342,7 +322,7 @@ class BatchReader:
         if len(chosen) > 0:
             indices = labelled[chosen]
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
-            seen = self.see(model, batch, call, size, indices)
+            seen = self.see(batch, call, size, indices)
             kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
 
 

@@ -84,10 +84,8 @@ def _copied(item: Any, depth: int) -> Any:
 
 def _holds_tensors(value: object, depth: int) -> bool:
     """Return whether there is something to clone in a value, or in an object within so many others."""
-    if isinstance(value, Mapping):
-        return _holds_tensors([*value.values()], depth)
-    if isinstance(value, list | tuple):
-        return any(_holds_tensors(item, depth) for item in value)
+    if held := held_by(value):
+        return any(_holds_tensors(item, depth) for _, item in held)
     if isinstance(value, _Holder):
         return depth > 0 and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
     return isinstance(value, _Cloneable)
@@ -179,14 +177,13 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
 
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
-    known = FOUND.setdefault(model, {})
+    known: dict[object, T] = FOUND.setdefault(model, {})
     if len(known) >= _MAX_STRUCTURES:
         return rule(model, value)
     key = rule, structure_of(value)
     if key not in known:
         known[key] = rule(model, value)
-    remembered: T = known[key]
-    return remembered
+    return known[key]
 
 
 def structure_of(value: object) -> object:
@@ -236,22 +233,10 @@ def first_of(result: object) -> object:
     return result[0] if isinstance(result, list | tuple) and result else result
 
 
-def entry(value: object, name: str) -> object:
+def entry(value: object, name: str) -> Any:
     """Return an entry of a mapping or an attribute of another object; None if it is not there, or a property fails."""
     if isinstance(value, Mapping):
         return value.get(name)
     with suppress(Exception):
         return getattr(value, name, None)
     return None
-
-
-def is_empty(value: object) -> bool:
-    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
-    if tensors := tensors_in(value):
-        return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
-    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
-
-
-def is_constant(value: object) -> bool:
-    """Return whether a value is the same for all samples, such as a flag, or nothing."""
-    return isinstance(value, bool | int | float | str) or is_empty(value)

@@ -15,11 +15,11 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import Place, at, clone_tensors, is_floating, resolved, take
-from lightning_sensitivity.running.graphs import sum_graphs
-from lightning_sensitivity.running.layout import Sight, without
+from lightning_sensitivity.running.batches import at, clone_tensors, entry, is_floating, resolved, take
 
 _MANY = 1000  # from which on integers are names, and no categories
+_OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
+_MAX_CATEGORIES = 128  # of integers in graphs, such as the numbers of atoms
 _SIGMOIDS = ("sigmoid", "sigmoid_", "expit", "special_expit")
 
 Perturb = Callable[[Tensor], Tensor]
@@ -52,6 +52,7 @@ class ModelCall:
             says only what a reference sees, and without ``inputs`` that is nothing.
 
     Attributes:
+        model: The module.
         layout: What the batch is to the model.
         arguments: The arguments of the model by their names in ``forward``; those of ``*args`` by numbers.
         size: The number of samples, if that is the first dimension of all tensors, and all else belongs to all
@@ -69,24 +70,21 @@ class ModelCall:
         outputs: Selector | None = None,
         function: Function | None = None,
     ) -> None:
-        value = batch if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
-        if function is not None:
-            value = batch, () if inputs is None else value
-            layout = resolved(rules.layout_for_function, model, value)
-        elif inputs is not None:
-            layout = resolved(rules.layout_of_chosen, model, (batch, value))
-        else:
-            layout = resolved(rules.layout_of_batch, model, batch)
-        self._model = model
+        value: object = batch
+        rule: Callable[[nn.Module, Any], rules.Layout] = rules.layout_of_batch
+        if inputs is not None or function is not None:
+            value = batch, () if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
+            rule = rules.layout_of_chosen if function is None else rules.layout_for_function
+        self.model = model
         self._outputs = outputs
         self._function = function
-        self.layout = layout
-        self.arguments = {name: at(value, place) for name, place in layout.places.items()}
-        self.size = 0 if layout.rows is None else len(at(self.arguments, layout.rows))
+        self.layout = resolved(rule, model, value)
+        self.arguments = {name: at(value, place) for name, place in self.layout.places.items()}
+        self.size = 0 if self.layout.rows is None else len(at(self.arguments, self.layout.rows))
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
-        return {name: without(self.arguments[name], names) for name, names in self.layout.inputs.items()}
+        return {name: rules.without(self.arguments[name], names) for name, names in self.layout.inputs.items()}
 
     def __str__(self) -> str:
         """Describe the arguments for an error message."""
@@ -105,16 +103,16 @@ class ModelCall:
         if perturb is not None:
             name = self.layout.perturbed
             if name is None:
-                raise rules.no_perturbed(self._model, self.layout, self.arguments, str(self))
+                raise rules.no_perturbed(self.model, self.layout, self.arguments, str(self))
             arguments[name] = apply_to_collection(
                 arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
         if self._function is not None:
-            result = self._function(self._model, arguments[rules.BATCH])
+            result = self._function(self.model, arguments[rules.BATCH])
         elif self.layout.by_name:
-            result = self._model(**arguments)
+            result = self.model(**arguments)
         else:
-            result = self._model(*arguments.values())
+            result = self.model(*arguments.values())
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
         outputs = select_outputs(result, self._outputs)
@@ -190,7 +188,11 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        return labels_at(resolved(rules.find_labels, model, batch), model, batch)
+        place = resolved(rules.find_labels, model, batch)
+        if place is None:
+            raise rules.no_labels(model, batch)
+        found: Tensor = at(batch, place)
+        return found
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
@@ -198,33 +200,24 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
-def labels_at(place: Place | None, model: nn.Module, batch: Any) -> Tensor:
-    """Return the labels of a batch, or refuse it if it is not clear where they are."""
-    if place is None:
-        raise rules.no_labels(model, batch)
-    found: Tensor = at(batch, place)
-    return found
-
-
 # What a reference sees
 
 
 def select_seen(
-    arguments: Mapping[str, object], size: int, indices: Tensor | None = None, sight: Sight | None = None
+    arguments: Mapping[str, object], size: int, sight: rules.Sight, indices: Tensor | None = None
 ) -> tuple[Seen, list[str]]:
     """Select what a reference sees of samples.
 
     Args:
         arguments: The arguments of the model, by their names.
         size: N, the number of samples.
+        sight: What a reference sees of them.
         indices: Which of them to look at; None for all.
-        sight: What a reference sees of them, if that is known; else they have to be inputs, and no labels.
 
     Returns:
         What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
     """
-    inputs, unread = rules.find_sight(arguments, size) if sight is None else sight
-    unread = [*unread]
+    inputs, unread = sight[0], [*sight[1]]
     seen: dict[str, list[Tensor]] = {}
     for each in inputs:
         kind, value = each.kind, at(arguments, each.place)
@@ -235,7 +228,7 @@ def select_seen(
             x = in_floats(x)
         elif kind == rules.INTEGERS:
             kind, x = "columns", x[:, None].flatten(1).cpu().long().float()
-            unread += [each.name] * bool((x >= _MANY).any())  # names, of which nothing is seen
+            unread += [each.place[0]] * bool((x >= _MANY).any())  # names, of which nothing is seen
             x = x.clamp(max=_MANY)
         else:
             mask = None if each.mask is None else take(at(arguments, each.mask), indices)
@@ -244,6 +237,32 @@ def select_seen(
     alone = {kind: parts[0] for kind, parts in seen.items() if len(parts) == 1 and parts[0].ndim > 1}
     joined = {kind: alone[kind] if kind in alone else KINDS[kind].beside(parts) for kind, parts in seen.items()}
     return joined, [*dict.fromkeys(unread)]
+
+
+def sum_graphs(graphs: object, size: int) -> Tensor:
+    """Count the nodes and edges of each graph, and sum their features; integers are categories.
+
+    Args:
+        graphs: An object, or the arguments of ``forward``, with the graph of each node as ``batch`` and the
+            nodes of each edge as ``edge_index``, beside features as ``x`` or ``V``, and ``edge_attr`` or ``E``.
+        size: N, the number of graphs.
+
+    Returns:
+        The sums, ``(N, D)``.
+    """
+    of_node, ends = entry(graphs, "batch"), entry(graphs, "edge_index")
+    sums = []
+    for graph, names in ((of_node, _OF_NODES), (of_node[ends[0]], _OF_EDGES)):
+        columns = [torch.ones(len(graph), 1)]
+        for x in (entry(graphs, name) for name in names):
+            if isinstance(x, Tensor) and len(x) == len(graph):
+                x = x.detach().cpu()
+                if not x.is_floating_point():
+                    x = nn.functional.one_hot(x.long().clamp(0, _MAX_CATEGORIES - 1), _MAX_CATEGORIES)
+                columns.append(x[:, None].flatten(1).float())
+        features = torch.cat(columns, 1)
+        sums.append(torch.zeros(size, features.shape[1]).index_add_(0, graph.cpu().long(), features))
+    return torch.cat(sums, 1)
 
 
 class Sigmoids(TorchFunctionMode):

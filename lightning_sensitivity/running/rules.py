@@ -3,8 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
-    FOUND,
     TARGET_NAMES,
     Attribute,
     Place,
@@ -24,15 +22,10 @@ from lightning_sensitivity.running.batches import (
     first_of,
     has_samples,
     held_by,
-    is_constant,
     is_dense,
-    is_empty,
     is_floating,
     tensors_in,
 )
-from lightning_sensitivity.running.layout import Input, Layout, Sight, without
-
-T = TypeVar("T")
 
 _LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
 _MAX_NAMED = 3  # candidates that a message names
@@ -40,7 +33,6 @@ _MAX_NAMED = 3  # candidates that a message names
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_PARAMETERS: WeakKeyDictionary[nn.Module, Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
 _DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
 
 _MAX_DIMENSIONS = 4  # those of images
@@ -50,21 +42,64 @@ GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
 _FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transformers return
 
 
+# What the rules find
+
+
+class Input(NamedTuple):
+    """A tensor of the arguments, or graphs, of which a reference sees samples.
+
+    Attributes:
+        place: Where it is in the arguments; it begins with the name of one.
+        kind: The name of its kind, ``"integers"`` or ``"graphs"``.
+        mask: Where its mask is.
+    """
+
+    place: Place
+    kind: str
+    mask: Place | None = None
+
+
+# What a reference sees, and names of arguments that it can't read.
+Sight: TypeAlias = tuple[list[Input], list[str]]
+
+
+class Layout(NamedTuple):
+    """What a batch is to a model.
+
+    Attributes:
+        by_name: Whether the model gets its arguments by name, and not by position.
+        places: Where the arguments are, by their names in ``forward``; those of ``*args`` by numbers.
+        inputs: Which of them are no labels, and which entries of each are left out.
+        left_out: The names of others, and of entries beside inputs, if these are not those that labels have.
+        perturbed: The argument to which noise is added; None if that is not clear.
+        rows: Where in the arguments a tensor has a row for each sample, if all tensors have one.
+        sight: What a reference sees; None if that depends on the number of samples.
+        labels: Where in the batch the labels are; None if that is not clear.
+        is_chosen: Whether a function of the user has chosen the arguments.
+    """
+
+    by_name: bool
+    places: Mapping[str, Place]
+    inputs: Mapping[str, Sequence[str]]
+    left_out: list[str]
+    perturbed: str | None
+    rows: Place | None
+    sight: Sight | None
+    labels: Place | None
+    is_chosen: bool
+
+
+def without(value: Any, names: Sequence[str]) -> Any:
+    """Return a mapping without some entries; without names, any value as it is."""
+    return {name: item for name, item in value.items() if name not in names} if names else value
+
+
 # What a `forward` takes
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the ``forward`` of a module, compiled or not, by name."""
-    module = original_module(model)
-    if module not in _PARAMETERS:
-        _PARAMETERS[module] = inspect.signature(module.forward).parameters
-    return _PARAMETERS[module]
-
-
-def forget(model: nn.Module) -> None:
-    """Forget what is remembered of a module, whose ``forward`` may be another one by now, as in a notebook."""
-    _PARAMETERS.pop(original_module(model), None)
-    FOUND.pop(model, None)
+    return inspect.signature(original_module(model).forward).parameters
 
 
 def required_names(model: nn.Module) -> list[str]:
@@ -86,7 +121,7 @@ def _takes_only_keywords(model: nn.Module) -> bool:
     return {*_kinds(model)} <= {_KEYWORDS}
 
 
-def by_position(model: nn.Module, values: Sequence[T]) -> dict[str, T]:
+def by_position(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
     """Name arguments that are given by position; those of ``*args`` by numbers."""
     return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
 
@@ -124,15 +159,15 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     Raises:
         MisconfigurationException: If ``forward`` has none of such a name.
     """
-    batch, chosen = both
-    unknown = [name for name in chosen if name not in parameters_of(model)] if isinstance(chosen, Mapping) else []
+    (batch, chosen), parameters = both, parameters_of(model)
+    unknown = [name for name in chosen if name not in parameters] if isinstance(chosen, Mapping) else []
     if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
             raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
-        return _layout(model, batch, chosen, True, {name: (name,) for name in chosen})
-    positions = [(step,) for step in range(len(chosen))] if type(chosen) is tuple else [()]
-    return _layout(model, batch, chosen, False, by_position(model, positions))
+        return _layout(model, batch, both, True, {name: (1, name) for name in chosen})
+    positions = [(1, step) for step in range(len(chosen))] if type(chosen) is tuple else [(1,)]
+    return _layout(model, batch, both, False, by_position(model, positions))
 
 
 def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
@@ -141,20 +176,15 @@ def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     found: dict[str, Place] = {"0": (1,)}
     if isinstance(chosen, Mapping) or type(chosen) is tuple:
         found = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found}, dict.fromkeys(found, ()))
+    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found})
 
 
-def _layout(
-    model: nn.Module,
-    batch: object,
-    value: object,
-    by_name: bool,
-    found: dict[str, Place],
-    inputs: Mapping[str, Sequence[str]] | None = None,
-) -> Layout:
+def _layout(model: nn.Module, batch: object, value: object, by_name: bool, found: dict[str, Place]) -> Layout:
     """Find what is seen of the arguments in a value, and the inputs, which are not named like labels."""
     arguments = {name: at(value, place) for name, place in found.items()}
-    if inputs is None:
+    if BATCH in found:
+        inputs: dict[str, Sequence[str]] = {name: () for name in found if name != BATCH}
+    else:
         asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
         names = [name for name in found if name in asked or not is_like_targets(name)]
         inputs = {name: labels_in(arguments[name]) for name in names}
@@ -211,7 +241,19 @@ def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> Place:
 
 def _beside_labels(batch: Mapping[str, object]) -> list[str]:
     """List the entries that are not called as labels are, and not empty."""
-    return [name for name, value in batch.items() if name not in TARGET_NAMES and not is_empty(value)]
+    return [name for name, value in batch.items() if name not in TARGET_NAMES and not _is_empty(value)]
+
+
+def _is_empty(value: object) -> bool:
+    """Return whether a value holds nothing: None, a collection without items, or tensors without numbers."""
+    if tensors := tensors_in(value):
+        return not any(x.is_nested or 0 not in x.shape[1:] for _, x in tensors)
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def _is_constant(value: object) -> bool:
+    """Return whether a value is the same for all samples, such as a flag, or nothing."""
+    return isinstance(value, bool | int | float | str) or _is_empty(value)
 
 
 def is_sequence(batch: object) -> TypeGuard[Sequence[Any]]:
@@ -265,11 +307,9 @@ def _find_rows(arguments: Mapping[str, object]) -> Place | None:
 
 def _has_samples(value: object) -> bool:
     """Return whether a value is made of dense tensors and constants; a list may be of samples."""
-    if isinstance(value, Mapping):
-        return all(map(_has_samples, value.values()))
-    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
-        return all(map(_has_samples, value))
-    return is_dense(value) or is_constant(value)
+    if isinstance(value, Mapping | tuple) and not isinstance(value, PackedSequence):
+        return all(_has_samples(each) for _, each in held_by(value))
+    return is_dense(value) or _is_constant(value)
 
 
 def find_sight(named: Mapping[str, object], size: int) -> Sight:
@@ -286,53 +326,45 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
         What a reference sees, and the names of the arguments of which something can't be read.
     """
     if _are_graphs(named):  # one graph may be all inputs together
-        return [Input("graphs", (), GRAPHS)], []
+        return [Input((), GRAPHS)], []
     found, unread = _find_readable(named, size)
-    masks = {x.shape: place for name, place, x in found if name == _MASK}
-    numbers = {x.shape for _, _, x in found if x.is_floating_point()}
+    masks = {x.shape: place for place, x in found if place[0] == _MASK}
+    numbers = {x.shape for _, x in found if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    inputs = [(n, p, x) for n, p, x in found if n != _MASK and (x.shape in numbers or not _NO_INPUTS.search(n))]
-    has_numbers = not all(_are_integers(x) for _, _, x in inputs)
+    candidates = [(place, x) for place, x in found if x.shape in numbers or not _NO_INPUTS.search(place[0])]
+    inputs = [(place, x) for place, x in candidates if place[0] != _MASK]
+    has_numbers = not all(_are_integers(x) for _, x in inputs)
     seen = []
-    for name, place, x in inputs:
+    for place, x in inputs:
         are_words = _are_integers(x) and (x.shape in masks or not has_numbers)
         kind = kind_of(x) if are_words or x.ndim > 2 or x.is_floating_point() else INTEGERS
-        kind = GRAPHS if _are_graphs(named[name]) else kind
-        seen.append(Input(name, place, kind, masks.get(x.shape) if are_words else None))
+        kind = GRAPHS if _are_graphs(named[place[0]]) else kind
+        seen.append(Input(place, kind, masks.get(x.shape) if are_words else None))
     return seen, unread
 
 
-def sight_like(first: Sight, own: Sight) -> Sight:
-    """Return what is seen of a first batch, if all of it is found in another batch, too; else what is found there.
+def facts_of(sight: Sight) -> set[object]:
+    """Collect the kind of each input, one for all integers, and its mask.
 
-    More may be found by chance, where shared numbers are as many as samples, or as tokens. And by these, integers may
-    be taken for words, or for categories.
+    More may be found in a batch by chance, where shared numbers are as many as samples, or as tokens. And by these,
+    integers may be taken for words, or for categories.
     """
-    found = {(each.name, each.place): (_kind_of_any(each), each.mask) for each in own[0]}
-    for each in first[0]:
-        kind, mask = found.get((each.name, each.place), ("", None))
-        if kind != _kind_of_any(each) or each.mask not in (None, mask):
-            return own
-    return first
+    kinds = {(each.place, "tokens" if each.kind == INTEGERS else each.kind) for each in sight[0]}
+    return kinds | {(each.place, each.mask) for each in sight[0] if each.mask is not None}
 
 
-def _kind_of_any(each: Input) -> str:
-    """Return the kind of an input, one for all integers."""
-    return "tokens" if each.kind == INTEGERS else each.kind
-
-
-def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[str, Place, Tensor]], list[str]]:
-    """List the tensors that can be read, with their arguments, and the arguments that hold more."""
+def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[Place, Tensor]], list[str]]:
+    """List the tensors that can be read, and the arguments that hold more."""
     found, unread = [], []
     for name, value in named.items():
         if _are_graphs(value):
-            found.append((name, (name,), torch.zeros(size, 0)))  # in place of their sums
+            found.append(((name,), torch.zeros(size, 0)))  # in place of their sums
             continue
         tensors = tensors_in(value, (name,))
-        parts = [(name, place, x) for place, x in tensors if x.ndim > 0 and not is_constant(x)]
-        readable = [each for each in parts if has_samples(each[2], size) and each[2].ndim <= _MAX_DIMENSIONS]
+        parts = [(place, x) for place, x in tensors if x.ndim > 0 and not _is_constant(x)]
+        readable = [(place, x) for place, x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
         found += readable
-        if len(readable) < len(parts) or not (tensors or is_constant(value)):
+        if len(readable) < len(parts) or not (tensors or _is_constant(value)):
             unread.append(name)
     return found, unread
 
@@ -345,9 +377,8 @@ def _are_integers(x: Tensor) -> bool:
 def _are_graphs(value: object) -> bool:
     """Return whether a value holds graphs: that of each node, and the nodes of each edge."""
     of_node, ends = entry(value, "batch"), entry(value, "edge_index")
-    if not isinstance(of_node, Tensor) or not isinstance(ends, Tensor):
-        return False
-    return ends.shape[:1] == (2,) and of_node.ndim == 1
+    are_tensors = isinstance(of_node, Tensor) and isinstance(ends, Tensor)
+    return are_tensors and ends.shape[:1] == (2,) and of_node.ndim == 1
 
 
 # Features of an encoder
@@ -379,10 +410,9 @@ def find_outputs(result: Any) -> object:
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for _, x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
-        has_tensors = is_sequence(result) and any(map(is_floating, result))
-        example = (
-            "such as `outputs=lambda out: out[1]`" if has_tensors else "if none, set `call=lambda module, batch: ...`"
-        )
+        example = "if none, set `call=lambda module, batch: ...`"
+        if is_sequence(result) and any(map(is_floating, result)):
+            example = "such as `outputs=lambda out: out[1]`"
         raise Refused(
             f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
             f"`forward` returned: {example}."
@@ -402,10 +432,8 @@ def no_outputs(result: object, selected: object) -> Refused:
 
 def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     """Refuse dense outputs whose first dimensions, and not their last ones, are those of an input."""
-    if outputs.ndim < 3:
-        return
     first, last = outputs.shape[1:-1], outputs.shape[2:]
-    if min(first.numel(), last.numel()) <= 1:
+    if min(first.numel(), last.numel()) <= 1:  # of matrices, too
         return
     shapes = [x.shape[1:] for _, x in tensors_in(arguments) if not x.is_nested]
     are_first = first in [shape[: len(first)] for shape in shapes]
@@ -425,7 +453,7 @@ def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[st
     for name in inputs if by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not is_empty(x)]
+        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not _is_empty(x)]
         listed += [(name, code_of(place, name)) for place, _ in tensors]
     return listed
 
@@ -458,7 +486,7 @@ def inputs_hint(batch: object) -> str:
     if not isinstance(batch, Mapping):
         return ""
     named = [(place, x) for place, x in tensors_in(batch) if place[-1] not in TARGET_NAMES]
-    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not is_empty(x)])
+    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not _is_empty(x)])
     return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
 
 

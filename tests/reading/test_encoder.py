@@ -17,7 +17,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reading import reader as reader_module
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
-from tests.helpers import labelled, see
+from tests.helpers import labelled, module, see
 
 X, Y = labelled(300).tensors
 TENTHS = [*zip(X.split(30), Y.split(30), strict=True)]
@@ -52,12 +52,8 @@ def seen(features: Any, model: Any, batch: Any, rows: Tensor | None = None, **op
 # What it gets, and what is made of what it returns
 
 
-def model_of(forward: Forward) -> nn.Module:
-    return type("Model", (nn.Module,), {"forward": forward})()
-
-
-ONE, TWO = model_of(lambda self, image: image), model_of(lambda self, x, mask: x)
-KEYWORDS = model_of(lambda self, **kwargs: kwargs["ids"])
+ONE, TWO = module(lambda self, image: image), module(lambda self, x, mask: x)
+KEYWORDS = module(lambda self, **kwargs: kwargs["ids"])
 TEXTS = {"ids": X, "attention_mask": MASK, "labels": Y, "style": X[:, :1]}
 MEANS = (X * MASK).sum(1) / MASK.sum(1)
 HIDDEN = torch.stack([X, -X], 2)  # of 12 tokens
@@ -185,7 +181,7 @@ def test_of_validation_samples_those_that_are_kept_are_encoded_once() -> None:
         if samples.wants(index):
             samples.add(read.keep(MODEL, batch, index, 50))
     assert encoded == []
-    features = read.join(MODEL, samples.batches).seen["columns"]
+    features = read.join(samples.batches).seen["columns"]
     kept = torch.cat([X[20 * batch.index : 20 * batch.index + 20] for batch in samples.batches])
     assert encoded == kept[:, 0].tolist() and torch.equal(features, kept)
 
@@ -197,8 +193,8 @@ def test_models_are_compared_by_what_an_encoder_sees() -> None:
     """Labels follow a product of inputs, which the default reference does not see."""
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
     product = x[:, :3].prod(1)
-    right = model_of(lambda self, x: torch.stack([-x[:, :3].prod(1), x[:, :3].prod(1)], 1))
-    models = {"wrong": model_of(lambda self, x: x[:, :2]), "right": right}
+    right = module(lambda self, x: torch.stack([-x[:, :3].prod(1), x[:, :3].prod(1)], 1))
+    models = {"wrong": module(lambda self, x: x[:, :2]), "right": right}
     options = {"training": [(x[:300], (product[:300] > 0).long())], "reference": LogisticRegression()}
     with pytest.raises(MisconfigurationException, match="better than chance"):
         compare_models(models, [x[300:]], **options)
@@ -218,9 +214,9 @@ def test_it_runs_in_16_bits_where_the_trainer_does() -> None:
 
 def test_nothing_registers_it_and_it_is_pickled_as_it_was_given() -> None:
     encoder = Net(lambda self, x: self.body(x))
-    module = nn.Module()
-    module.reader = reader(encoder)
-    assert [*module.parameters()] == [] and module.state_dict() == {}
+    holder = nn.Module()
+    holder.reader = reader(encoder)
+    assert [*holder.parameters()] == [] and holder.state_dict() == {}
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     seen(encoder, MODEL, (X, Y))
     again = pickle.loads(pickle.dumps(encoder))

@@ -1,4 +1,4 @@
-"""What a reference sees of the inputs of a model: every column, texts and images side by side, and what is missing."""
+"""What a reference sees of the inputs of a model: every column, texts, images and graphs, and what is missing."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_sensitivity.reference.kinds import join_seen
+from lightning_sensitivity.reference.kinds import Seen, join_seen
 from lightning_sensitivity.running.call import select_seen
+from lightning_sensitivity.running.rules import find_sight
 
 G = torch.Generator().manual_seed(0)
 X, Z = torch.rand(3, 12, generator=G), torch.rand(3, 5, generator=G)
@@ -17,7 +18,10 @@ IMAGES, IDS = torch.rand(3, 2, 8, 8, generator=G), torch.arange(12).reshape(3, 4
 SOUND = IMAGES[:, :, 0]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 FLAGS, CITY = X > 0.5, torch.tensor([2, 0, 999])
-Seen = dict[str, Tensor]
+NODES, EDGES = torch.arange(10.0).reshape(5, 2), torch.tensor([[1.0], [2.0], [4.0]])
+GRAPH, ENDS = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([[0, 1, 3], [1, 0, 4]])
+SUMS = torch.tensor([[2.0, 2, 4, 2, 3], [0.0] * 5, [3.0, 18, 21, 1, 4]])  # of three graphs, of which one is empty
+OF_NODES = {"x": NODES, "edge_index": ENDS, "batch": GRAPH}
 
 
 def beside(*columns: Tensor) -> Seen:
@@ -50,21 +54,32 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
         {"columns": CITY[:, None].float(), "tokens": IDS.where(MASK > 0, -1)}),
     "embeddings, without their mask": ({"x": SOUND, "attention_mask": MASK}, {"signals": SOUND}),
     "inputs in a part": ({"x": {"deep": [X, (Z, "name")]}, "scale": X.sum(), "deep": True}, beside(X, Z)),
+    "graphs of PyTorch Geometric": ({"data": SimpleNamespace(**OF_NODES, edge_attr=EDGES, y=GRAPH)}, beside(SUMS)),
+    "graphs of chemprop, beside descriptors": (
+        {"bmg": SimpleNamespace(V=NODES, E=EDGES, edge_index=ENDS, batch=GRAPH), "X_d": torch.ones(3, 1)},
+        beside(SUMS, torch.ones(3))),
+    "graphs as arguments, without features of edges": (OF_NODES, beside(SUMS[:, :4])),
 }  # fmt: skip
+
+
+def see(named: dict[str, Any], rows: Tensor | None = None) -> tuple[Seen, list[str]]:
+    return select_seen(named, 3, find_sight(named, 3), rows)
 
 
 @pytest.mark.parametrize("what", SEEN)
 def test_a_reference_sees(what: str) -> None:
     named, expected = SEEN[what]
     rows = torch.tensor([2, 0])
-    for indices, wanted in ((None, expected), (rows, take(expected, rows))):
-        seen, unread = select_seen(named, 3, indices)
+    for indices, wanted in ((None, expected), (rows, {kind: x[rows] for kind, x in expected.items()})):
+        seen, unread = see(named, indices)
         torch.testing.assert_close(seen, wanted, rtol=0, atol=0)
         assert unread == []
 
 
-def take(seen: Seen, rows: Tensor) -> Seen:
-    return {kind: x[rows] for kind, x in seen.items()}
+def test_integers_of_graphs_are_categories() -> None:
+    graphs = SimpleNamespace(x=torch.tensor([[0], [3], [3], [3], [200]]), edge_index=ENDS, batch=GRAPH)
+    seen = see({"data": graphs})[0]["columns"]
+    assert seen.shape == (3, 130) and seen[0, [1, 4]].tolist() == [1, 1] and seen[2, [4, 128]].tolist() == [2, 1]
 
 
 UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns, and which of them are named
@@ -81,25 +96,25 @@ UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {  # inputs beside columns
 @pytest.mark.parametrize("what", UNSEEN)
 def test_what_can_not_be_read_is_named_once(what: str) -> None:
     more, unseen = UNSEEN[what]
-    seen, unread = select_seen({"x": X} | more, 3)
+    seen, unread = see({"x": X} | more)
     assert torch.equal(seen["columns"][:, :12], X) and unread == unseen
 
 
 def test_nothing_is_seen_of_what_can_not_be_read() -> None:
     named = {"x": "name", "z": X[:2], "wave": X.to(torch.complex64)}
-    assert select_seen(named, 3) == ({}, ["z", "wave"])  # a name is the same for all samples
+    assert see(named) == ({}, ["z", "wave"])  # a name is the same for all samples
 
 
 def test_integers_of_1000_and_more_beside_numbers_are_clamped_and_named() -> None:
     large = IDS.clone()
     large[1, 2] = 5000
     for z, unseen in ((large, ["z"]), (IDS, [])):
-        seen, unread = select_seen({"x": X, "z": z}, 3)
+        seen, unread = see({"x": X, "z": z})
         assert torch.equal(seen["columns"][:, 12:], z.clamp(max=1000).float()) and unread == unseen
 
 
 def test_large_images_and_long_signals_are_averaged() -> None:
-    seen, _ = select_seen({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)}, 3)
+    seen, _ = see({"x": IMAGES.repeat(1, 1, 8, 8), "z": torch.rand(3, 1, 1024)})
     assert seen["images"].shape == (3, 2, 32, 32) and seen["signals"].shape == (3, 1, 512)
 
 

@@ -15,7 +15,7 @@ from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import KINDS
-from tests.helpers import labelled, see
+from tests.helpers import labelled, labels, module, see
 
 MODEL = nn.Linear(12, 4)
 X, Y = labelled(60).tensors
@@ -28,19 +28,19 @@ def test_functions_say_where_everything_is_and_get_copies() -> None:
     kept = reader.keep(MODEL, batch, 5)
     assert (kept.index, kept.size) == (5, 60) and kept.labels is None
     assert torch.equal(kept.call(), MODEL(2 * X)) and torch.equal(kept.seen["columns"], 3 * X[:, :2])
-    labels = reader.labels(MODEL, batch)
-    assert torch.equal(labels, Y) and labels.data_ptr() != Y.data_ptr()
-    assert torch.equal(reader.kept_labels(MODEL, batch, kept), Y)
+    found = labels(reader, MODEL, batch)
+    assert torch.equal(found, Y) and found.data_ptr() != Y.data_ptr()
+    assert torch.equal(reader.kept_labels(batch, kept), Y)
     assert torch.equal(batch["image"], X)
 
 
 def test_without_functions_it_takes_what_is_usual() -> None:
     reader = BatchReader()
     kept = reader.keep(MODEL, (X, Y), 0)
-    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(reader.labels(MODEL, (X, Y)), Y)
+    assert torch.equal(kept.call(), MODEL(X)) and torch.equal(labels(reader, MODEL, (X, Y)), Y)
     assert kept.seen is None and torch.equal(see(reader, MODEL, (X, Y))["columns"], X)
-    assert torch.equal(reader.kept_labels(MODEL, (X, Y), kept), Y)
-    assert reader.kept_labels(MODEL, X, reader.keep(MODEL, X, 0)) is None
+    assert torch.equal(reader.kept_labels((X, Y), kept), Y)
+    assert reader.kept_labels(X, reader.keep(MODEL, X, 0)) is None
 
 
 SHOWN: dict[str, tuple[Any, Tensor]] = {
@@ -59,7 +59,7 @@ def test_beside_a_function_in_place_of_forward_inputs_say_what_a_reference_sees(
     assert torch.equal(kept.call(), MODEL(X)) and torch.equal(see(reader, MODEL, batch)["columns"], expected)
     samples = KeptSamples(60)
     samples.add(kept)
-    assert torch.equal(reader.join(MODEL, samples.batches).seen["columns"], expected)
+    assert torch.equal(reader.join(samples.batches).seen["columns"], expected)
 
 
 def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace() -> None:
@@ -69,7 +69,7 @@ def test_functions_may_draw_random_numbers_and_change_the_model_without_a_trace(
         return model.train()(batch[0]) + torch.rand(1)
 
     reader = BatchReader(inputs=lambda batch: batch[0] + torch.rand(1), targets=select, features=select)
-    reader.labels(model, (X, Y)), see(reader, model, (X, Y))
+    labels(reader, model, (X, Y)), see(reader, model, (X, Y))
     assert torch.equal(torch.get_rng_state(), state) and model[0].num_batches_tracked == 0
 
 
@@ -78,21 +78,21 @@ def of_user(result: Any) -> Any:
 
 
 @pytest.mark.parametrize(("read", "match"), [
-    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)),
+    (lambda reader: labels(reader, MODEL, (X, Y + 1), (4,)),
         r"`targets` should fit the outputs: Expected labels from 0 to 3.*\. \(More: docs/"),
-    (lambda reader: reader.labels(MODEL, {"x": X, "y": Y.where(Y > 0, 255)}, (4,)),
+    (lambda reader: labels(reader, MODEL, {"x": X, "y": Y.where(Y > 0, 255)}, (4,)),
         r"If 255 means that there is none, .*lambda batch: batch\['y'\].long\(\).where\(batch\['y'\] != 255, -100\)`"),
-    (lambda reader: reader.labels(MODEL, (X, Y.where(Y > 0, 255).byte()), (4,)),
+    (lambda reader: labels(reader, MODEL, (X, Y.where(Y > 0, 255).byte()), (4,)),
         r"set `targets=lambda batch: batch\[1\].long\(\).where\(batch\[1\] != 255, -100\)`"),
-    (lambda reader: reader.labels(MODEL, (X, Y + 1), (4,)), r"If classes begin at 1, .*: batch\[1\] - 1`"),
-    (lambda reader: BatchReader(task=TASKS["binary"]).labels(MODEL, (X, Y % 3 - 1.0), ()),
+    (lambda reader: labels(reader, MODEL, (X, Y + 1), (4,)), r"If classes begin at 1, .*: batch\[1\] - 1`"),
+    (lambda reader: labels(BatchReader(task=TASKS["binary"]), MODEL, (X, Y % 3 - 1.0), ()),
         r"If -1 means that there is none, set `targets=lambda batch: batch\[1\].where\(batch\[1\] != -1, -100\)`"),
-    (lambda reader: reader.labels(MODEL, (X, 9 * Y), (4,)), r"`ignore_index` to -100. \(More"),
-    (lambda reader: reader.labels(MODEL, {"x": X, "y": Y.float()}, (4,)), r"targets=lambda batch: batch\['y'\].long"),
+    (lambda reader: labels(reader, MODEL, (X, 9 * Y), (4,)), r"`ignore_index` to -100. \(More"),
+    (lambda reader: labels(reader, MODEL, {"x": X, "y": Y.float()}, (4,)), r"targets=lambda batch: batch\['y'\].long"),
     (lambda reader: BatchReader(call=3), "`call` should be a function"),
     (lambda reader: BatchReader(call=lambda model, batch: X), "`call=` needs `inputs=`.*; or `features=`"),
     (lambda reader: BatchReader(call=lambda model, batch: X, features=MODEL), "`call=` needs `inputs=`.* an encoder"),
-    (lambda reader: reader.labels(MODEL, X), "`targets` should return the labels"),
+    (lambda reader: labels(reader, MODEL, X), "`targets` should return the labels"),
     (lambda reader: of_user(X[:5]), r"`features` should be a module, or a function .*\(60, D\), got .*\(5, 12\)"),
     (lambda reader: of_user(X[:, 0]), r"`features` should be .*\(60,\)"),
     (lambda reader: of_user([X]), "`features` should be .*list of 1"),
@@ -109,7 +109,7 @@ def test_what_is_not_clear_or_does_not_fit_is_refused(read: Any, match: str) -> 
 
 
 def test_a_graph_is_seen_by_features_alone() -> None:
-    graph, model = SimpleNamespace(x=X, y=Y), type("Net", (nn.Module,), {"forward": lambda self, data: data.x[:, :4]})()
+    graph, model = SimpleNamespace(x=X, y=Y), module(lambda self, data: data.x[:, :4])
     reader = BatchReader()
     assert see(reader, model, graph) == {} and reader.unread == ["data"]
     reader.reset()
@@ -134,7 +134,7 @@ def test_inputs_by_position_are_seen_whatever_their_names() -> None:
 def net_of(forward: Any, **makers: Any) -> Any:
     """A network, and how to make its batch of N samples, of texts that have so many tokens."""
     make = lambda size, length: {name: make(size, length) for name, make in makers.items()}  # noqa: E731
-    return type("Net", (nn.Module,), {"forward": forward})(), make
+    return module(forward), make
 
 
 def integers(size: int, length: int) -> Tensor:
@@ -183,7 +183,7 @@ def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
     for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
         samples = kept_of(reader, [(X, Y)], 7)
         kept = samples.batches[0]
-        assert torch.equal(reader.join(MODEL, samples.batches).seen["columns"], expected) and kept.size == 7
+        assert torch.equal(reader.join(samples.batches).seen["columns"], expected) and kept.size == 7
         assert torch.equal(kept.call(), MODEL(expected)) and torch.equal(X[kept.indices], expected)
         assert reader.keep(MODEL, (X, Y), 0, max_samples=60).indices is None
 
@@ -231,7 +231,7 @@ def test_samples_are_chosen_before_they_are_averaged(
     shrunk = images.shrunk
     monkeypatch.setattr(images, "shrunk", lambda x: (averaged.append(len(x)), shrunk(x))[1])
     monkeypatch.setattr("lightning_sensitivity.reading.kept.max_samples", lambda kinds, num_columns: 64)
-    model = type("Mean", (nn.Module,), {"forward": lambda self, x: x.mean((2, 3))})()
+    model = module(lambda self, x: x.mean((2, 3)))
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
     kept = reader.make_kept(3, num_batches=num_batches)
     for _ in range(40):
@@ -247,6 +247,6 @@ def test_there_is_one_label_for_each_training_sample() -> None:
     for max_samples in (55, 60):
         kept = reader.keep(MODEL, (X, Y), 0, max_samples=max_samples)
         with pytest.raises(MisconfigurationException, match="got 50"):
-            reader.kept_labels(MODEL, (X, Y), kept, (4,))
+            reader.kept_labels((X, Y), kept, (4,))
     kept = BatchReader().keep(MODEL, (X, Y), 0, max_samples=7)
-    assert torch.equal(BatchReader().kept_labels(MODEL, (X, Y), kept, (4,)), Y[torch.arange(7) * 60 // 7])
+    assert torch.equal(BatchReader().kept_labels((X, Y), kept, (4,)), Y[torch.arange(7) * 60 // 7])

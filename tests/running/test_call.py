@@ -15,15 +15,12 @@ from torch.nn.utils.rnn import pack_sequence
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.running.batches import at, tensors_in
 from lightning_sensitivity.running.rules import find_labels
+from tests.helpers import module
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
 Pair, Weighted = namedtuple("Pair", ["x", "y"]), namedtuple("Weighted", ["y", "weight", "x"])
 Masked = namedtuple("Masked", ["x", "mask", "y"])
 Output = namedtuple("Output", ["features", "logits"])
-
-
-def module(forward: Any) -> nn.Module:
-    return type("Model", (nn.Module,), {"forward": forward})()
 
 
 class Unlabelled(SimpleNamespace):

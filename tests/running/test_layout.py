@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import ModelCall, batches, rules
 from lightning_sensitivity.running.batches import at, resolved
+from tests.helpers import module
 
 NUM_TEMPLATES = 450
 SIZES = (4, 5, 1, 2, 3, 7)  # of batches that are made alike
@@ -79,10 +80,6 @@ class Maker:
         return kind({name: self.value(depth) for name in self.random.sample(NAMES, self.random.randrange(1, 5))})
 
 
-def module(forward: Callable[..., Any]) -> nn.Module:
-    return type("Module", (nn.Module,), {"forward": forward})()
-
-
 def attempt(find: Callable[..., Any], *args: Any) -> Any:
     try:
         return find(*args)
@@ -121,7 +118,7 @@ def test_a_layout_selects_what_the_model_and_the_reference_get() -> None:
         assert layout.labels is None or isinstance(at(batch, layout.labels), Tensor)
         assert call.size == 0 or {len(x) for _, x in batches.tensors_in(call.arguments) if x.ndim > 0} == {call.size}
         rows = torch.tensor([(call.size or 4) - 1, 0])
-        whole, some = (attempt(BatchReader().see, model, batch, call, call.size or 4, each) for each in (None, rows))
+        whole, some = (attempt(BatchReader().see, batch, call, call.size or 4, each) for each in (None, rows))
         if not isinstance(whole, str):
             assert all(torch.equal(some[kind], x[rows]) for kind, x in whole.items())
     assert num_read > NUM_TEMPLATES / 2

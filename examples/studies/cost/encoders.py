@@ -50,7 +50,7 @@ def seconds(encoder: nn.Module, call: ModelCall, threads: int, passes: int) -> f
     times = []
     for _ in range(passes):
         start = time.thread_time()
-        encode(encoder, call, call.size, None, torch.device("cpu"))
+        encode(encoder, call, call.size, None)
         times.append(time.thread_time() - start)
     return min(times) / call.size
 
