@@ -470,6 +470,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "`validation_labels` can't be read: `targets` should return a label for each of 50 samples, got 49",
     ),
     ("logits of another task", {"task": "binary"}, "Expected one output"),
+    (
+        "other inputs",
+        {"models": {"a": Named(), "b": linear()}, "dataloader": [{"image": V}]},
+        r"models get different inputs, {'a': \('image',\), 'b': 1}: set `features=`",
+    ),
     ("no estimator", {"reference": "forest"}, "`reference` should be"),
     ("no predict", {"reference": Mock(["get_params", "fit", "predict_proba"])}, "`reference` should be"),
     ("the class of an estimator", {"reference": GaussianNB}, "`reference` should be an estimator.*`predict_proba`, or"),

@@ -93,6 +93,14 @@ def test_bad_outputs_are_refused() -> None:
             output_sensitivity(clean, noisy)
 
 
+def test_numbers_of_outputs_that_differ_are_refused() -> None:
+    rows = torch.cat([S.sensitivity_sums(x, x + 1) for x in (torch.zeros(2, 3), torch.zeros(2, 4))])
+    with pytest.raises(ValueError, match=r"the same number of outputs K .* but got 3 and 4\. If"):
+        S.sensitivity_from_sums(rows)
+    with pytest.raises(ValueError, match="`num_outputs` to be 2 or more, but got 1"):
+        loss_estimate(0.04, 0.25, 0.1, num_outputs=1)
+
+
 def test_the_loss_estimate_is_equation_9() -> None:
     close(loss_estimate(0.04, 0.25, 0.1, 10, offset=0.5), math.sqrt(0.5 * (0.9 * 0.04 * 25 + 0.5)))
     close(loss_estimate(6.08e8, 0.2648, 0.1, 10), 85_119, 1e-3)  # the authors' example, in their notebook

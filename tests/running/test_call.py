@@ -228,6 +228,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "labels that may be a mask": (lambda: select_targets(OPTIONAL, (X, IDS, ["a"])), r"lambda batch: batch\[1\]`"),
     "labels in a pair": (lambda: select_targets(ONE, (X, (IDS, None))), r"lambda batch: batch\[1\]\[0\]`"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
+    "labels that are no tensor": (lambda: select_targets(ONE, X, lambda batch: [1, 0]), "return the labels from a ten"),
     "labels of two names": (lambda: select_targets(ONE, {"x": X, "label": IDS, "y": IDS}), "`targets` should return"),
 }
 
