@@ -229,8 +229,8 @@ class _State:
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
         self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
-        dense = {name: x for x, name in weights.items() if x.layout == torch.strided and not x.is_nested}
-        self.dense = {name: x for name, x in dense.items() if x.dtype in _WITH_NORM}
+        dense = [x for x in weights if x.layout == torch.strided and not x.is_nested]
+        self.dense = {x: weights[x] for x in dense if x.dtype in _WITH_NORM}
         self.norms = self._norms()
 
     def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -296,13 +296,13 @@ class _State:
         """Return the norms of parameters, since torch counts no writes to their ``data``."""
         if not self.dense:
             return []
-        norms = torch._foreach_norm([x.detach() for x in self.dense.values()])
+        norms = torch._foreach_norm([x.detach() for x in self.dense])
         device = norms[0].device  # for which this waits once, and not once for each parameter
         return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).tolist()
 
     def check_norms(self) -> None:
         """Raise MisconfigurationException if some run has changed the norm of a parameter."""
-        pairs = zip(self.dense, self.norms, self._norms(), strict=True)
+        pairs = zip(self.dense.values(), self.norms, self._norms(), strict=True)
         _refuse_writes([name for name, before, after in pairs if before != after and not math.isnan(before)])
 
 
@@ -342,6 +342,6 @@ def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
             module.training = mode
 
 
-def _count_writes(tensor: Tensor | None) -> int | None:
+def _count_writes(tensor: Tensor) -> int | None:
     """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where torch counts none."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version
