@@ -201,8 +201,8 @@ class SensitivityMonitor(Monitor):
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             perturb = noise if self.loss_estimate else self._noise
             outputs = [clean, *noisy_outputs(run, call, perturb, key, self.num_draws, at)]
-            is_other = [each[0].shape[1:] != clean.shape[1:] for each in waiting]
-            if any(is_other) or sum(each[0].numel() for each in waiting) >= _AT_ONCE:
+            is_other = len(waiting) > 0 and waiting[0][0].shape[1:] != clean.shape[1:]
+            if is_other or sum(each[0].numel() for each in waiting) >= _AT_ONCE:
                 rows.append(_rows_of(waiting))
                 waiting = []
             waiting.append(outputs)

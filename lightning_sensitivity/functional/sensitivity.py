@@ -91,7 +91,7 @@ def sensitivity_from_sums(rows: Tensor, per_output: bool = False) -> Sensitivity
         ValueError: If K differs between samples.
     """
     has_changes = rows[:, 0] > 0  # also of samples that are not finite
-    sizes = sorted({*(rows[has_changes, 4] / rows[has_changes, 0]).round().tolist()})
+    sizes = sorted({*(rows[:, 4] / rows[:, 0])[has_changes].round().tolist()})
     if len(sizes) > 1:
         got = f"{int(sizes[0])} and {int(sizes[1])}. If dimension 1 is a position, move the classes there."
         raise ValueError(f"Expected the same number of outputs K (dimension 1) in every batch, but got {got}")
@@ -115,17 +115,15 @@ def squared_deviations(rows: Tensor) -> Tensor:
     """Sum up each sample's squared deviations from the mean change; their total over the total count is S.
 
     Args:
-        rows: Shape ``(N, 5)``. Rows that are not finite do not count for the mean, and give nan.
+        rows: Shape ``(N, 5)``, finite.
 
     Returns:
         Shape ``(N,)``.
     """
-    is_finite = rows.isfinite().all(1)
-    mean = rows[is_finite, 1].sum() / rows[is_finite, 0].sum()
     count, sums, squares = rows[:, 0], rows[:, 1], rows[:, 2]
     own_mean = sums / count.clamp(min=1)
     within = (squares - own_mean * sums).clamp(min=0)  # 0 of a single change, however far it is from 0
-    return (within + count * (own_mean - mean).square()).where(is_finite, math.nan)
+    return within + count * (own_mean - sums.sum() / count.sum()).square()
 
 
 def diagnostics(estimate: SensitivityEstimate, per_output: bool = False) -> dict[str, str]:

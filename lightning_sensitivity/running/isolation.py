@@ -85,16 +85,16 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
         return result
 
     try:
-        with (
-            same_streams(),
-            torch.random.fork_rng(state.devices, device_type="cuda"),
-            torch.no_grad(),
-            compat.eager(),
-        ):
+        with same_streams(state.devices), torch.no_grad(), compat.eager():
             yield run
     finally:
         state.restore()  # a run whose own `restore` was interrupted
     state.check_norms()
+
+
+def call_plainly(function: Callable[..., T], *args: object) -> T:
+    """Call a function that runs nothing of a user, in place of what :func:`isolated` yields."""
+    return function(*args)
 
 
 def _has_scripts(model: nn.Module) -> bool:
@@ -103,11 +103,11 @@ def _has_scripts(model: nn.Module) -> bool:
 
 
 @contextmanager
-def same_streams() -> Iterator[None]:
-    """Put the random streams of torch on the CPU, NumPy and Python back, also after Ctrl-C."""
+def same_streams(devices: Iterable[int] = ()) -> Iterator[None]:
+    """Put the random streams of torch on the CPU and on GPUs, NumPy and Python back, also after Ctrl-C."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng(devices, device_type="cuda"):
             yield
     finally:
         random.setstate(of_python)
@@ -229,8 +229,8 @@ class _State:
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
         self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
-        dense = {name: x for x, name in weights.items() if x.layout == torch.strided and not x.is_nested}
-        self.dense = {name: x for name, x in dense.items() if x.dtype in _WITH_NORM}
+        dense = [x for x in weights if x.layout == torch.strided and not x.is_nested]
+        self.dense = {x: weights[x] for x in dense if x.dtype in _WITH_NORM}
         self.norms = self._norms()
 
     def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -296,13 +296,13 @@ class _State:
         """Return the norms of parameters, since torch counts no writes to their ``data``."""
         if not self.dense:
             return []
-        norms = torch._foreach_norm([x.detach() for x in self.dense.values()])
+        norms = torch._foreach_norm([x.detach() for x in self.dense])
         device = norms[0].device  # for which this waits once, and not once for each parameter
         return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).tolist()
 
     def check_norms(self) -> None:
         """Raise MisconfigurationException if some run has changed the norm of a parameter."""
-        pairs = zip(self.dense, self.norms, self._norms(), strict=True)
+        pairs = zip(self.dense.values(), self.norms, self._norms(), strict=True)
         _refuse_writes([name for name, before, after in pairs if before != after and not math.isnan(before)])
 
 
@@ -342,6 +342,6 @@ def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
             module.training = mode
 
 
-def _count_writes(tensor: Tensor | None) -> int | None:
+def _count_writes(tensor: Tensor) -> int | None:
     """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where torch counts none."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version

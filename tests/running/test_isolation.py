@@ -298,7 +298,8 @@ def test_a_pass_that_writes_to_the_data_of_parameters_is_refused_by_name(is_repl
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].register_forward_pre_hook(normalize)
     match = "`forward` writes to 1.weight in eval"
-    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))  # whose weights have the same names
+    with pytest.raises(MisconfigurationException, match=match), isolated(other, model) as run:
         run(model, X)
 
 

@@ -93,7 +93,7 @@ class AUROC:
         share = len(draws) / has_both.sum()  # of a sample with one label, in the mean over classes
         of_yes = ((ahead - areas) / num_yes).where(has_both, 0.0) * share
         of_no = ((behind - areas) / num_no).where(has_both, 0.0) * share
-        influences = (yes * of_yes + no * of_no).sum(2)
+        influences = torch.where(yes, of_yes, no * of_no).sum(2)
         fewest = torch.minimum(num_yes, num_no)[has_both].mean() / len(draws)
         return Measured(float(areas.nanmean()), influences, float(fewest))
 
