@@ -65,10 +65,12 @@ class Calibration:
     Attributes:
         task: The task.
         parts: What to do for each of its questions, by default the least.
+        temperatures: What a temperature by itself does for each.
     """
 
     task: Task
     parts: Sequence[Sharpening] = ()
+    temperatures: Sequence[Sharpening] = ()
 
     def __call__(self, p: Tensor) -> Tensor:
         """Calibrate predictions ``(N, C)``."""
@@ -120,28 +122,19 @@ def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) ->
         task: The task.
         groups: The number of the group of each sample, ``(N,)``; None without groups.
     """
-    return Calibration(task, [_sharpen(*question) for question in _some_of_each(p, y, task, groups)])
-
-
-def temper(p: Tensor, y: Tensor, task: Task) -> Calibration:
-    """Find the temperature of the lowest Brier score alone; arguments as for :func:`calibrate`."""
-    return Calibration(task, [Sharpening(_best_power(q, answers)) for q, answers, _ in _some_of_each(p, y, task, None)])
-
-
-def _some_of_each(
-    p: Tensor, y: Tensor, task: Task, groups: Tensor | None
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Return logarithms of predictions, labels and groups of each question, of samples that are enough to calibrate."""
-    found = []
+    parts, temperatures = [], []
     for rows, q, answers in task.classifications(p, y):
-        some = spread(len(q), max(_MIN_ROWS, _MAX_NUMBERS // q.shape[1]))
-        found.append((_logarithms(q[some]), answers[some], None if groups is None else groups[rows[some]]))
-    return found
+        some = spread(len(q), max(_MIN_ROWS, _MAX_NUMBERS // q.shape[1]))  # which are enough
+        logarithms, labels = _logarithms(q[some]), answers[some]
+        power = min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(labels).square_().sum()))
+        temperatures.append(Sharpening(power))
+        parts.append(_sharpen(logarithms, labels, power, None if groups is None else groups[rows[some]]))
+    return Calibration(task, parts, temperatures)
 
 
-def _sharpen(logarithms: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening:
-    """Calibrate logarithms of predictions, and labels, of one question, ``(N, K)``."""
-    power, shares = _best_power(logarithms, y), y.mean(0)
+def _sharpen(logarithms: Tensor, y: Tensor, power: float, groups: Tensor | None) -> Sharpening:
+    """Smooth predictions of one question, of which these are logarithms, if a temperature leaves them too sure."""
+    shares = y.mean(0)
     q = (power * logarithms).softmax(1)
     certainty, classes = q.max(1)
     is_right = y.gather(1, classes[:, None])[:, 0]
@@ -162,11 +155,6 @@ def _sharpen(logarithms: Tensor, y: Tensor, groups: Tensor | None) -> Sharpening
         return found
     smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
     return Sharpening(power, smoothing, shares)  # the least that makes it as sure as it is right
-
-
-def _best_power(logarithms: Tensor, y: Tensor) -> float:
-    """Return the inverse temperature of the lowest Brier score."""
-    return min(_POWERS, key=lambda each: float((each * logarithms).softmax(1).sub_(y).square_().sum()))
 
 
 def _smoothed(logarithms: Tensor, y: Tensor, power: float) -> tuple[float, Sharpening]:
@@ -332,22 +320,14 @@ class Evidence(NamedTuple):
     """What left-out predictions tell of one question, or of one target of a regression.
 
     Attributes:
-        p_value: How likely it is that they are so much better than the mean label, by score or by order.
+        is_blind: Whether they may be no better than the mean label, by score and by order.
+        is_nothing: Whether they hardly can be better: inputs that tell something are seldom so unlucky.
         is_clear: Whether labels are enough, and not all alike, so that it is the inputs that tell nothing otherwise.
     """
 
-    p_value: float
+    is_blind: bool
+    is_nothing: bool
     is_clear: bool
-
-    @property
-    def is_blind(self) -> bool:
-        """Whether predictions may be no better."""
-        return self.p_value >= _CHANCE
-
-    @property
-    def is_nothing(self) -> bool:
-        """Whether they hardly can be better: inputs that tell something are seldom so unlucky."""
-        return self.p_value >= _NOTHING
 
 
 def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Evidence]:
@@ -365,7 +345,8 @@ def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Evide
     for rows, q, answers in of_targets or task.classifications(p, y):
         own = None if groups is None else groups[rows]
         is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
-        found.append(Evidence(_p_value(q, answers, own), is_clear))
+        p_value = _p_value(q, answers, own)
+        found.append(Evidence(p_value >= _CHANCE, p_value >= _NOTHING, is_clear))
     return found
 
 
@@ -385,8 +366,7 @@ def _p_value(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
     return len(gains) * float(norm.sf(errors.max()))
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(NamedTuple):
     """How good left-out predictions are; of several labels, of those that they can tell.
 
     Attributes:
@@ -445,7 +425,7 @@ def _describe_answers(q: Tensor, y: Tensor, tempered: Tensor) -> tuple[float, fl
     majority = float(classes.bincount().max()) / len(y)
     score, chance = (float((each - y).square().sum(1).mean()) for each in (q, y.mean(0)))
     has_skill = _skill(score, chance) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
-    return accuracy, majority, unexplained_share(tempered, y) if has_skill else math.nan
+    return accuracy, majority, _unexplained(tempered, y) if has_skill else math.nan
 
 
 def _skill(score: float, chance: float) -> float:

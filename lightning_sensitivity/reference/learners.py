@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.reference.blocks import SOME, Block, Matrix, columns, some, spread
-from lightning_sensitivity.reference.calibration import Calibration, MeanLabel, calibrate, temper
+from lightning_sensitivity.reference.calibration import Calibration, MeanLabel, calibrate
 from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
@@ -125,9 +125,10 @@ class Learner:
         self.groups = known.groups
         self._model = model
         p = self._as_matrix(left_out)
-        self.calibration: Calibration | MeanLabel = calibrate(p, known.labels, task, known.groups)
-        self.left_out = self.calibration(p)
-        self.tempered = temper(p, known.labels, task)(p)
+        found = calibrate(p, known.labels, task, known.groups)
+        self.calibration: Calibration | MeanLabel = found
+        self.left_out = found(p)
+        self.tempered = Calibration(task, found.temperatures)(p)
 
     def forget(self) -> None:
         """Predict the mean label of every sample, since no more is known."""

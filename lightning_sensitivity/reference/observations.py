@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,8 +30,6 @@ _MOST_KNOWN, _MOST_COMPARED, _MOST_COLUMNS = 1500, 600, 500
 _FAR = 6.0  # standard deviations, at which columns are cut off
 _FARTHER = 0.06  # beyond a half; at most 0.054 in 240 random splits
 _STANDARD_ERRORS = 4.0  # at most 2.7 in these, in 80 of 400 samples, and in 80 that a sampler repeats
-
-_EXACT = 2.0**53  # below, whole numbers in double precision are exact
 
 
 @dataclass(eq=False)
@@ -259,46 +257,24 @@ def group_numbers(groups: Array) -> Tensor:
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one per sample, but got shape {names.shape}.")
     names = names.ravel()
+    are_unknown = any(map(is_missing, names))
     if names.dtype.kind == "O":
-        _refuse_unknown(any(map(is_missing, names)))
         names = np.array(names.tolist())  # numbers that are kept as objects are numbers
-    return _NUMBERS.get(names.dtype.kind, _of_words)(names)
-
-
-def _refuse_unknown(are_some: bool) -> None:
-    if are_some:  # they would become a group of their own
+    if names.dtype.kind == "f":
+        names = names.astype(str).astype(float)  # 0.1 is the same number in any precision
+        are_unknown |= bool(np.isinf(names).any())
+    if are_unknown:  # they would become a group of their own
         raise ValueError(
             "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
         )
+    return torch.tensor([*map(_number_of, names.tolist())], dtype=torch.int64)
 
 
-def _of_integers(names: Array) -> Tensor:
-    return torch.from_numpy(names.astype(np.int64))
-
-
-def _of_floats(names: Array) -> Tensor:
-    """Return whole numbers as they are, and of others the bits."""
-    _refuse_unknown(not np.isfinite(names).all())
-    found = torch.from_numpy(names.astype(str).astype(np.float64))  # 0.1 is the same number in any precision
-    is_whole = (found == found.round()) & (found.abs() < _EXACT)
-    return torch.where(is_whole, found.long(), found.view(torch.int64))
-
-
-def _of_times(names: Array) -> Tensor:
-    _refuse_unknown(np.isnat(names).any())
-    return _of_words(names)
-
-
-def _of_words(names: Array) -> Tensor:
-    digests = [hashlib.blake2b(str(name).encode(), digest_size=8).digest() for name in names]
-    return torch.tensor([int.from_bytes(each, "big") - 2**63 for each in digests], dtype=torch.int64)
-
-
-_NUMBERS: dict[str, Callable[[Array], Tensor]] = {  # by kinds of NumPy
-    **dict.fromkeys("biu", _of_integers),
-    "f": _of_floats,
-    **dict.fromkeys("mM", _of_times),
-}
+def _number_of(name: object) -> int:
+    """Return a whole number as it is, and of all else a digest of its word."""
+    if isinstance(name, int | float) and name // 1 == name and abs(name) < 2**63:
+        return int(name)
+    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") - 2**63
 
 
 def is_missing(name: object) -> bool:

@@ -153,14 +153,12 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         blind = [label for label, is_blind in enumerate(are_blind) if task.is_by_column and is_blind]
         if self.inputs_tell_nothing_:
             learner.forget()
-        quality = measure_quality(learner.left_out, learner.tempered, y, task, blind)
         self.learner_ = learner.name
         self.left_out_, self.labels_, self.rows_ = learner.left_out.numpy(), y.numpy(), indices.numpy()
         self.groups_ = None if groups is None else groups.numpy()
         self.temperature_, self.smoothing_ = 1 / learner.calibration.power, learner.calibration.smoothing
-        self.score_, self.skill_ = quality.score, quality.skill
-        self.accuracy_, self.majority_, self.auroc_ = quality.accuracy, quality.majority, quality.auroc
-        self.unexplained_ = quality.unexplained
+        quality = measure_quality(learner.left_out, learner.tempered, y, task, blind)
+        self.score_, self.skill_, self.accuracy_, self.majority_, self.unexplained_, self.auroc_ = quality
         self.blind_labels_ = np.array(blind, dtype=int)
 
     @property
