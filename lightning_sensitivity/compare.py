@@ -174,20 +174,20 @@ def _scores(ranked: Sequence[tuple[str, float, float, float]]) -> Comparison:
             "reference sees too little: set `features=`.",
             "comparing-models",
         )
-    found = Comparison()
+    scores = Comparison()
     for rank, (name, value, difference, stderr) in enumerate(ranked, start=1):
         if not math.isfinite(value):
             raise Refused(f"Model {name!r} can't be compared: `loss` gives {value}.", "comparing-models")
         may_be_best = not difference > _QUANTILE * stderr
-        found.append(ModelScores(rank, name, value, difference, stderr, may_be_best))
-    return found
+        scores.append(ModelScores(rank, name, value, difference, stderr, may_be_best))
+    return scores
 
 
 def _run_all(
     models: Mapping[str, nn.Module], batches: Sequence[object], reader: BatchReader, has_any_outputs: bool
 ) -> dict[str, Tensor]:
     """Compute the outputs of all models for all batches, on the CPU; all are of a kind, and so are inputs."""
-    found: dict[str, Tensor] = {}
+    outputs_of: dict[str, Tensor] = {}
     inputs: dict[str, object] = {}  # the names of the inputs of each model, or their number
     for name, model in models.items():
         parts = []
@@ -201,16 +201,16 @@ def _run_all(
                         check_logits(without_ones(raw), sigmoids.gave(raw), reader.task)
                     parts.append(in_32_bits(raw).cpu())
             inputs[name] = (*call.inputs(),) if call.layout.by_name else len(call.inputs())
-            found[name] = outputs = torch.cat(parts)
+            outputs_of[name] = outputs = torch.cat(parts)
             is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
             check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
             if reader.task.link != "identity" and may_be_probabilities(outputs):
                 warn("arguments", f"finds, of {name!r}, that {REASONS[PROBABILITIES]}")
-    shapes = {name: tuple(each.shape) for name, each in found.items()}
+    shapes = {name: tuple(each.shape) for name, each in outputs_of.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
     if not reader.has_features and len({*inputs.values()}) > 1:
         raise Refused(f"models get different inputs, {inputs}: set `features=`, which says what the reference sees.")
-    return found
+    return outputs_of
 
 
 def _read_training(

@@ -118,13 +118,13 @@ def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str,
     """Return metrics by name, or raise MisconfigurationException."""
     expected = "a dict of names and torchmetrics metrics, or a `MetricCollection`"
     check_argument("metrics", metrics, isinstance(metrics, Mapping | MetricCollection), expected)
-    found = dict(metrics.items())
-    for name, metric in found.items():
+    by_name = dict(metrics.items())
+    for name, metric in by_name.items():
         check_argument("metrics", metric, isinstance(name, str) and isinstance(metric, Metric), expected)
         has_direction = isinstance(metric.higher_is_better, bool)
         check_argument(f"metrics[{name!r}].higher_is_better", metric.higher_is_better, has_direction, "True or False")
         check_argument("metrics", name, name != "loss", "named otherwise, since `expected_loss` is ours")
-    return found
+    return by_name
 
 
 def try_values(
@@ -272,11 +272,11 @@ class FirstStep:
 
 def _inputs(arguments: Mapping[str, object]) -> Inputs:
     """Note the dense tensors of arguments that are not named like labels, also in mappings."""
-    found: Inputs = {}
+    noted: Inputs = {}
     for name, value in without(arguments, labels_in(arguments)).items():
         tensors = [x.detach() for _, x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
-        found[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
-    return {name: tensors for name, tensors in found.items() if tensors}
+        noted[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
+    return {name: tensors for name, tensors in noted.items() if tensors}
 
 
 def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:

@@ -15,7 +15,7 @@ from lightning_sensitivity.messages import Refused, check_argument, check_bool, 
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
-from lightning_sensitivity.running.batches import FOUND
+from lightning_sensitivity.running.batches import REMEMBERED
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
 
@@ -104,7 +104,7 @@ class Monitor(Callback, ABC):
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
-        FOUND.pop(pl_module, None)  # since its `forward` may be another one by now, as in a notebook
+        REMEMBERED.pop(pl_module, None)  # since its `forward` may be another one by now, as in a notebook
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)
@@ -195,8 +195,8 @@ class Monitor(Callback, ABC):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if somebody else has logged another value by one of our names, of which Lightning takes the mean."""
         for name, value in self.run.logged.items():
-            found = float(trainer.callback_metrics.get(name, value))
-            if not (math.isnan(value) or math.isclose(found, value, rel_tol=_SAME, abs_tol=_SAME**2)):
+            published = float(trainer.callback_metrics.get(name, value))
+            if not (math.isnan(value) or math.isclose(published, value, rel_tol=_SAME, abs_tol=_SAME**2)):
                 message = f"logs `{name}`, and your own code does, too, so that it is the mean of both. Set `prefix=`."
                 self.run.warn("names", message, kind=name)
 

@@ -237,8 +237,8 @@ class RiskMonitor(Monitor):
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
             verdict = None if self._predicted is None else self._predicted.verdict
-            known = self._curves(trainer), self.history, verdict, self.run.doubts.found
-            self.summary, line = summarize(checks.callbacks_that_monitor(trainer), checks.has_ended(trainer), *known)
+            told = self._curves(trainer), self.history, verdict, self.run.doubts.reasons
+            self.summary, line = summarize(checks.callbacks_that_monitor(trainer), checks.has_ended(trainer), *told)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
 
@@ -344,9 +344,9 @@ class RiskMonitor(Monitor):
             Its outputs ``(N, ...)``; labels ``(N, C)``, nan where a sample has none; and the number of the group of
             each sample, ``(N,)``, or ``(0,)`` without groups, on the CPU.
         """
-        found = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
+        outputs = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
         if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
-            return tuple(found)
+            return tuple(outputs)
         num_columns = self._reference.num_columns
         labels = [torch.zeros(0, num_columns, dtype=torch.float64)]  # no other default
         for batch in samples.batches:
@@ -355,7 +355,7 @@ class RiskMonitor(Monitor):
             labels.append(y.double())
         groups = [batch.groups for batch in samples.batches if batch.groups is not None]
         no_groups = torch.zeros(0, dtype=torch.int64)
-        return torch.cat([self._expectation.no_outputs, *found]), torch.cat(labels), torch.cat([no_groups, *groups])
+        return torch.cat([self._expectation.no_outputs, *outputs]), torch.cat(labels), torch.cat([no_groups, *groups])
 
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""

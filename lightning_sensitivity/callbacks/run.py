@@ -234,6 +234,6 @@ def gather_objects(trainer: Trainer, value: object) -> list[Any]:
     """Collect an object of each process in the first process; the others get none."""
     if trainer.world_size == 1:
         return [value]
-    found = [None] * trainer.world_size if trainer.is_global_zero else None
-    torch.distributed.gather_object(value, found)
-    return found or []
+    objects = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(value, objects)
+    return objects or []

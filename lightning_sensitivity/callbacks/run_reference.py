@@ -142,12 +142,12 @@ class RunReference:
     def _matched(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> Predicted | None:
         """Return the predictions of a checkpoint, if the kept samples are the same."""
         own = _fingerprints(kept)
-        found: dict[int, Tensor] = {}
+        fingerprints: dict[int, Tensor] = {}
         if agree(trainer, own.keys() == saved.fingerprints.keys()):
-            found = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
+            fingerprints = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
         matched = None
         with suppress(Exception):  # of a damaged checkpoint, which no run should end by
-            matched = saved.matched(found, self.num_columns, self._settings)
+            matched = saved.matched(fingerprints, self.num_columns, self._settings)
         if matched is None and saved.fingerprints:  # without these nobody can tell
             message = (
                 "keeps other validation samples than the checkpoint knows, or has other settings, such as "
@@ -211,9 +211,9 @@ class RunReference:
         verdict = self.fitted.verdict
         unseen: dict[int, Unseen] = {}
         for index in sorted({*chain(*(part.unseen for part in parts))}) if verdict.is_trusted else ():
-            found = [part.unseen[index] for part in parts if index in part.unseen]
-            can_read = [each for each in found if each is not None]
-            if len(can_read) == len(found):  # else it has been said where it happened
+            of_loader = [part.unseen[index] for part in parts if index in part.unseen]
+            can_read = [each for each in of_loader if each is not None]
+            if len(can_read) == len(of_loader):  # else it has been said where it happened
                 with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._predict(index, known, Observations.join(can_read))
         indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
@@ -226,8 +226,8 @@ class RunReference:
         where = f"dataloader {dataloader_idx}"
         indices = finite_samples(unseen, f"validation samples of {where}", self._run.warn)
         indices = indices[unseen.projected[indices].argsort()]
-        found = self.fitted.expect(known, unseen, indices, where, self._is_local, has_shares=True)
-        return replace(found, q=found.q.float())  # as a checkpoint holds it
+        predicted = self.fitted.expect(known, unseen, indices, where, self._is_local, has_shares=True)
+        return replace(predicted, q=predicted.q.float())  # as a checkpoint holds it
 
 
 def _fingerprints(kept: Sequence[KeptSamples]) -> dict[int, Tensor]:

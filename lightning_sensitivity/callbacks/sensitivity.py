@@ -189,8 +189,8 @@ class SensitivityMonitor(Monitor):
         at = None if self.at is None else submodule(module, self.at)
 
         def noise(x: Tensor, generator: torch.Generator) -> Tensor:
-            known = x[x.isfinite()].float()  # a sample with nan is left out of the sensitivity, too
-            power.add_(torch.tensor([[float(known.square().sum()), known.numel()]]))
+            finite = x[x.isfinite()].float()  # a sample with nan is left out of the sensitivity, too
+            power.add_(torch.tensor([[float(finite.square().sum()), finite.numel()]]))
             return self._noise(x, generator)
 
         # Of small outputs, summing up takes as long as the passes: do it for several batches of one shape at once.

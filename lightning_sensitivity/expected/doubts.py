@@ -46,7 +46,7 @@ class Doubts:
         self._last_score = 0.0  # of it
 
     @property
-    def found(self) -> list[str]:
+    def reasons(self) -> list[str]:
         """What makes all values doubtful, as a summary has it."""
         are_probabilities = len(self._may_be_probabilities) > 0 and all(self._may_be_probabilities)
         return [CONSTANT] * self._is_worse_than_constant + [PROBABILITIES] * are_probabilities
@@ -68,7 +68,7 @@ class Doubts:
 
     def finish(self) -> None:
         """Warn of what only the end of a run, or some validations, can tell."""
-        if PROBABILITIES in self.found:
+        if PROBABILITIES in self.reasons:
             self.warn("arguments", f"finds that {REASONS[PROBABILITIES]}")
 
 

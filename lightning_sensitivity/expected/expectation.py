@@ -170,9 +170,9 @@ class Expectation:
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = own.to(outputs)
         values = self._combined(outputs, self._are_finite(outputs), known, None)
-        found = {f"reference_{name}": values[name] for name in self._names if name in values}
-        self._reference_values[dataloader_idx] = found
-        return found
+        of_reference = {f"reference_{name}": values[name] for name in self._names if name in values}
+        self._reference_values[dataloader_idx] = of_reference
+        return of_reference
 
     def rank(self, models: Mapping[str, Tensor], known: Known) -> list[tuple[str, float, float, float]]:
         """Rank models by the first value, on the same samples and labels.

@@ -90,13 +90,13 @@ class KeptSamples:
         Raises:
             RuntimeError: If no tensor has a row for each sample, as with graphs.
         """
-        found = [torch.zeros(0, dtype=torch.float64)]
+        numbers = [torch.zeros(0, dtype=torch.float64)]
         for batch in self.batches:
             tensors = tensors_in(batch.seen or batch.call.inputs())
             columns = [x[:, None].flatten(1) for _, x in tensors if has_samples(x, batch.size)]
             spaced = [x[:, :: math.ceil(x.shape[1] / _MAX_COMPARED) or 1] for x in columns]
-            found.append(projection({str(place): x for place, x in enumerate(spaced)}))
-        return torch.cat(found)
+            numbers.append(projection({str(place): x for place, x in enumerate(spaced)}))
+        return torch.cat(numbers)
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""

@@ -136,18 +136,18 @@ class BatchReader:
         """
         if self._targets is not None:
             with isolated(call.model) as run:
-                found = run(select_targets, call.model, batch, self._targets)
+                selected = run(select_targets, call.model, batch, self._targets)
         elif call.layout.labels is None:
             raise no_labels(call.model, batch)
         else:
-            found = at(batch, call.layout.labels)
-        labels = found.detach().to("cpu", copy=True)
+            selected = at(batch, call.layout.labels)
+        labels = selected.detach().to("cpu", copy=True)
         if output_shape is None:
             return labels
         try:
             self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            code = next((code_of(place) for place, x in tensors_in(batch) if x is found), "batch[...]")
+            code = next((code_of(place) for place, x in tensors_in(batch) if x is selected), "batch[...]")
             reason = describe_error(error).replace("batch[1]", code)
             raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
         return labels

@@ -58,8 +58,8 @@ def _read(x: Samples, kind: str, names: Array) -> tuple[str, Tensor]:
 def _as_tensor(name: str, values: Array) -> Tensor:
     """Return finite real numbers, ``(N, ...)``, on the CPU."""
     options = {"dtype": "numeric", "ensure_2d": False, "allow_nd": True, "input_name": name}
-    found = check_array(_as_array(name, values), **options)
-    return torch.from_numpy(np.require(found, requirements=["C", "W"]))
+    numbers = check_array(_as_array(name, values), **options)
+    return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
 
 def _as_array(name: str, values: Array) -> Array:

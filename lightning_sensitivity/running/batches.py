@@ -30,7 +30,7 @@ _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer con
 
 _CONSTANTS = {str, int, float, bool, type(None)}
 _MAX_STRUCTURES = 100  # that are remembered of a model
-FOUND: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
+REMEMBERED: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
 
 # Copies
 
@@ -177,37 +177,37 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
 
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
-    known: dict[object, T] = FOUND.setdefault(model, {})
-    if len(known) >= _MAX_STRUCTURES:
+    remembered: dict[object, T] = REMEMBERED.setdefault(model, {})
+    if len(remembered) >= _MAX_STRUCTURES:
         return rule(model, value)
     key = rule, structure_of(value)
-    if key not in known:
-        known[key] = rule(model, value)
-    return known[key]
+    if key not in remembered:
+        remembered[key] = rule(model, value)
+    return remembered[key]
 
 
 def structure_of(value: object) -> object:
     """Return all of a value that rules look at: types, names, ranks, and which sizes are 0, 1, 2 or equal."""
-    found: list[object] = []
+    facts: list[object] = []
     sizes: dict[int, int] = {}  # a number for each size
     items: list[Any] = [value]
     for item in items:  # which become more
-        found.append(type(item))
+        facts.append(type(item))
         if isinstance(item, Tensor):
-            found += (item.dtype, item.layout, item.ndim)
+            facts += (item.dtype, item.layout, item.ndim)
             for size in () if item.is_nested else item.shape:
-                found.append(size if size < 3 else sizes.setdefault(size, -len(sizes) - 1))
+                facts.append(size if size < 3 else sizes.setdefault(size, -len(sizes) - 1))
         elif isinstance(item, Mapping):
-            found.append((*item,))
+            facts.append((*item,))
             items += item.values()
         elif isinstance(item, list | tuple):
-            found.append(len(item))
+            facts.append(len(item))
             items += item
         elif type(item) not in _CONSTANTS:
             held = {name: x for name in TARGET_NAMES if isinstance(x := entry(item, name), Tensor)}
-            found.append((*held,))
+            facts.append((*held,))
             items += held.values()
-    return (*found,)
+    return (*facts,)
 
 
 # Tensors

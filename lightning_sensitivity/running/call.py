@@ -191,8 +191,8 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         place = resolved(rules.find_labels, model, batch)
         if place is None:
             raise rules.no_labels(model, batch)
-        found: Tensor = at(batch, place)
-        return found
+        labels: Tensor = at(batch, place)
+        return labels
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):

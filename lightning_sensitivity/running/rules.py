@@ -136,13 +136,13 @@ def layout_of_batch(model: nn.Module, batch: Any) -> Layout:
         MisconfigurationException: If it is not clear how to call the model.
     """
     parameters, required = parameters_of(model), {*required_names(model)}
-    found: dict[Any, Place] = {}
+    places: dict[Any, Place] = {}
     if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
-        found = {name: (Attribute(name),) for name in batch._fields if name in parameters}
+        places = {name: (Attribute(name),) for name in batch._fields if name in parameters}
     elif isinstance(batch, Mapping):
-        found = {name: (name,) for name in batch if name in parameters or _takes_only_keywords(model)}
-    if found:
-        return _layout(model, batch, batch, True, found)
+        places = {name: (name,) for name in batch if name in parameters or _takes_only_keywords(model)}
+    if places:
+        return _layout(model, batch, batch, True, places)
     positions = _split(model, batch)[0] if is_sequence(batch) else [()]
     if isinstance(batch, Mapping):
         positions = [_only_argument(model, batch)]
@@ -173,20 +173,20 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
 def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
     """Name what a reference sees beside the batch, which a function takes in place of ``forward``."""
     batch, chosen = both
-    found: dict[str, Place] = {"0": (1,)}
+    places: dict[str, Place] = {"0": (1,)}
     if isinstance(chosen, Mapping) or type(chosen) is tuple:
-        found = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **found})
+        places = {str(step): (1, step) for step, _ in held_by(chosen)}
+    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **places})
 
 
-def _layout(model: nn.Module, batch: object, value: object, by_name: bool, found: dict[str, Place]) -> Layout:
+def _layout(model: nn.Module, batch: object, value: object, by_name: bool, places: dict[str, Place]) -> Layout:
     """Find what is seen of the arguments in a value, and the inputs, which are not named like labels."""
-    arguments = {name: at(value, place) for name, place in found.items()}
-    if BATCH in found:
-        inputs: dict[str, Sequence[str]] = {name: () for name in found if name != BATCH}
+    arguments = {name: at(value, place) for name, place in places.items()}
+    if BATCH in places:
+        inputs: dict[str, Sequence[str]] = {name: () for name in places if name != BATCH}
     else:
-        asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*found}
-        names = [name for name in found if name in asked or not is_like_targets(name)]
+        asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*places}
+        names = [name for name in places if name in asked or not is_like_targets(name)]
         inputs = {name: labels_in(arguments[name]) for name in names}
     named = {name: without(arguments[name], labels) for name, labels in inputs.items()}
     rows = _find_rows(arguments)
@@ -195,9 +195,9 @@ def _layout(model: nn.Module, batch: object, value: object, by_name: bool, found
     is_clear = len({name for name, _ in floating}) == 1 and (is_chosen or len(floating) == 1)
     return Layout(
         by_name=by_name,
-        places=found,
+        places=places,
         inputs=inputs,
-        left_out=[] if BATCH in found else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES}),
+        left_out=[] if BATCH in places else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES}),
         perturbed=floating[0][0] if is_clear else None,
         rows=rows,
         sight=None if rows is None else find_sight(named, len(at(arguments, rows))),
@@ -279,9 +279,9 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
     """Find the labels by name or position; None if it is not clear where they are."""
     names = set(TARGET_NAMES).difference(required_names(model) if isinstance(batch, tuple) else ())
     step = (lambda name: name) if isinstance(batch, Mapping) else Attribute
-    found = [(step(name),) for name in names if isinstance(entry(batch, name), Tensor)]
-    if found or not is_sequence(batch):
-        return found[0] if len(found) == 1 else None
+    candidates = [(step(name),) for name in names if isinstance(entry(batch, name), Tensor)]
+    if candidates or not is_sequence(batch):
+        return candidates[0] if len(candidates) == 1 else None
     rest = _split(model, batch)[1]  # what follows the inputs
     has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (rest[1:] and _has_options(model))
     return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
@@ -290,9 +290,9 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
 def no_labels(model: nn.Module, batch: object) -> Refused:
     """Say that labels are needed, and what to write to select them, by name if there are such names."""
     rest = (_split(model, batch)[1] if is_sequence(batch) else []) or [()]
-    found = [each for place in rest for each, _ in tensors_in(at(batch, place), place) if each]
-    named = [place for place in found if is_like_targets(place[-1])]
-    hint = _say("targets", [*map(code_of, named or found)])
+    candidates = [each for place in rest for each, _ in tensors_in(at(batch, place), place) if each]
+    named = [place for place in candidates if is_like_targets(place[-1])]
+    hint = _say("targets", [*map(code_of, named or candidates)])
     return Refused(f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}.")
 
 
@@ -301,8 +301,8 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
 
 def _find_rows(arguments: Mapping[str, object]) -> Place | None:
     """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
-    found = [(place, len(x)) for place, x in tensors_in(arguments) if x.ndim > 0] if _has_samples(arguments) else []
-    return found[0][0] if len({size for _, size in found}) == 1 and found[0][1] > 0 else None
+    tensors = [(place, len(x)) for place, x in tensors_in(arguments) if x.ndim > 0] if _has_samples(arguments) else []
+    return tensors[0][0] if len({size for _, size in tensors}) == 1 and tensors[0][1] > 0 else None
 
 
 def _has_samples(value: object) -> bool:
@@ -327,11 +327,11 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     """
     if _are_graphs(named):  # one graph may be all inputs together
         return [Input((), GRAPHS)], []
-    found, unread = _find_readable(named, size)
-    masks = {x.shape: place for place, x in found if place[0] == _MASK}
-    numbers = {x.shape for _, x in found if x.is_floating_point()}
+    readable, unread = _find_readable(named, size)
+    masks = {x.shape: place for place, x in readable if place[0] == _MASK}
+    numbers = {x.shape for _, x in readable if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    candidates = [(place, x) for place, x in found if x.shape in numbers or not _NO_INPUTS.search(place[0])]
+    candidates = [(place, x) for place, x in readable if x.shape in numbers or not _NO_INPUTS.search(place[0])]
     inputs = [(place, x) for place, x in candidates if place[0] != _MASK]
     has_numbers = not all(_are_integers(x) for _, x in inputs)
     seen = []
@@ -355,18 +355,18 @@ def facts_of(sight: Sight) -> set[object]:
 
 def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[Place, Tensor]], list[str]]:
     """List the tensors that can be read, and the arguments that hold more."""
-    found, unread = [], []
+    readable, unread = [], []
     for name, value in named.items():
         if _are_graphs(value):
-            found.append(((name,), torch.zeros(size, 0)))  # in place of their sums
+            readable.append(((name,), torch.zeros(size, 0)))  # in place of their sums
             continue
         tensors = tensors_in(value, (name,))
         parts = [(place, x) for place, x in tensors if x.ndim > 0 and not _is_constant(x)]
-        readable = [(place, x) for place, x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
-        found += readable
-        if len(readable) < len(parts) or not (tensors or _is_constant(value)):
+        can_read = [(place, x) for place, x in parts if has_samples(x, size) and x.ndim <= _MAX_DIMENSIONS]
+        readable += can_read
+        if len(can_read) < len(parts) or not (tensors or _is_constant(value)):
             unread.append(name)
-    return found, unread
+    return readable, unread
 
 
 def _are_integers(x: Tensor) -> bool:
@@ -422,8 +422,8 @@ def find_outputs(result: Any) -> object:
 
 def no_outputs(result: object, selected: object) -> Refused:
     """Say that outputs are needed, and what to write, if there is one candidate."""
-    found = [code_of(place, "result") for place, x in tensors_in(result) if is_floating(x) and x.ndim > 0]
-    example = f": `outputs=lambda result: {found[0]}`" if len(found) == 1 else ""
+    candidates = [code_of(place, "result") for place, x in tensors_in(result) if is_floating(x) and x.ndim > 0]
+    example = f": `outputs=lambda result: {candidates[0]}`" if len(candidates) == 1 else ""
     return Refused(
         f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
         f"from {describe(result)}, which `forward` returned{example}."

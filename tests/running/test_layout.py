@@ -96,11 +96,11 @@ def test_what_is_remembered_of_a_structure_is_what_the_rules_find_anew(monkeypat
         for size in SIZES:
             batch = Maker(seed, size).batch()
             for rule, asked in RULES.items():
-                num_known = len(batches.FOUND.get(model, {}))
+                num_known = len(batches.REMEMBERED.get(model, {}))
                 anew, remembered = attempt(rule, model, asked(batch)), attempt(resolved, rule, model, asked(batch))
                 assert anew == remembered, (rule.__name__, model.forward, batch)
                 counts["found"] += not isinstance(anew, str)
-                counts["remembered"] += not isinstance(anew, str) and len(batches.FOUND[model]) == num_known
+                counts["remembered"] += not isinstance(anew, str) and len(batches.REMEMBERED[model]) == num_known
     assert counts["found"] > 5000 and counts["remembered"] > counts["found"] / 3
 
 
@@ -157,4 +157,4 @@ def test_a_stream_of_ever_new_structures_costs_no_more_than_its_rules(
     monkeypatch.setattr(batches, "structure_of", lambda value: [looked_at.append(value), structure_of(value)][1])
     for number in range(num_structures):
         ModelCall(model, (torch.rand(3, 2), [torch.rand(3)] * number))
-    assert len(looked_at) == len(batches.FOUND[model]) == min(num_structures, 100)
+    assert len(looked_at) == len(batches.REMEMBERED[model]) == min(num_structures, 100)

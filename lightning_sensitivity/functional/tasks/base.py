@@ -95,17 +95,17 @@ class TaskBase:
         """Return predictions or labels ``(N, C)`` of each question, ``(N, K)``: there is one."""
         return [p]
 
-    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
+    def of_questions(self, of_each: Sequence[Tensor]) -> Tensor:
         """Return the matrix of what there is for each question, ``(N, C)``."""
-        return found[0]
+        return of_each[0]
 
     def classifications(self, p: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return which samples have a label, and their predictions and labels, for each question."""
-        found = []
+        answered = []
         for q, answers in zip(self.questions(p), self.questions(y), strict=True):
             indices = (~answers.isnan().any(1)).nonzero()[:, 0]
-            found.append((indices, q[indices], answers[indices]))
-        return found
+            answered.append((indices, q[indices], answers[indices]))
+        return answered
 
     # Metrics
 

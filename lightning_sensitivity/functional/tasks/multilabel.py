@@ -90,6 +90,6 @@ class Multilabel(TaskBase):
         """Return the probabilities of no and yes of each label, ``(N, 2)``."""
         return [torch.stack([1 - column, column], 1) for column in p.T]
 
-    def of_questions(self, found: Sequence[Tensor]) -> Tensor:
+    def of_questions(self, of_each: Sequence[Tensor]) -> Tensor:
         """Return the matrix of such probabilities, ``(N, L)``."""
-        return torch.stack([each[:, 1] for each in found], 1)
+        return torch.stack([each[:, 1] for each in of_each], 1)
