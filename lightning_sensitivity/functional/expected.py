@@ -300,6 +300,8 @@ def combine(
     if expected is not None and by_labels is not None:
         counts_now = weight_beside(expected, by_labels)
         least = _least_weight(by_labels, 1 / num_calibrating + 1 / equivalent_labels)
+        if not by_labels.variance > 0:  # of few labels, which tell nothing of their spread
+            by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
     weight = median_high([*earlier, counts_now][-VALIDATIONS:])
 
     parts = []  # weights, values and variances
@@ -308,8 +310,6 @@ def combine(
         variance = expected.variance + expected.of_label * of_reference
         parts.append((weight, expected.value, variance * _of_normal(expected.degrees)))
     if by_labels is not None:
-        if expected is not None and not by_labels.variance > 0:  # few labels tell nothing of their spread
-            by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
         parts.append((by_labels.size, by_labels.value, by_labels.variance * _of_normal(by_labels.degrees)))
     weights, values, variances = np.array(parts).T
 

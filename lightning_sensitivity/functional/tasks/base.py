@@ -9,12 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sensitivity.functional.tasks.metrics import AUROC, Accuracy, AnyMetric
-from lightning_sensitivity.functional.tensors import (
-    in_32_bits,
-    num_outputs,
-    spaced_fraction,
-    without_ones,
-)
+from lightning_sensitivity.functional.tensors import in_32_bits, num_outputs, spaced_fraction, without_ones
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
