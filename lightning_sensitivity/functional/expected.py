@@ -296,9 +296,12 @@ def combine(
         equivalent_labels: As how many labels it is sure of a network.
         earlier: As how many labels it counted in earlier validations.
     """
-    counts_now = float(WEIGHT)
+    counts_now, least = float(WEIGHT), 0.0
     if expected is not None and by_labels is not None:
         counts_now = weight_beside(expected, by_labels)
+        least = _least_weight(by_labels, 1 / num_calibrating + 1 / equivalent_labels)
+        if not by_labels.variance > 0:  # of few labels, which tell nothing of their spread
+            by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
     weight = median_high([*earlier, counts_now][-VALIDATIONS:])
 
     parts = []  # weights, values and variances
@@ -307,18 +310,13 @@ def combine(
         variance = expected.variance + expected.of_label * of_reference
         parts.append((weight, expected.value, variance * _of_normal(expected.degrees)))
     if by_labels is not None:
-        some = _with_variance(by_labels, expected)
-        parts.append((some.size, some.value, some.variance * _of_normal(some.degrees)))
+        parts.append((by_labels.size, by_labels.value, by_labels.variance * _of_normal(by_labels.degrees)))
     weights, values, variances = np.array(parts).T
 
     shares = weights / weights.sum()
     stderr = math.sqrt(float((shares**2 * variances).sum()))
-    is_contradicted = False
-    if expected is not None and by_labels is not None:
-        by_both = 1 / num_calibrating + 1 / equivalent_labels
-        is_contradicted = weight <= _least_weight(by_labels, by_both)
     # There is no variance where samples say nothing of their spread.
-    return Combined(float((shares * values).sum()), stderr or math.nan, counts_now, is_contradicted)
+    return Combined(float((shares * values).sum()), stderr or math.nan, counts_now, weight <= least)
 
 
 def weight_beside(expected: Estimate, by_labels: Estimate, least: float = _BEYOND_CHANCE) -> float:
@@ -348,13 +346,6 @@ def _least_weight(by_labels: Estimate, of_reference: float) -> float:
     of_labels = 1 / by_labels.size
     difference = _BEYOND_CHANCE**2 * _of_normal(by_labels.degrees) * (of_labels + of_reference)
     return max(1.0, 1 / (difference - of_labels))
-
-
-def _with_variance(by_labels: Estimate, expected: Estimate | None) -> Estimate:
-    """Return a value on labels; of few, which tell nothing of their spread, with that by a reference."""
-    if expected is None or by_labels.variance > 0:
-        return by_labels
-    return by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
 
 
 def _of_normal(degrees: float) -> float:

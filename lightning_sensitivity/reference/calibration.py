@@ -366,27 +366,7 @@ def _p_value(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
     return len(gains) * float(norm.sf(errors.max()))
 
 
-class Quality(NamedTuple):
-    """How good left-out predictions are; of several labels, of those that they can tell.
-
-    Attributes:
-        score: Their Brier score, or the mean squared error.
-        skill: How much lower it is than that of the mean label, up to 1.
-        accuracy: The share of labels that they hit, or nan.
-        majority: That of the most frequent class, or nan.
-        unexplained: The share of labels that can't be explained, or nan.
-        auroc: The area under the ROC curve, mean over classes, or nan.
-    """
-
-    score: float
-    skill: float
-    accuracy: float
-    majority: float
-    unexplained: float
-    auroc: float
-
-
-def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: Sequence[int]) -> Quality:
+def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: Sequence[int]) -> tuple[float, ...]:
     """Measure left-out predictions; of all labels, if they can tell none of several.
 
     Args:
@@ -395,6 +375,11 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
         y: Labels, ``(N, C)``, nan where they are unknown.
         task: The task.
         blind: Which of several labels they can't tell.
+
+    Returns:
+        Their Brier score, or the mean squared error; how much lower it is than that of the mean label, up to 1; the
+        share of labels that they hit; that of the most frequent class; that of labels that can't be explained; and the
+        area under the ROC curve, mean over classes. All but the first two may be nan.
     """
     if len(blind) < y.shape[1]:
         y = y.index_fill(1, torch.tensor(blind, dtype=torch.long), math.nan)
@@ -407,7 +392,7 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
     auroc = math.nan
     if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
         auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
-    return Quality(score, _skill(score, chance), accuracy, majority, unexplained, auroc)
+    return score, _skill(score, chance), accuracy, majority, unexplained, auroc
 
 
 def _describe_answers(q: Tensor, y: Tensor, tempered: Tensor) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ Seen: TypeAlias = dict[str, Tensor]  # samples (N, ...) by kind
 Array: TypeAlias = Any  # of NumPy, or what becomes one
 Samples: TypeAlias = Any  # a tensor, array, data frame or list, or a mapping of kinds to these
 
-MOST = 10_000  # samples that ridge regression knows
+MOST, _MOST_ROWS = 10_000, 50_000  # samples that ridge regression knows, and rows of a table that a forest does
 MAX_FOREST_COLUMNS = 1250
 _SHIFT = 10**6  # from the words of a text to those of the next one
 
@@ -29,18 +29,16 @@ class Kind:
     Attributes:
         name: Its name.
         blocks: The blocks of features that may be made of it; the first one stands beside those of other kinds.
-        most: How many samples a reference knows at most.
         num_fixed: How many dimensions all samples share, with N.
     """
 
     name: str
     blocks: tuple[Block, Block]
-    most = MOST
     num_fixed = 2
 
     def most_of(self, x: Tensor) -> int:
         """Return how many samples such as these are worth knowing."""
-        return self.most
+        return MOST
 
     def read(self, x: Tensor) -> Tensor:
         """Give samples of any array their form."""
@@ -81,11 +79,10 @@ class Columns(Kind):
 
     name = "columns"
     blocks = columns, values
-    most = 50_000
 
     def most_of(self, x: Tensor) -> int:
         """Return how many rows are worth knowing: of more columns than a forest takes, those of ridge regression."""
-        return self.most if x.shape[1:].numel() <= MAX_FOREST_COLUMNS else min(self.most, MOST)
+        return _MOST_ROWS if x.shape[1:].numel() <= MAX_FOREST_COLUMNS else MOST
 
     def read(self, x: Tensor) -> Tensor:
         """Flatten samples to floating numbers."""

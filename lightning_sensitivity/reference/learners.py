@@ -45,7 +45,6 @@ _NEAR, _GAIN = 1.1, 1.02  # up to which its search begins; up to which it wins i
 
 _WIDTHS = (0.1, 0.4, 1.6, 6.4)  # of the kernel, times the median squared distance
 _ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-_MAX_RIDGE_ROWS = MOST
 _CENTRES_OF_PART, _CENTRES, _MANY_CENTRES = 500, 1000, 1500  # of Nystroem features: columns, and all else
 FOLDS = 5  # where samples are left out by parts
 
@@ -206,7 +205,7 @@ def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
     """
     part = known.take(spread(len(known), _PART))
     with quiet():
-        best, most, of_forest = _choose_ridge(part, task), _MAX_RIDGE_ROWS, _most_of_forest(known)
+        best, most, of_forest = _choose_ridge(part, task), MOST, _most_of_forest(known)
         if of_forest:
             forest = _choose_forest(part, task, limit=_NEAR * best.score)
             limit = best.score * (_GAIN if len(known) > _PART else 1)
@@ -314,12 +313,11 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
     groups = same_samples(y, folds)
-    found = [np.full_like(y, np.nan) for _ in _ALPHAS]
+    found = np.full((len(_ALPHAS), *y.shape), np.nan)
     for samples, which, own_folds in groups:
         places = np.ix_(samples, which)
         leave_out = _leave_one_out if own_folds is None else partial(_leave_folds_out, folds=own_folds)
-        for left_out, part in zip(found, leave_out(features[samples], y[places]), strict=True):
-            left_out[places] = part
+        found[:, samples[:, None], which] = leave_out(features[samples], y[places])
     best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
     model = ByColumns(y)
     for samples, which, _ in groups:

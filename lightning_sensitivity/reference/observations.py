@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sensitivity.functional.tasks import Task
 from lightning_sensitivity.functional.tensors import in_32_bits, number_units
 from lightning_sensitivity.reference.blocks import spread
-from lightning_sensitivity.reference.kinds import KINDS, Array, Kind, Seen, join_seen, rows_of
+from lightning_sensitivity.reference.kinds import KINDS, MOST, Array, Seen, join_seen, rows_of
 
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
@@ -84,7 +84,7 @@ def max_samples(seen: Seen, num_columns: int) -> int:
         seen: What is seen of one or more samples.
         num_columns: The number of classes, or of targets.
     """
-    most = max((KINDS[kind].most_of(x) for kind, x in seen.items()), default=Kind.most)
+    most = max((KINDS[kind].most_of(x) for kind, x in seen.items()), default=MOST)
     return min(most, max(1, _MAX_LABELS // num_columns))
 
 

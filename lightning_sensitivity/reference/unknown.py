@@ -91,29 +91,19 @@ def same_samples(y: Array, folds: Folds) -> list[tuple[Array, Array, Folds]]:
     for place, known in enumerate(masks.T):
         if known.sum() >= _FEWEST:
             samples = known.nonzero()[0]
-            own_folds = None if folds is None else _within(folds, samples, len(y))
+            own_folds = None if folds is None else _within(folds, samples)
             found.append((samples, (which.ravel() == place).nonzero()[0], own_folds))
     return found
 
 
-def _within(folds: list[tuple[Array, Array]], samples: Array, number: int) -> list[tuple[Array, Array]]:
-    """Return folds of some samples, by their places among these; none that has nothing to learn from.
-
-    Args:
-        folds: Folds of all samples.
-        samples: The samples, ``(M,)``.
-        number: How many samples there are in all.
-    """
-    places = np.full(number, -1)
-    places[samples] = np.arange(len(samples))
-    found = [(places[known], places[new]) for known, new in folds]
-    found = [(known[known >= 0], new[new >= 0]) for known, new in found]
-    return [(known, new) for known, new in found if len(known) > 0 and len(new) > 0]
+def _within(folds: list[tuple[Array, Array]], samples: Array) -> list[tuple[Array, Array]]:
+    """Return folds of some samples ``(M,)``, by their places among these; none that has nothing to learn from."""
+    known_and_new = [[np.isin(samples, each).nonzero()[0] for each in fold] for fold in folds]
+    return [(known, new) for known, new in known_and_new if len(known) > 0 and len(new) > 0]
 
 
 def have_several(labels: Array, folds: Folds) -> bool:
     """Return whether labels ``(N,)`` have several values, also in what each fold learns from."""
-    if folds is None:
-        return len(np.unique(labels)) > 1
-    is_whole = sum(len(new) for _, new in folds) == len(labels)
-    return is_whole and all(len(np.unique(labels[known])) > 1 for known, _ in folds)
+    learned = [labels] if folds is None else [labels[known] for known, _ in folds]
+    is_whole = folds is None or sum(len(new) for _, new in folds) == len(labels)
+    return is_whole and all(len(np.unique(each)) > 1 for each in learned)

@@ -279,7 +279,7 @@ def half_an_epoch(folder: Path) -> Any:
     x, y = labelled(800, seed=5 + rank()).tensors
     steps, counting = [], Counting(num_samples=16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_sensitivity.reference.kinds.Columns.most", 700)
+        patch.setattr("lightning_sensitivity.reference.kinds._MOST_ROWS", 700)
         for order in (torch.arange(800), y.argsort(stable=True)):
             train = batches_of(x[order], y[order], batch_size=100)
             options = {"val_check_interval": 0.5, "max_epochs": 1, "use_distributed_sampler": False}

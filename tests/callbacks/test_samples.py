@@ -191,7 +191,7 @@ def test_the_reference_is_made_of_a_whole_epoch_or_of_as_many_samples_as_fit_unl
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, limit, step = ORDERS[name]
-    monkeypatch.setattr("lightning_sensitivity.reference.kinds.Columns.most", limit)
+    monkeypatch.setattr("lightning_sensitivity.reference.kinds._MOST_ROWS", limit)
     options = {"max_epochs": 2, "val_check_interval": 0.5}
     fitted(monitor := quick_risk(), Quiet(), labelled(order), unlabelled_loader(seed=1), **options)
     assert [row["step"] for row in monitor.history if "expected_loss" in row] == [*range(step, 33, 8)]

@@ -148,7 +148,7 @@ def test_each_learner_takes_as_many_samples_as_it_can(monkeypatch: pytest.Monkey
     monkeypatch.setattr(learners, "_MAX_TARGETS", 2 * 60)  # rows times classes
     assert Reference().fit(x, y).num_samples_ == 60
     monkeypatch.setattr(learners, "_MAX_TARGETS", 2 * 49)
-    monkeypatch.setattr(learners, "_MAX_RIDGE_ROWS", 30)
+    monkeypatch.setattr(learners, "MOST", 30)
     known = Reference().fit(x, y)
     assert (known.learner_, known.num_samples_) == ("ridge", 30)
     np.testing.assert_array_equal(known.labels_, np.eye(2)[y[known.rows_]])

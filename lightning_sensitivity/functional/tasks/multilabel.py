@@ -26,8 +26,7 @@ class Multilabel(TaskBase):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
-        known = targets.nan_to_num(float(IGNORED)) if targets.is_floating_point() else targets
-        check_probabilities(outputs, known)
+        check_probabilities(outputs, targets.nan_to_num(float(IGNORED)))
 
     def label_matrix(self, labels: Tensor, num_columns: int = -1) -> Tensor:
         """Turn labels into a matrix ``(N, L)``, nan where they are unknown; a matrix stays."""
