@@ -76,8 +76,8 @@ class Calibration:
         """Calibrate predictions ``(N, C)``."""
         questions = self.task.questions(p)
         parts = self.parts or [Sharpening()] * len(questions)
-        found = [part(_logarithms(q)) for part, q in zip(parts, questions, strict=True)]
-        return self.task.of_questions(found) if found else p
+        calibrated = [part(_logarithms(q)) for part, q in zip(parts, questions, strict=True)]
+        return self.task.of_questions(calibrated) if calibrated else p
 
     @property
     def power(self) -> float:
@@ -145,14 +145,14 @@ def _sharpen(logarithms: Tensor, y: Tensor, power: float, groups: Tensor | None)
         # The most frequent class hides it where predictions of the others are too sure.
         share = _share_beyond_chance(q, y, groups)
         return Sharpening(power, share, shares) if share > 0 else Sharpening(power)
-    _, found = min((_smoothed(logarithms, y, each) for each in _POWERS), key=lambda each: each[0])
+    _, best = min((_smoothed(logarithms, y, each) for each in _POWERS), key=lambda each: each[0])
     # Redrawn labels are everywhere: samples that look like none of a class have its label as often as that says.
     # Without this, most of a few positives would be random samples.
-    q = found(logarithms)
-    looks_unlike = (q < 2 * found.smoothing * shares).double()
+    q = best(logarithms)
+    looks_unlike = (q < 2 * best.smoothing * shares).double()
     expected, hits = (q * looks_unlike).sum(0), (y * looks_unlike).sum(0)
     if bool((hits >= expected - _ERRORS * expected.sqrt()).all()):
-        return found
+        return best
     smoothing = min(float(excess / (certainty.mean() - 1 / y.shape[1])), _MAX_SMOOTHING)
     return Sharpening(power, smoothing, shares)  # the least that makes it as sure as it is right
 
@@ -263,8 +263,8 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
     are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
     if not are_probabilities or not bool(rules.has_label(y).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
-    found = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
-    return sum(found) / len(found) if found else math.nan
+    shares = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 def _unexplained(q: Tensor, y: Tensor) -> float:
@@ -291,10 +291,10 @@ def error_quantiles(errors: Array) -> Array:
     """Return 20 quantiles of errors ``(N, C)``, which have their mean square; nan is left out."""
     places = (np.arange(NUM_DRAWS) + 0.5) / NUM_DRAWS
     quantile = np.nanquantile if np.isnan(errors).any() else np.quantile
-    found = quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
-    found = found - found.mean(0)
-    size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (found, errors))
-    return found * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
+    quantiles = quantile(errors[:: math.ceil(len(errors) / _MAX_ERRORS)], places, axis=0)
+    quantiles = quantiles - quantiles.mean(0)
+    size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (quantiles, errors))
+    return quantiles * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
 
 
 def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> Array:
@@ -341,13 +341,13 @@ def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Evide
     """
     targets = ((~each.isnan()).nonzero()[:, 0] for each in y.T) if task.is_regression else ()
     of_targets = [(rows, p[rows, place, None], y[rows, place, None]) for place, rows in enumerate(targets)]
-    found = []
+    evidence = []
     for rows, q, answers in of_targets or task.classifications(p, y):
         own = None if groups is None else groups[rows]
         is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
         p_value = _p_value(q, answers, own)
-        found.append(Evidence(p_value >= _CHANCE, p_value >= _NOTHING, is_clear))
-    return found
+        evidence.append(Evidence(p_value >= _CHANCE, p_value >= _NOTHING, is_clear))
+    return evidence
 
 
 def _p_value(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
@@ -386,8 +386,8 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
     score = float(task.distances(p, y).nanmean())
     chance = float(task.distances(y.nanmean(0).expand_as(y), y).nanmean())
     pairs = zip(task.classifications(p, y), task.questions(tempered), strict=True)
-    found = [_describe_answers(q, answers, others[rows]) for (rows, q, answers), others in pairs]
-    columns = torch.tensor(found, dtype=torch.float64).reshape(-1, 3)
+    described = [_describe_answers(q, answers, others[rows]) for (rows, q, answers), others in pairs]
+    columns = torch.tensor(described, dtype=torch.float64).reshape(-1, 3)
     accuracy, majority, unexplained = columns.nanmean(0).tolist()
     auroc = math.nan
     if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:

@@ -81,9 +81,9 @@ class Features:
     def check(self, seen: Seen) -> None:
         """Raise ValueError if samples lack a kind, or have other dimensions, columns or channels."""
         for kind, shape in self.shapes.items():
-            found = seen.get(kind, torch.empty(0)).shape
+            given = seen.get(kind, torch.empty(0)).shape
             fixed = slice(1, KINDS[kind].num_fixed)
-            if len(found) != len(shape) or found[fixed] != shape[fixed]:
+            if len(given) != len(shape) or given[fixed] != shape[fixed]:
                 got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
                 wanted = ", ".join(map(str, shape[1:]))
                 raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
@@ -124,10 +124,10 @@ class Learner:
         self.groups = known.groups
         self._model = model
         p = self._as_matrix(left_out)
-        found = calibrate(p, known.labels, task, known.groups)
-        self.calibration: Calibration | MeanLabel = found
-        self.left_out = found(p)
-        self.tempered = Calibration(task, found.temperatures)(p)
+        calibration = calibrate(p, known.labels, task, known.groups)
+        self.calibration: Calibration | MeanLabel = calibration
+        self.left_out = calibration(p)
+        self.tempered = Calibration(task, calibration.temperatures)(p)
 
     def forget(self) -> None:
         """Predict the mean label of every sample, since no more is known."""
@@ -138,13 +138,13 @@ class Learner:
         """Predict new samples, ``(M, C)``."""
         matrix = self.features(seen)
         is_classifier = hasattr(self._model, "classes_")
-        found = self._model.predict_proba(matrix) if is_classifier else self._model.predict(matrix)
-        return self.calibration(self._as_matrix(found))
+        predicted = self._model.predict_proba(matrix) if is_classifier else self._model.predict(matrix)
+        return self.calibration(self._as_matrix(predicted))
 
-    def _as_matrix(self, found: Array) -> Tensor:
+    def _as_matrix(self, predicted: Array) -> Tensor:
         """Give classes that no sample has a column, too."""
-        p = np.zeros((len(found), self.labels.shape[1]))
-        p[:, getattr(self._model, "classes_", slice(None))] = found.reshape(len(found), -1)
+        p = np.zeros((len(predicted), self.labels.shape[1]))
+        p[:, getattr(self._model, "classes_", slice(None))] = predicted.reshape(len(predicted), -1)
         return torch.from_numpy(p)
 
 
@@ -296,7 +296,7 @@ def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, lea
 
 def _choose_ridge(part: Observations, task: Task) -> _Choice:
     """Try all features, with several widths of the kernel."""
-    y, folds, found = part.labels.numpy(), _folds_of(part), []
+    y, folds, choices = part.labels.numpy(), _folds_of(part), []
     centres = _CENTRES if [*part.seen] == ["columns"] else _MANY_CENTRES
     for blocks in possible_blocks(part.seen):
         matrix = Features(blocks, part.seen)(part.seen)
@@ -304,8 +304,8 @@ def _choose_ridge(part: Observations, task: Task) -> _Choice:
         for width in _WIDTHS:
             fit = partial(_fit_ridge, gamma=1 / (width * distance), centres=centres)
             score = _score(fit(matrix, y, folds, centres=_CENTRES_OF_PART)[1], part, task)
-            found.append(_Choice(score, "ridge", blocks, fit))
-    return min(found, key=lambda each: each.score)
+            choices.append(_Choice(score, "ridge", blocks, fit))
+    return min(choices, key=lambda each: each.score)
 
 
 def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres: int) -> tuple[Any, Array]:
@@ -313,17 +313,17 @@ def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres:
     kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
     features = kernel.fit_transform(matrix)
     groups = same_samples(y, folds)
-    found = np.full((len(_ALPHAS), *y.shape), np.nan)
+    left_out = np.full((len(_ALPHAS), *y.shape), np.nan)
     for samples, which, own_folds in groups:
         places = np.ix_(samples, which)
         leave_out = _leave_one_out if own_folds is None else partial(_leave_folds_out, folds=own_folds)
-        found[:, samples[:, None], which] = leave_out(features[samples], y[places])
-    best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(found[place] - y))))
+        left_out[:, samples[:, None], which] = leave_out(features[samples], y[places])
+    best = min(range(len(_ALPHAS)), key=lambda place: float(np.nanmean(np.square(left_out[place] - y))))
     model = ByColumns(y)
     for samples, which, _ in groups:
         ridge = Ridge(_ALPHAS[best]).fit(features[samples], y[np.ix_(samples, which)])
         model.parts.append((which, make_pipeline(kernel, ridge)))
-    return model, model.filled(found[best], matrix)
+    return model, model.filled(left_out[best], matrix)
 
 
 def _leave_one_out(features: Array, y: Array) -> list[Array]:
@@ -332,25 +332,25 @@ def _leave_one_out(features: Array, y: Array) -> list[Array]:
     values, vectors = np.linalg.eigh(x.T @ x)
     basis = x @ vectors
     products, squares = basis.T @ targets, basis**2
-    found = []
+    left_out = []
     for alpha in _ALPHAS:
         weights = 1 / (values.clip(0) + alpha)
         residuals = targets - basis @ (weights[:, None] * products)
-        found.append(y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None])
-    return found
+        left_out.append(y - residuals / (1 - 1 / len(y) - squares @ weights)[:, None])
+    return left_out
 
 
 def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]) -> list[Array]:
     """Return what ridge regression would predict of each fold without it, for each ridge."""
-    found = [np.tile(y.mean(0), (len(y), 1)) for _ in _ALPHAS]
+    left_out = [np.tile(y.mean(0), (len(y), 1)) for _ in _ALPHAS]
     for known, new in folds:
         mean, mean_label = features[known].mean(0), y[known].mean(0)
         x = features[known] - mean
         values, vectors = np.linalg.eigh(x.T @ x)
         products, basis = vectors.T @ (x.T @ (y[known] - mean_label)), (features[new] - mean) @ vectors
-        for alpha, left_out in zip(_ALPHAS, found, strict=True):
-            left_out[new] = mean_label + basis @ (products / (values.clip(0) + alpha)[:, None])
-    return found
+        for alpha, of_alpha in zip(_ALPHAS, left_out, strict=True):
+            of_alpha[new] = mean_label + basis @ (products / (values.clip(0) + alpha)[:, None])
+    return left_out
 
 
 # Any estimator of scikit-learn
@@ -395,7 +395,7 @@ def _fit_by_columns(
     model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
 ) -> tuple[ByColumns, Array]:
     """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    found, left_out = ByColumns(labels), np.full_like(labels, np.nan)
+    by_columns, left_out = ByColumns(labels), np.full_like(labels, np.nan)
     for samples, which, own_folds in same_samples(labels, folds):
         for column in which:
             own, number = labels[samples, column], FOLDS
@@ -406,5 +406,5 @@ def _fit_by_columns(
             if number > 1 and have_several(own, own_folds):
                 one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
                 left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
-                found.parts.append((np.array([column]), one))
-    return found, found.filled(left_out, matrix)
+                by_columns.parts.append((np.array([column]), one))
+    return by_columns, by_columns.filled(left_out, matrix)

@@ -152,22 +152,22 @@ def projection(seen: Seen) -> Tensor:
 
 def _remainders(seen: Seen) -> Tensor:
     """Return the projection of what single precision leaves out of doubles, ``(N,)``; 0 where that is nothing."""
-    found = torch.zeros(len(next(iter(seen.values()))), dtype=torch.int64)
+    remainders = torch.zeros(len(next(iter(seen.values()))), dtype=torch.int64)
     for seed, values in enumerate(seen.values()):
         if values.dtype == torch.float64:
-            found += torch.cat([_projected(part - part.float(), seed) for part in torch.split(values, _CHUNK)])
-    return found
+            remainders += torch.cat([_projected(part - part.float(), seed) for part in torch.split(values, _CHUNK)])
+    return remainders
 
 
 def _projected(values: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randint(-(2**62), 2**62, (values[0].numel(),), generator=generator)
     shift = 0 if values.is_floating_point() else 1  # of the padding, -1
-    found = []
+    sums = []
     for part in torch.split(values[:, None].flatten(1), _CHUNK):
         bits = (part.float() + shift).view(torch.int32).long()
-        found.append((bits * direction).sum(1))
-    return torch.cat(found)
+        sums.append((bits * direction).sum(1))
+    return torch.cat(sums)
 
 
 def repeated_share(new: Tensor, known: Tensor) -> float:

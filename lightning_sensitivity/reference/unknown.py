@@ -37,11 +37,11 @@ class KnownTargets:
         differences = np.where(known, y - self._means, 0.0)
         self.targets = y if self._are_all_known else np.hstack([differences, _SMALL * known])
 
-    def labels(self, found: Array) -> Array:
+    def labels(self, predicted: Array) -> Array:
         """Turn what was predicted of the targets into labels, ``(M, C)``."""
         if self._are_all_known:
-            return found
-        differences, known = np.split(found, 2, axis=1)
+            return predicted
+        differences, known = np.split(predicted, 2, axis=1)
         return self._means + differences / np.maximum(known / _SMALL, _LEAST)
 
     def predict(self, matrix: Matrix) -> Array:
@@ -65,12 +65,12 @@ class ByColumns:
 
     def predict(self, matrix: Matrix) -> Array:
         """Predict all columns, ``(M, C)``."""
-        found = np.tile(self._means, (matrix.shape[0], 1))
+        predicted = np.tile(self._means, (matrix.shape[0], 1))
         for columns, model in self.parts:
             is_classifier = hasattr(model, "classes_")
             part = model.predict_proba(matrix)[:, 1:] if is_classifier else model.predict(matrix)
-            found[:, columns] = part.reshape(len(found), -1)
-        return found
+            predicted[:, columns] = part.reshape(len(predicted), -1)
+        return predicted
 
     def filled(self, left_out: Array, matrix: Matrix) -> Array:
         """Fill in missing left-out predictions, of samples without a label."""
@@ -86,14 +86,14 @@ def _column_means(y: Array) -> Array:
 
 def same_samples(y: Array, folds: Folds) -> list[tuple[Array, Array, Folds]]:
     """List columns that are known for the same samples: these samples, ``(M,)``, the columns, and folds of them."""
-    found = []
+    parts = []
     masks, which = np.unique(~np.isnan(y), axis=1, return_inverse=True)
     for place, known in enumerate(masks.T):
         if known.sum() >= _FEWEST:
             samples = known.nonzero()[0]
             own_folds = None if folds is None else _within(folds, samples)
-            found.append((samples, (which.ravel() == place).nonzero()[0], own_folds))
-    return found
+            parts.append((samples, (which.ravel() == place).nonzero()[0], own_folds))
+    return parts
 
 
 def _within(folds: list[tuple[Array, Array]], samples: Array) -> list[tuple[Array, Array]]:
