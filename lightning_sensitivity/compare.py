@@ -227,30 +227,30 @@ def _read_training(
             reader.check_samples(moved, call, labels)
             like = labels[:0]
         reader.keep_observations(kept, model, moved, shape)
-    known = kept.joined()
-    return like, known.take(finite_samples(known, "training samples", warn))
+    samples = kept.joined()
+    return like, samples.take(finite_samples(samples, "training samples", warn))
 
 
 def _ask_reference(
-    reader: BatchReader, known: Observations, estimator: object, new: Observations, is_local: bool, is_alone: bool
+    reader: BatchReader, training: Observations, estimator: object, new: Observations, is_local: bool, is_alone: bool
 ) -> Unseen | None:
     """Fit a reference, and let it predict new samples; None if it may not choose.
 
     Args:
         reader: The reader.
-        known: Training samples.
+        training: Training samples.
         estimator: What is fitted; None for the reference's own learners.
         new: The new samples; what makes them doubtful is said.
         is_local: Whether errors of a regression are drawn near each prediction.
         is_alone: Whether there are no other labels; then it has to choose.
     """
-    fitted = FittedReference(reader, known, estimator, warn)
+    fitted = FittedReference(reader, training, estimator, warn)
     if fitted.verdict.inputs_tell_nothing and reader.sees_all:
         warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
     if is_alone and not fitted.verdict.is_trusted:
         skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
         raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-    unseen = fitted.expect(known, new, torch.arange(len(new)), "`dataloader`", is_local, False)
+    unseen = fitted.expect(training, new, torch.arange(len(new)), "`dataloader`", is_local, False)
     return unseen if fitted.verdict.is_trusted else None
 
 

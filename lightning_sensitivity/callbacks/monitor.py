@@ -283,10 +283,10 @@ class Monitor(Callback, ABC):
 
         A process may fail before it agrees, never between two steps that need all of them.
         """
-        own = self.run.measured[dataloader_idx]
-        if not agree(trainer, own is not None) or own is None:
+        measured = self.run.measured[dataloader_idx]
+        if not agree(trainer, measured is not None) or measured is None:
             return {}
-        rows = [gather_tensors(trainer, each) for each in own]
+        rows = [gather_tensors(trainer, each) for each in measured]
         is_intended = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
         if 0 < len(rows[0]) < _FEW_SAMPLES and not is_intended:
             message = (

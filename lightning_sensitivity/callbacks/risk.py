@@ -184,8 +184,8 @@ class RiskMonitor(Monitor):
         """Go on with what is known of an earlier part of this fit."""
         self.history, self._predicted, names = history, predicted, {*self.names}
         for row in history:
-            known = {name: value for name, value in row.items() if name in names and value is not None}
-            self.run.missing.remember(row["dataloader_idx"], known)
+            values = {name: value for name, value in row.items() if name in names and value is not None}
+            self.run.missing.remember(row["dataloader_idx"], values)
         lacking = [row for row in history if not row.keys() >= names]
         self.run.missing.num_incomplete = len({(row["epoch"], row["step"]) for row in lacking})
 

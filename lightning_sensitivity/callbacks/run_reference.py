@@ -26,12 +26,12 @@ class _Part:
     """What a process has kept.
 
     Attributes:
-        known: Training samples; None if there are none.
+        training: Training samples; None if there are none.
         unseen: Validation samples, by loader; None where they can't be read.
         fingerprints: Those of validation samples, by loader; none where there are none to be had.
     """
 
-    known: Observations | None
+    training: Observations | None
     unseen: dict[int, Observations | None]
     fingerprints: dict[int, Tensor]
 
@@ -141,10 +141,10 @@ class RunReference:
 
     def _matched(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> Predicted | None:
         """Return the predictions of a checkpoint, if the kept samples are the same."""
-        own = _fingerprints(kept)
+        of_process = _fingerprints(kept)
         fingerprints: dict[int, Tensor] = {}
-        if agree(trainer, own.keys() == saved.fingerprints.keys()):
-            fingerprints = {index: gather_tensors(trainer, own[index]) for index in sorted(own)}
+        if agree(trainer, of_process.keys() == saved.fingerprints.keys()):
+            fingerprints = {index: gather_tensors(trainer, of_process[index]) for index in sorted(of_process)}
         matched = None
         with suppress(Exception):  # of a damaged checkpoint, which no run should end by
             matched = saved.matched(fingerprints, self.num_columns, self._settings)
@@ -164,16 +164,16 @@ class RunReference:
         """Make the reference; without any label, try again after a later epoch."""
         self.was_tried = True
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
-        own: _Part | None = None
+        of_process: _Part | None = None
         with self._run.report_failure(*failure), trainer.precision_plugin.val_step_context():  # for an encoder
-            own = self._join(kept)
-        parts = gather_objects(trainer, own)
-        is_over = None in parts or any(part.known is not None for part in parts)
+            of_process = self._join(kept)
+        parts = gather_objects(trainer, of_process)
+        is_over = None in parts or any(part.training is not None for part in parts)
         if trainer.is_global_zero and None not in parts:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with same_streams(), self._run.report_failure(*failure):
-                known = self._fit([part.known for part in parts if part.known is not None])
-                predicted = predicted or self._predict_all(parts, known)
+                training = self._fit([part.training for part in parts if part.training is not None])
+                predicted = predicted or self._predict_all(parts, training)
         is_over, predicted = trainer.strategy.broadcast((is_over, predicted))
         self.stage = Stage.OVER if is_over else Stage.WAITING
         self._run.training = None
@@ -181,7 +181,7 @@ class RunReference:
 
     def _join(self, kept: Sequence[KeptSamples]) -> _Part:
         """Join the samples that this process has kept."""
-        known = None if self._run.training is None or self._run.training.size == 0 else self._run.training.joined()
+        training = None if self._run.training is None or self._run.training.size == 0 else self._run.training.joined()
         unseen: dict[int, Observations | None] = {}
         for samples in kept:
             if samples.size > 0:
@@ -189,23 +189,23 @@ class RunReference:
                 unseen[index] = None
                 with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self._reader.join(samples.batches)
-        return _Part(known, unseen, _fingerprints(kept))
+        return _Part(training, unseen, _fingerprints(kept))
 
     def _fit(self, parts: Sequence[Observations]) -> Observations:
         """Fit the reference to the training samples of all processes, and return these."""
         if not parts:
             raise ValueError("No training sample has a label")
-        known = Observations.join(parts)
-        finite = finite_samples(known, "training samples", self._run.warn)
-        known = known if len(finite) == len(known) else known.take(finite)  # no copy
-        self.fitted = FittedReference(self._reader, known, self._estimator, self._run.warn, self._class_shares)
+        training = Observations.join(parts)
+        finite = finite_samples(training, "training samples", self._run.warn)
+        training = training if len(finite) == len(training) else training.take(finite)  # no copy
+        self.fitted = FittedReference(self._reader, training, self._estimator, self._run.warn, self._class_shares)
         if self._reader.unread:
             names = ", ".join(f"`{name}`" for name in self._reader.unread)
             message = f"can't show the reference all of {names}. Set `features=` if it matters."
             self._run.warn("features", message, kind="unread")
-        return known
+        return training
 
-    def _predict_all(self, parts: Sequence[_Part], known: Observations) -> Predicted:
+    def _predict_all(self, parts: Sequence[_Part], training: Observations) -> Predicted:
         """Predict the kept samples of each loader, if it may choose; it leaves out those that can't be read."""
         assert self.fitted is not None
         verdict = self.fitted.verdict
@@ -215,18 +215,18 @@ class RunReference:
             can_read = [each for each in of_loader if each is not None]
             if len(can_read) == len(of_loader):  # else it has been said where it happened
                 with self._run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
-                    unseen[index] = self._predict(index, known, Observations.join(can_read))
+                    unseen[index] = self._predict(index, training, Observations.join(can_read))
         indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
         fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
         return Predicted(verdict, unseen, fingerprints, self._settings)
 
-    def _predict(self, dataloader_idx: int, known: Observations, unseen: Observations) -> Unseen:
+    def _predict(self, dataloader_idx: int, training: Observations, unseen: Observations) -> Unseen:
         """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""
         assert self.fitted is not None
         where = f"dataloader {dataloader_idx}"
         indices = finite_samples(unseen, f"validation samples of {where}", self._run.warn)
         indices = indices[unseen.projected[indices].argsort()]
-        predicted = self.fitted.expect(known, unseen, indices, where, self._is_local, has_shares=True)
+        predicted = self.fitted.expect(training, unseen, indices, where, self._is_local, has_shares=True)
         return replace(predicted, q=predicted.q.float())  # as a checkpoint holds it
 
 

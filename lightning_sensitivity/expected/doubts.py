@@ -92,20 +92,20 @@ def say_unused(shares: Sequence[float], num_labels: int) -> str:
     )
 
 
-def say_differences(known: Observations, new: Observations, where: str, are_inputs: bool, warn: Warn) -> None:
+def say_differences(training: Observations, new: Observations, where: str, are_inputs: bool, warn: Warn) -> None:
     """Warn of columns with another mean, of samples or groups that training has, and of groups without a name.
 
     Args:
-        known: Training samples.
+        training: Training samples.
         new: New samples.
         where: What these are called, such as ``"dataloader 0"``.
         are_inputs: Whether columns are those of inputs, and not of ``features=``.
         warn: As for :class:`Doubts`.
     """
-    has_columns = are_inputs and "columns" in known.seen
+    has_columns = are_inputs and "columns" in training.seen
     column, size = 0, 0.0
     if has_columns:
-        means = group_means(known.seen["columns"], known.groups), group_means(new.seen["columns"], new.groups)
+        means = group_means(training.seen["columns"], training.groups), group_means(new.seen["columns"], new.groups)
         column, size = largest_difference(*means)
     if size > _COLUMNS_DIFFER:
         message = (
@@ -113,21 +113,21 @@ def say_differences(known: Observations, new: Observations, where: str, are_inpu
             f"{size:.0f} standard errors: scale both alike, and leave out what is known only afterwards."
         )
         warn("columns", message, where)
-    if share := repeated_share(new.projected, known.projected):
+    if share := repeated_share(new.projected, training.projected):
         message = (
             f"finds that {share:.0%} of the samples of {where} are training samples: a network knows their labels, "
             "and the values say nothing of others. Take others."
         )
         warn("repeated", message, where)
-    if share := known_share(new.groups, known.groups):
+    if share := known_share(new.groups, training.groups):
         number = f"{round(share * len(new))} of {len(new)}"
         message = (
             f"finds that {number} samples of {where} are of groups that training has seen: the values hold for "
             "these groups alone. Take other ones."
         )
         warn("groups", message, where)
-    may_have_groups = has_columns and known.groups is None and not size > _COLUMNS_DIFFER
-    if may_have_groups and (share := farther_share(known, new)):
+    may_have_groups = has_columns and training.groups is None and not size > _COLUMNS_DIFFER
+    if may_have_groups and (share := farther_share(training, new)):
         message = (
             f"finds that training samples are nearer to each other than those of {where} are to them ({share:.0%} "
             "are farther from the nearest one; by chance half are). If several are of one patient, household or "

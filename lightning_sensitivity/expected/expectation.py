@@ -164,11 +164,11 @@ class Expectation:
             return self._reference_values[dataloader_idx]
         if known.unseen is None or not self.are_predictions:
             return {}
-        own = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
-        if own is None:
+        as_outputs = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
+        if as_outputs is None:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
-        outputs[known.unseen.indices] = own.to(outputs)
+        outputs[known.unseen.indices] = as_outputs.to(outputs)
         values = self._combined(outputs, self._are_finite(outputs), known, None)
         of_reference = {f"reference_{name}": values[name] for name in self._names if name in values}
         self._reference_values[dataloader_idx] = of_reference
@@ -313,8 +313,8 @@ class Expectation:
 
         variances = jackknife(values_of, len(y), labelled.groups)
         degrees = min(BLOCKS, count_groups(labelled.groups, len(y))) - 1
-        known = [name for name in variances if name in estimates]
-        return {name: estimates[name]._replace(variance=variances[name], degrees=degrees) for name in known}
+        names_of_both = [name for name in variances if name in estimates]
+        return {name: estimates[name]._replace(variance=variances[name], degrees=degrees) for name in names_of_both}
 
     def _is_best(self, values: Values, earlier: Sequence[Row]) -> bool:
         """Return whether a value is better than in all earlier validations."""
@@ -329,7 +329,7 @@ class Expectation:
         """Compute the loss of the task or of the user, which may be nan, and metrics where these say something."""
         y, draws, can_measure = labelled.y, labelled.draws, self._task.can_measure(labelled.draws)
         p = self._task.predictions(labelled.outputs)
-        known = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
+        known_draws = draws.where(~y.isnan(), math.nan) if self._task.is_by_column else draws
         measured: dict[str, Measured] = {}
         for name in names:
             if name == _LOSS:
@@ -337,7 +337,7 @@ class Expectation:
             elif can_measure:
                 metric = self.metrics[name.removeprefix(EXPECTED)]
                 if isinstance(metric, ClosedForm):
-                    each = metric.measure(p, known)
+                    each = metric.measure(p, known_draws)
                 else:
                     each = Measured(float(metric_value(metric, p, draws, self._task)))
                 measured[name] = each._replace(value=0.5) if is_area(metric) and labelled.tells_nothing else each

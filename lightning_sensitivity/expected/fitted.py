@@ -38,7 +38,7 @@ class FittedReference:
     def __init__(
         self,
         reader: BatchReader,
-        known: Observations,
+        training: Observations,
         estimator: object,
         warn: Warn,
         class_shares: Sequence[float] | str | None = None,
@@ -46,7 +46,7 @@ class FittedReference:
         from lightning_sensitivity.reference.reference import Reference
 
         self._reader, self._warn, self._class_shares = reader, warn, class_shares  # no samples, which are freed
-        self.model = Reference(reader.task.name, estimator).fit(known.seen, known.labels.numpy(), known.groups)
+        self.model = Reference(reader.task.name, estimator).fit(training.seen, training.labels.numpy(), training.groups)
         shares = self.model.shares_
         if class_shares is not None and not isinstance(class_shares, str) and not shares.all():
             missing = int(shares.argmin())
@@ -81,12 +81,12 @@ class FittedReference:
         return reweigh(q, of_training, shares)
 
     def expect(
-        self, known: Observations, new: Observations, indices: Tensor, where: str, is_local: bool, has_shares: bool
+        self, training: Observations, new: Observations, indices: Tensor, where: str, is_local: bool, has_shares: bool
     ) -> Unseen:
         """Predict some of new samples, draw labels for them, and say what makes them doubtful.
 
         Args:
-            known: The training samples, as they were fitted.
+            training: The training samples, as they were fitted.
             new: New samples.
             indices: Which of them to predict, ``(N,)``; labels are drawn in this order.
             where: What they are called, such as ``"dataloader 0"``.
@@ -97,7 +97,7 @@ class FittedReference:
         q = self.predict(new.seen)
         if has_shares and self._reader.task.has_class_shares and self._class_shares is None:
             say_shares(where, model, q, new.groups, self._warn)
-        say_differences(known, new, where, not self._reader.has_features, self._warn)
+        say_differences(training, new, where, not self._reader.has_features, self._warn)
         draws = draw_labels(q, model.task, model.residuals_near(q) if is_local else model.residuals_)
         q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
         groups = None if model.groups_ is None else torch.from_numpy(model.groups_)

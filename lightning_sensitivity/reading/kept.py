@@ -193,8 +193,8 @@ class KeptObservations:
         if shapes != self._shapes:
             self._shapes = shapes
             of_sample = num_bytes([x[0] for x in (samples.labels, *samples.seen.values())])
-            known = min(max_samples(samples.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
-            self.num_wanted = max(1, min(self.num_wanted, known // self._num_processes))
+            most = min(max_samples(samples.seen, self.num_columns), int(MAX_BYTES / _SLACK / of_sample))
+            self.num_wanted = max(1, min(self.num_wanted, most // self._num_processes))
         self._parts.append((priorities, samples))
         self.size += len(priorities)
         if self.size > _SLACK * self.num_wanted:

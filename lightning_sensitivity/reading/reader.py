@@ -117,11 +117,11 @@ class BatchReader:
 
     def _sight(self, call: ModelCall, size: int) -> Sight:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
-        own = call.layout.sight if call.size == size else None
-        own = own or find_sight(call.inputs(), size)
-        self._first_sight = first = self._first_sight or own
-        is_found = own is first or (self._is_like_first(call) and facts_of(first) <= facts_of(own))
-        return first if is_found else own
+        sight = call.layout.sight if call.size == size else None
+        sight = sight or find_sight(call.inputs(), size)
+        self._first_sight = first = self._first_sight or sight
+        is_found = sight is first or (self._is_like_first(call) and facts_of(first) <= facts_of(sight))
+        return first if is_found else sight
 
     def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.

@@ -182,5 +182,5 @@ def _counts(ids: Tensor, vectorizer: Any) -> Matrix:
 
 def _words(ids: list[int]) -> list[tuple[int, ...]]:
     """List the words of a text, pairs of neighbours, and nothing, which each has; negative ids are padding."""
-    known = [each for each in ids if each >= 0]
-    return [(), *zip(known, strict=True), *pairwise(known)]
+    tokens = [each for each in ids if each >= 0]
+    return [(), *zip(tokens, strict=True), *pairwise(tokens)]

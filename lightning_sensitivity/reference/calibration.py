@@ -305,8 +305,8 @@ def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> 
         left_out: Left-out predictions, ``(N,)``.
         labels: Their labels, ``(N,)``; nan is unknown.
     """
-    known = ~np.isnan(labels)
-    left_out, labels = left_out[known], labels[known]
+    is_known = ~np.isnan(labels)
+    left_out, labels = left_out[is_known], labels[is_known]
     number = min(len(labels), max(_FEWEST_NEAR, min(len(labels) // _NEAR_SHARE, _MOST_NEAR)))
     order = left_out.argsort(kind="stable")
     first = (np.searchsorted(left_out[order], predictions) - number // 2).clip(0, len(order) - number)
@@ -343,9 +343,9 @@ def judge(p: Tensor, y: Tensor, groups: Tensor | None, task: Task) -> list[Evide
     of_targets = [(rows, p[rows, place, None], y[rows, place, None]) for place, rows in enumerate(targets)]
     evidence = []
     for rows, q, answers in of_targets or task.classifications(p, y):
-        own = None if groups is None else groups[rows]
-        is_clear = count_groups(own, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
-        p_value = _p_value(q, answers, own)
+        own_groups = None if groups is None else groups[rows]
+        is_clear = count_groups(own_groups, len(rows)) >= _FEWEST and not bool((answers == answers[:1]).all())
+        p_value = _p_value(q, answers, own_groups)
         evidence.append(Evidence(p_value >= _CHANCE, p_value >= _NOTHING, is_clear))
     return evidence
 

@@ -116,15 +116,15 @@ class Learner:
     """
 
     def __init__(
-        self, name: str, features: Features, model: Any, left_out: Array, known: Observations, task: Task
+        self, name: str, features: Features, model: Any, left_out: Array, samples: Observations, task: Task
     ) -> None:
         self.name = name
         self.features = features
-        self.labels = known.labels
-        self.groups = known.groups
+        self.labels = samples.labels
+        self.groups = samples.groups
         self._model = model
         p = self._as_matrix(left_out)
-        calibration = calibrate(p, known.labels, task, known.groups)
+        calibration = calibrate(p, samples.labels, task, samples.groups)
         self.calibration: Calibration | MeanLabel = calibration
         self.left_out = calibration(p)
         self.tempered = Calibration(task, calibration.temperatures)(p)
@@ -178,48 +178,48 @@ class _Choice(NamedTuple):
     fit: Callable[[Matrix, Array, Folds], tuple[Any, Array]]
 
 
-def _folds_of(known: Observations, are_all: bool = False) -> Folds:
+def _folds_of(samples: Observations, are_all: bool = False) -> Folds:
     """Return at most five folds that leave out whole groups; None without groups.
 
     Of a part of a single group there are none, either; if these are all samples, ValueError is raised.
     """
-    if known.groups is None:
+    if samples.groups is None:
         return None
-    if (number := count_groups(known.groups, 0)) > 1:
-        return list(GroupKFold(min(FOLDS, number)).split(known.groups, groups=known.groups.numpy()))
+    if (number := count_groups(samples.groups, 0)) > 1:
+        return list(GroupKFold(min(FOLDS, number)).split(samples.groups, groups=samples.groups.numpy()))
     if are_all:
         raise ValueError("Expected samples of two or more groups, but all are of one: leave `groups` out.")
     return None
 
 
-def fit_learners(known: Observations, task: Task) -> tuple[Learner, Tensor]:
+def fit_learners(samples: Observations, task: Task) -> tuple[Learner, Tensor]:
     """Choose what suits the samples on a part of them, and fit it to all that it can take.
 
     Args:
-        known: Different samples, no larger than ``shrunk`` makes them, with a matrix of labels, ``(N, C)``. Where they
-            have groups, whole groups are left out.
+        samples: Different samples, no larger than ``shrunk`` makes them, with a matrix of labels, ``(N, C)``. Where
+            they have groups, whole groups are left out.
         task: The task, which says how predictions are scored.
 
     Returns:
         The learner, and which of the samples it knows.
     """
-    part = known.take(spread(len(known), _PART))
+    part = samples.take(spread(len(samples), _PART))
     with quiet():
-        best, most, of_forest = _choose_ridge(part, task), MOST, _most_of_forest(known)
+        best, most, of_forest = _choose_ridge(part, task), MOST, _most_of_forest(samples)
         if of_forest:
             forest = _choose_forest(part, task, limit=_NEAR * best.score)
-            limit = best.score * (_GAIN if len(known) > _PART else 1)
+            limit = best.score * (_GAIN if len(samples) > _PART else 1)
             best, most = (forest, of_forest) if forest.score < limit else (best, most)
-        indices = spread(len(known), most)
-        known = known.take(indices)
-        features = Features(best.blocks, known.seen)
-        model, left_out = best.fit(features(known.seen), known.labels.numpy(), _folds_of(known, are_all=True))
-    return Learner(best.name, features, model, left_out, known, task), indices
+        indices = spread(len(samples), most)
+        samples = samples.take(indices)
+        features = Features(best.blocks, samples.seen)
+        model, left_out = best.fit(features(samples.seen), samples.labels.numpy(), _folds_of(samples, are_all=True))
+    return Learner(best.name, features, model, left_out, samples, task), indices
 
 
-def _score(left_out: Array, known: Observations, task: Task) -> float:
-    p = torch.from_numpy(left_out).reshape(known.labels.shape)
-    return float(task.distances(calibrate(p, known.labels, task, known.groups)(p), known.labels).nanmean())
+def _score(left_out: Array, samples: Observations, task: Task) -> float:
+    p = torch.from_numpy(left_out).reshape(samples.labels.shape)
+    return float(task.distances(calibrate(p, samples.labels, task, samples.groups)(p), samples.labels).nanmean())
 
 
 # A random forest
@@ -233,11 +233,11 @@ def _blocks_of_forest(seen: Seen) -> dict[str, Block]:
     return {"tokens": columns} if is_table else {}
 
 
-def _most_of_forest(known: Observations) -> int:
+def _most_of_forest(samples: Observations) -> int:
     """Return how many samples a forest takes; 0 where it would take too long, or sees no columns."""
-    num_columns = sum(known.seen[kind].shape[1] for kind in _blocks_of_forest(known.seen))
-    most = min(len(known), _MAX_TARGETS // known.labels.shape[1], _MAX_CELLS // max(1, num_columns))
-    return most if num_columns and most >= min(len(known), _MIN_ROWS) else 0
+    num_columns = sum(samples.seen[kind].shape[1] for kind in _blocks_of_forest(samples.seen))
+    most = min(len(samples), _MAX_TARGETS // samples.labels.shape[1], _MAX_CELLS // max(1, num_columns))
+    return most if num_columns and most >= min(len(samples), _MIN_ROWS) else 0
 
 
 def _choose_forest(part: Observations, task: Task, limit: float) -> _Choice:
@@ -272,23 +272,23 @@ def _forest(y: Array, num_columns: int, leaf: int, trees: int) -> RandomForestRe
     return RandomForestRegressor(trees, n_jobs=torch.get_num_threads(), **options)
 
 
-def _leave_out(forest: RandomForestRegressor, matrix: Matrix, known: KnownTargets, folds: Folds) -> Array:
+def _leave_out(forest: RandomForestRegressor, matrix: Matrix, model: KnownTargets, folds: Folds) -> Array:
     """Predict samples by the trees that did not draw them, or by half as many trees of the other folds."""
-    targets = known.targets.squeeze()
+    targets = model.targets.squeeze()
     if folds is None:
-        return known.labels(forest.set_params(oob_score=True).fit(matrix, targets).oob_prediction_)
+        return model.labels(forest.set_params(oob_score=True).fit(matrix, targets).oob_prediction_)
     few = clone(forest).set_params(n_estimators=forest.n_estimators // 2)
-    return known.labels(cross_val_predict(few, matrix, targets, cv=folds))
+    return model.labels(cross_val_predict(few, matrix, targets, cv=folds))
 
 
 def _fit_forest(matrix: Matrix, y: Array, folds: Folds, *, num_columns: int, leaf: int) -> tuple[Any, Array]:
     """Fit a forest, and predict the samples that it leaves out."""
-    known = KnownTargets(y)
-    known.forest = _forest(known.targets, num_columns, leaf, _TREES)
-    left_out = _leave_out(known.forest, matrix, known, folds)
+    model = KnownTargets(y)
+    model.forest = _forest(model.targets, num_columns, leaf, _TREES)
+    left_out = _leave_out(model.forest, matrix, model, folds)
     if folds is not None:
-        known.forest.fit(matrix, known.targets.squeeze())
-    return known, left_out
+        model.forest.fit(matrix, model.targets.squeeze())
+    return model, left_out
 
 
 # Ridge regression on features of a kernel
@@ -356,26 +356,26 @@ def _leave_folds_out(features: Array, y: Array, folds: list[tuple[Array, Array]]
 # Any estimator of scikit-learn
 
 
-def fit_estimator(estimator: BaseEstimator, known: Observations, task: Task) -> tuple[Learner, Tensor]:
+def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -> tuple[Learner, Tensor]:
     """Fit a copy of an estimator; left-out predictions are those of five folds, of whole groups if there are any.
 
     Args:
         estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
             0.
-        known: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
+        samples: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
             highest probability.
         task: The task.
     """
-    features = Features(possible_blocks(known.seen)[0], known.seen)
-    matrix, labels = features(known.seen), task.hard_labels(known.labels).numpy()
+    features = Features(possible_blocks(samples.seen)[0], samples.seen)
+    matrix, labels = features(samples.seen), task.hard_labels(samples.labels).numpy()
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    fit = _fit_by_columns if task.is_by_column or known.labels.isnan().any() else _fit_folds
+    fit = _fit_by_columns if task.is_by_column or samples.labels.isnan().any() else _fit_folds
     with quiet():
-        model, left_out = fit(model, matrix, labels, task, _folds_of(known, are_all=True))
-    learner = Learner(type(estimator).__name__, features, model, left_out, known, task)
-    return learner, torch.arange(len(known))
+        model, left_out = fit(model, matrix, labels, task, _folds_of(samples, are_all=True))
+    learner = Learner(type(estimator).__name__, features, model, left_out, samples, task)
+    return learner, torch.arange(len(samples))
 
 
 def _fit_folds(
@@ -398,13 +398,13 @@ def _fit_by_columns(
     by_columns, left_out = ByColumns(labels), np.full_like(labels, np.nan)
     for samples, which, own_folds in same_samples(labels, folds):
         for column in which:
-            own, number = labels[samples, column], FOLDS
+            one_column, number = labels[samples, column], FOLDS
             if not task.is_regression:
-                own = own.astype(int)
-                number = min(FOLDS, np.unique(own, return_counts=True)[1].min())
+                one_column = one_column.astype(int)
+                number = min(FOLDS, np.unique(one_column, return_counts=True)[1].min())
             # Of a class that occurs once, no fold could know anything.
-            if number > 1 and have_several(own, own_folds):
-                one, predicted = _fit_folds(clone(model), matrix[samples], own, task, own_folds, number)
+            if number > 1 and have_several(one_column, own_folds):
+                one, predicted = _fit_folds(clone(model), matrix[samples], one_column, task, own_folds, number)
                 left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
                 by_columns.parts.append((np.array([column]), one))
     return by_columns, by_columns.filled(left_out, matrix)

@@ -88,7 +88,7 @@ def max_samples(seen: Seen, num_columns: int) -> int:
     return min(most, max(1, _MAX_LABELS // num_columns))
 
 
-def choose_different(known: Observations, num_columns: int, task: Task) -> tuple[Tensor, Observations]:
+def choose_different(samples: Observations, num_columns: int, task: Task) -> tuple[Tensor, Observations]:
     """Choose different samples with labels, in an order that depends on them alone, with their mean labels.
 
     Samples are sorted by a random projection, which equal ones share. A sampler with replacement draws a
@@ -96,16 +96,16 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     know its label. Equal samples of different groups are different.
 
     Args:
-        known: Samples, with labels as the task takes them.
+        samples: Samples, with labels as the task takes them.
         num_columns: C, the number of columns of the labels' matrix.
         task: The task.
 
     Returns:
         Which samples they are, ``(M,)``, and these, with the matrix of their labels, ``(M, C)``.
     """
-    seen, labels = known.seen, known.labels
-    group = torch.zeros(len(known), dtype=torch.int64) if known.groups is None else known.groups
-    keys = known.projected, _remainders(seen), group
+    seen, labels = samples.seen, samples.labels
+    group = torch.zeros(len(samples), dtype=torch.int64) if samples.groups is None else samples.groups
+    keys = samples.projected, _remainders(seen), group
     order = torch.from_numpy(np.lexsort([each.numpy() for each in (_projected(labels), *reversed(keys))]))
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
@@ -119,7 +119,7 @@ def choose_different(known: Observations, num_columns: int, task: Task) -> tuple
     if not has_few_values(seen, labels_differ=differ):
         order, y = order[first], means
     chosen = spread(len(order), max_samples(seen, num_columns))
-    return order[chosen], replace(known.take(order[chosen]), labels=y[chosen])
+    return order[chosen], replace(samples.take(order[chosen]), labels=y[chosen])
 
 
 def has_few_values(seen: Seen, labels_differ: bool = False) -> bool:

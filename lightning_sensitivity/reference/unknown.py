@@ -31,18 +31,18 @@ class KnownTargets:
 
     def __init__(self, y: Array) -> None:
         self.forest: Any = None
-        known = ~np.isnan(y)
-        self._are_all_known = bool(known.all())
+        is_known = ~np.isnan(y)
+        self._are_all_known = bool(is_known.all())
         self._means = _column_means(y)
-        differences = np.where(known, y - self._means, 0.0)
-        self.targets = y if self._are_all_known else np.hstack([differences, _SMALL * known])
+        differences = np.where(is_known, y - self._means, 0.0)
+        self.targets = y if self._are_all_known else np.hstack([differences, _SMALL * is_known])
 
     def labels(self, predicted: Array) -> Array:
         """Turn what was predicted of the targets into labels, ``(M, C)``."""
         if self._are_all_known:
             return predicted
-        differences, known = np.split(predicted, 2, axis=1)
-        return self._means + differences / np.maximum(known / _SMALL, _LEAST)
+        differences, shares = np.split(predicted, 2, axis=1)
+        return self._means + differences / np.maximum(shares / _SMALL, _LEAST)
 
     def predict(self, matrix: Matrix) -> Array:
         """Predict labels, ``(M, C)``."""
@@ -80,17 +80,17 @@ class ByColumns:
 
 def _column_means(y: Array) -> Array:
     """Return the mean of the known labels of each column, ``(C,)``; ½ without one."""
-    known = ~np.isnan(y)
-    return np.where(known.any(0), np.nansum(y, 0) / np.maximum(known.sum(0), 1), 0.5)
+    is_known = ~np.isnan(y)
+    return np.where(is_known.any(0), np.nansum(y, 0) / np.maximum(is_known.sum(0), 1), 0.5)
 
 
 def same_samples(y: Array, folds: Folds) -> list[tuple[Array, Array, Folds]]:
     """List columns that are known for the same samples: these samples, ``(M,)``, the columns, and folds of them."""
     parts = []
     masks, which = np.unique(~np.isnan(y), axis=1, return_inverse=True)
-    for place, known in enumerate(masks.T):
-        if known.sum() >= _FEWEST:
-            samples = known.nonzero()[0]
+    for place, is_known in enumerate(masks.T):
+        if is_known.sum() >= _FEWEST:
+            samples = is_known.nonzero()[0]
             own_folds = None if folds is None else _within(folds, samples)
             parts.append((samples, (which.ravel() == place).nonzero()[0], own_folds))
     return parts

@@ -110,8 +110,8 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
             raise ValueError(
                 f"Expected `y` to be numbers for task={task.name!r}, but got {array.dtype}: {names}."
             ) from error
-        known = torch.from_numpy(~np.isnan(numbers))
-        labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(known, torch.nan)
+        is_known = torch.from_numpy(~np.isnan(numbers))
+        labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(is_known, torch.nan)
         shape = tuple(labels.shape[1:])
         task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
         task.check_learnable(labels)

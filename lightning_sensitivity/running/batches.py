@@ -51,8 +51,8 @@ class _Holder(ABC):  # noqa: B024
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         """Leave out collections and what is no data."""
-        known = (_Cloneable, Mapping, list, tuple, set, str, type, FunctionType, nn.Module)
-        return other.__dictoffset__ != 0 and not is_dataclass(other) and not issubclass(other, known)
+        no_holders = (_Cloneable, Mapping, list, tuple, set, str, type, FunctionType, nn.Module)
+        return other.__dictoffset__ != 0 and not is_dataclass(other) and not issubclass(other, no_holders)
 
 
 def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:

@@ -330,12 +330,12 @@ def _is_object(value: Any) -> bool:
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
     """Return the modes in which modules validate: eval mode, unless a LightningModule says otherwise by its hook."""
     of_run = compat.original_module(model)
-    own = getattr(type(of_run), "on_validation_model_eval", None)
-    if own is None or own.__module__.startswith(("lightning.pytorch", "pytorch_lightning")):
+    hook = getattr(type(of_run), "on_validation_model_eval", None)
+    if hook is None or hook.__module__.startswith(("lightning.pytorch", "pytorch_lightning")):
         return dict.fromkeys(model.modules(), False)
     before = {module: module.training for module in model.modules()}
     try:
-        own(of_run)
+        hook(of_run)
         return {module: module.training for module in before}
     finally:
         for module, mode in before.items():

@@ -9,6 +9,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from lightning_sensitivity import Reference, label_noise
@@ -41,6 +42,14 @@ def test_each_label_is_predicted_as_by_a_binary_reference_of_the_samples_that_ha
         known = ~U[:, column].isnan()
         single = Reference("binary", GaussianNB()).fit(X[known], U[known, column])
         np.testing.assert_allclose(found.predict_proba(NEW)[:, column], single.predict_proba(NEW)[:, 1], atol=1e-9)
+
+
+def test_an_estimator_leaves_out_whole_groups_also_where_labels_are_unknown() -> None:
+    who = torch.arange(400) % 40
+    x = torch.randn(40, 5, generator=generator())[who] + 0.01 * X
+    y = some_unknown((torch.randn(40, 3, generator=generator(2)) > 0)[who].double())
+    for groups, blind in ((None, []), (who, [0, 1, 2])):  # a neighbour of the same group knows all
+        assert Reference("multilabel", KNeighborsClassifier(1)).fit(x, y, groups).blind_labels_.tolist() == blind
 
 
 LEARNERS: dict[str, Any] = {"forest": {"_NEAR": 9.0, "_GAIN": 9.0}, "ridge": {"_MAX_CELLS": 0}}

@@ -34,10 +34,10 @@ class Measured(NamedTuple):
 
 def measure_mean(values: Tensor) -> Measured:
     """Measure a mean over samples and their labels, ``(R, N, C)``, nan where unknown."""
-    known = ~values.isnan()
-    number = known.sum()
+    is_known = ~values.isnan()
+    number = is_known.sum()
     mean = values.nansum() / number
-    influences = (values - mean).where(known, 0.0).sum(2) * (len(values) / number)
+    influences = (values - mean).where(is_known, 0.0).sum(2) * (len(values) / number)
     return Measured(float(mean), influences)
 
 

@@ -70,8 +70,8 @@ class Multilabel(TaskBase):
 
     def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
         """Return predicted and true labels, arrays, of all that are known, one after the other."""
-        known = self.known(torch.as_tensor(labels)).reshape(predicted.shape).numpy()
-        return predicted[known], labels.reshape(predicted.shape)[known]
+        is_known = self.known(torch.as_tensor(labels)).reshape(predicted.shape).numpy()
+        return predicted[is_known], labels.reshape(predicted.shape)[is_known]
 
     # Metrics
 

@@ -92,9 +92,9 @@ class Regression(TaskBase):
 
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return predictions and targets as torchmetrics takes them, ``(N,)`` or ``(N, D)``, of whole samples."""
-        known = ~drawn.isnan().flatten(1).any(1)
-        preds = without_single_output(p[known])
-        return preds, drawn[known].reshape(preds.shape).to(preds).contiguous()
+        is_whole = ~drawn.isnan().flatten(1).any(1)
+        preds = without_single_output(p[is_whole])
+        return preds, drawn[is_whole].reshape(preds.shape).to(preds).contiguous()
 
     def can_measure(self, draws: Tensor) -> bool:
         """Return whether metrics say something: of numbers they do."""
