@@ -18,7 +18,7 @@ from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabil
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, Shape, check_count, check_logits
 from lightning_sensitivity.reference.observations import Observations
-from lightning_sensitivity.running.batches import move_batch
+from lightning_sensitivity.running.batches import REMEMBERED, move_batch
 from lightning_sensitivity.running.call import Function, Sigmoids
 from lightning_sensitivity.running.isolation import isolated, isolated_with
 
@@ -140,8 +140,8 @@ def compare_models(
     outputs_of = _run_all(models, batches, reader, rules.has_any_outputs(loss))
     first, some = next(iter(models.values())), next(iter(outputs_of.values()))
     shape = None if rules.has_any_outputs(loss) else tuple(without_ones(some).shape[1:])
-    new = reader.join(reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches))
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
+        new = reader.join(reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches))
         rows = finite_samples(new, "samples of `dataloader`", warn)
         new = new.take(rows)
         like, known = _read_training(first, reader, training, shape)
@@ -191,6 +191,7 @@ def _run_all(
     inputs: dict[str, object] = {}  # the names of the inputs of each model, or their number
     for name, model in models.items():
         parts = []
+        REMEMBERED.pop(model, None)  # since its `forward` may be another one by now, as in a notebook
         with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
             with isolated(model) as run:
                 for batch in batches:
@@ -250,7 +251,8 @@ def _ask_reference(
     if is_alone and not fitted.verdict.is_trusted:
         skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
         raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
-    unseen = fitted.expect(training, new, torch.arange(len(new)), "`dataloader`", is_local, False)
+    # In an order that depends on the samples alone, by which labels are drawn.
+    unseen = fitted.expect(training, new, new.projected.argsort(), "`dataloader`", is_local, False)
     return unseen if fitted.verdict.is_trusted else None
 
 

@@ -25,6 +25,7 @@ from lightning_sensitivity.compare import Comparison, ModelScores
 from lightning_sensitivity.expected.expectation import Expectation
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reading import kept
+from lightning_sensitivity.reference.observations import projection
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
 
 NEW = 50  # unseen samples, in batches of 16, 16, 16 and 2
@@ -61,10 +62,16 @@ def classes(models: dict[str, Any]) -> Tensor:
     return torch.stack([model(V).detach().argmax(1) for model in models.values()])
 
 
+def drawn(q: Any, task: str = "multiclass", new: Tensor = V) -> Tensor:
+    """Draw labels of samples in an order that depends on these alone."""
+    order = projection({"columns": new.flatten(1)}).argsort()
+    return draw_labels(q[order], task)[:, order.argsort()]
+
+
 def hits(models: dict[str, Any], x: Any = X, y: Tensor = Y, new: Tensor = V, estimator: Any = GaussianNB) -> Tensor:
     """Whether the class of each model is one that is drawn from the predictions of a reference, ``(M, R, N)``."""
     q = Reference("multiclass", estimator and estimator()).fit(x, y).predict_proba(new)
-    return (classes(models)[:, None] == draw_labels(q)).double()
+    return (classes(models)[:, None] == drawn(q, new=new)).double()
 
 
 def chances(*args: Any, **kwargs: Any) -> Tensor:
@@ -214,7 +221,7 @@ def test_labels_that_the_reference_can_not_tell_count_as_the_monitor_counts_them
     q = torch.from_numpy((known := Reference("multilabel", GaussianNB()).fit(X, y)).predict_proba(V))
     told = torch.isin(torch.arange(4), torch.as_tensor(known.blind_labels_), invert=True)
     says_yes = torch.stack([model(V).detach()[:, told] > 0 for model in three().values()])
-    expected = (says_yes[:, None] == draw_labels(q, "multilabel")[..., told]).double().mean((1, 2, 3))
+    expected = (says_yes[:, None] == drawn(q, "multilabel")[..., told]).double().mean((1, 2, 3))
     of_labels = (says_yes == labels[:, told]).double().mean((1, 2))
     rows = compare(batches=[(V, labels)], training=[(X, y)], task="multilabel", validation_labels=True)
     assert told.any() and not told.all() and found(rows) == named((1000 * expected + 50 * of_labels) / 1050)
@@ -246,7 +253,7 @@ def test_a_reference_that_does_not_see_all_inputs_needs_more_skill(least: float,
 @pytest.mark.parametrize("select", [lambda y: y[:, 0], lambda y: y[:, :1]])
 def test_one_output_decides_between_two_classes(select: Any) -> None:
     is_first = (Y == 0).float()
-    draws = draw_labels(Reference("binary", GaussianNB()).fit(X, is_first).predict_proba(V), "binary")
+    draws = drawn(Reference("binary", GaussianNB()).fit(X, is_first).predict_proba(V), "binary")
     is_high = torch.stack([model(V).detach()[:, 0] > 0 for model in three().values()])
     expected = (draws == is_high[:, None]).double().mean((1, 2))
     rows = compare(training=[(X, is_first)], task="binary", outputs=select)
@@ -324,6 +331,11 @@ def test_batches_pass_through_the_hooks_of_a_module_in_eval_mode_without_a_trace
     assert moved["hooks"].expected == moved["again"].expected == pytest.approx(plain["plain"].expected)
 
 
+def test_the_order_of_samples_does_not_matter() -> None:
+    order = torch.randperm(NEW, generator=torch.Generator().manual_seed(3))
+    assert found(compare(batches=[V[order]])) == pytest.approx(found(compare()), abs=1e-12)
+
+
 def test_streams_are_read_once() -> None:
     rows = compare(batches=(batch for batch in unlabelled_loader()), training=DataLoader(Stream(150, True, 1), 40))
     assert found(rows) == found(compare())
@@ -343,10 +355,18 @@ def test_batches_are_dicts_or_tuples_with_names_or_what_functions_make_of_them()
     named = {name: Named(seed=seed) for seed, name in enumerate("abc")}
     of_dicts = compare(named, [{"image": V}], training=[{"image": X, "label": Y}])
     of_tuples = compare(named, [Weighted(L, V)], training=[Weighted(Y, X)])
-    options = {"inputs": lambda batch: batch["x"] - 1, "targets": lambda batch: batch["z"] - 1}
-    selected = compare(batches=[{"x": V + 1}], training=[{"x": X + 1, "z": Y + 1}], **options)
+    options = {"inputs": lambda batch: batch["x"] / 2, "targets": lambda batch: batch["z"] - 1}
+    selected = compare(batches=[{"x": 2 * V}], training=[{"x": 2 * X, "z": Y + 1}], **options)
     for rows in (of_dicts, of_tuples, selected):
         assert [*found(rows).values()] == pytest.approx([*found(compare()).values()], rel=1e-5)
+
+
+def test_a_forward_may_be_redefined_as_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {name: Named(seed=seed) for seed, name in enumerate("abc")}
+    data: Any = {"batches": [{"image": V}], "training": [{"image": X, "label": Y}]}
+    before = compare(models, **data)
+    monkeypatch.setattr(Named, "forward", lambda self, x: {"logits": self.net(x)})
+    assert compare(models, **data) == before
 
 
 def test_half_precision_and_a_single_sample_are_compared() -> None:
@@ -474,6 +494,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "other inputs",
         {"models": {"a": Named(), "b": linear()}, "dataloader": [{"image": V}]},
         r"models get different inputs, {'a': \('image',\), 'b': 1}: set `features=`",
+    ),
+    (
+        "inputs of five dimensions",
+        {"dataloader": [V[:, None, None, None]], "inputs": lambda batch: batch[0] if len(batch) == 2 else batch},
+        r"no reference \(`features=` says what it sees\): Inputs are neither dense numbers nor token ids",
     ),
     ("no estimator", {"reference": "forest"}, "`reference` should be"),
     ("no predict", {"reference": Mock(["get_params", "fit", "predict_proba"])}, "`reference` should be"),

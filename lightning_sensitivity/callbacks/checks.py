@@ -154,7 +154,9 @@ def try_values(
     if not bool(counts.any()):
         return True
     x, y = in_32_bits(outputs)[counts], labels[counts]
-    p, drawn = task.predictions(task.output_matrix(x.cpu())), task.hard_labels(task.label_matrix(y, num_columns))
+    # A metric gets drawn labels of all columns, also of those of which a batch knows none.
+    drawn = task.hard_labels(task.label_matrix(y, num_columns)).nan_to_num()
+    p = task.predictions(task.output_matrix(x.cpu()))
     for name, metric in metrics.items():
         what = f"`metrics[{name!r}]` fails on outputs {tuple(x.shape)}"
         with refuse_on_error(what, entry="metrics"), isolated(module) as run:
@@ -163,7 +165,7 @@ def try_values(
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
     if loss is None:
         return True
-    y = task.as_labels(drawn.nan_to_num(), in_32_bits(y).to(x.device))
+    y = task.as_labels(drawn, in_32_bits(y).to(x.device))
     tried = []
     for _ in range(2):  # with the same random numbers
         with isolated_with(module, loss) as run:

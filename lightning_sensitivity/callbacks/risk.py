@@ -202,10 +202,12 @@ class RiskMonitor(Monitor):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what was saved, if anything, in a fit."""
-        if trainer.state.fn != TrainerFn.FITTING or self.state_key not in checkpoint["callbacks"]:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
+        self._restore([], None)
         try:
-            self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
+            if self.state_key in checkpoint["callbacks"]:
+                self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
         except Exception:  # whatever is there
             message = "leaves its state in the checkpoint alone: another version has saved it. So this fit begins anew."
             self.run.warn("checkpoint", message)

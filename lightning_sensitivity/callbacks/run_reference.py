@@ -91,7 +91,7 @@ class RunReference:
         self._class_shares = class_shares
         self._run = run
         self._is_local = is_local
-        told = reader.task.name, estimator, class_shares, reader.has_groups
+        told = reader.task.name, estimator, class_shares, reader.has_groups, reader.has_features
         self._settings = re.sub(" at 0x[0-9a-f]+", "", str(told))  # addresses of objects
         self._is_compared = False  # what a checkpoint holds, with the kept samples
 

@@ -178,12 +178,13 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
     Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
     """
     remembered: dict[object, T] = REMEMBERED.setdefault(model, {})
-    if len(remembered) >= _MAX_STRUCTURES:
-        return rule(model, value)
     key = rule, structure_of(value)
-    if key not in remembered:
-        remembered[key] = rule(model, value)
-    return remembered[key]
+    if key in remembered:
+        return remembered[key]
+    answer = rule(model, value)
+    if len(remembered) < _MAX_STRUCTURES:
+        remembered[key] = answer
+    return answer
 
 
 def structure_of(value: object) -> object:

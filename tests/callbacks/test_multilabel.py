@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics.classification import MultilabelF1Score
+from torchmetrics.classification import MultilabelAUROC, MultilabelF1Score
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
@@ -73,6 +73,7 @@ def test_values_are_means_over_the_labels_that_the_reference_can_tell(y: Tensor)
     assert monitor.predict(model, batches_of(NEW)).mean.shape == (80, 4)
 
 
+LATE = Y.index_put((torch.arange(16), torch.tensor(2)), torch.tensor(math.nan))  # the first batch knows none of label 2
 EDGES: dict[str, tuple[Tensor, dict[str, Any], list[int]]] = {  # labels, options, and the labels that can't be told
     "no positive": (Y.where(torch.arange(4) < 3, 0.0), {}, [3]),
     "never known": (Y.where(torch.arange(4) < 3, math.nan), {}, [3]),
@@ -82,6 +83,7 @@ EDGES: dict[str, tuple[Tensor, dict[str, Any], list[int]]] = {  # labels, option
     "16 bits": (some_unknown(Y).half(), {}, [3]),
     "the reference's own learners": (some_unknown(Y), {"reference": None}, [3]),
     "F1": (some_unknown(Y), {"metrics": {"auroc": MultilabelF1Score(4)}, "validation_labels": True}, [3]),
+    "AUROC of torchmetrics": (LATE, {"metrics": {"auroc": MultilabelAUROC(4)}}, [3]),
     "validation labels, some unknown": (some_unknown(Y), {"validation_labels": True}, [3]),
 }
 

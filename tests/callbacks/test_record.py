@@ -193,6 +193,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {  # validation samples, and opt
     "another loss": (HOLDOUT, {"loss": tenfold}),
     "other class shares": (HOLDOUT, {"class_shares": [0.1, 0.2, 0.3, 0.4]}),
     "another estimator": (HOLDOUT, {"reference": LogisticRegression()}),
+    "features": (HOLDOUT, {"features": lambda batch: (batch[0] if isinstance(batch, list) else batch)[:, :6]}),
     "other labels": (TensorDataset(HOLDOUT, torch.arange(50) % 4), {"validation_labels": True}),
 }
 
@@ -255,6 +256,14 @@ def test_a_fit_forgets_the_one_before_unless_its_trainer_goes_on_with_its_model(
     assert [row["epoch"] for row in monitor.history] == [2]
     fit(kind(), monitor, train=batches_of(X, CORRECT), max_epochs=1)  # also one Trainer on other data
     assert [row["epoch"] for row in monitor.history] == [0] and monitor.summary["skill"] > first["skill"]
+
+
+def test_a_fit_that_goes_back_to_a_checkpoint_without_a_state_begins_anew(tmp_path: Path) -> None:
+    fit(Still(), max_epochs=1).save_checkpoint(path := tmp_path / "one.ckpt")
+    run = fit(model := Still(), monitor := quick_risk(), max_epochs=3)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, batches_of(X, NOISY), DataLoader(HOLDOUT, 16), ckpt_path=path)
+    assert [row["epoch"] for row in monitor.history] == [1]
 
 
 def test_a_fit_goes_on_by_a_new_reference_where_samples_can_not_be_known_again(monkeypatch: Any) -> None:
