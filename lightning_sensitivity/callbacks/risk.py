@@ -379,7 +379,8 @@ class RiskMonitor(Monitor):
         known = Known(labels, numbers if self.reader.has_groups else None, unseen, fingerprint)
         # Losses and metrics of the user may be parts of the module, or draw numbers.
         has_own = self.loss is not None or self._own_metrics is not None
-        with isolated_with(trainer.lightning_module, self.loss) if has_own else nullcontext(call_plainly) as run:
+        isolation = isolated_with(trainer.lightning_module, self.loss) if has_own else nullcontext(call_plainly)
+        with isolation as run:
             values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
             if values:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):

@@ -129,7 +129,7 @@ class RunReference:
         Args:
             trainer: The Trainer.
             kept: The validation samples of this process, by loader.
-            predicted: What is predicted by now, also by an earlier part of this fit; None if that is nothing.
+            predicted: What is predicted by now, also by an earlier part of this fit; None if there is none.
 
         Returns:
             What is predicted of these samples by now.

@@ -43,7 +43,7 @@ class Known(NamedTuple):
     Attributes:
         labels: Their labels, ``(N, C)``, nan where a sample has none.
         groups: The number of the group of each, ``(N,)``, whose labels count as one; None without groups.
-        unseen: What the reference predicts for them; None if that is nothing.
+        unseen: What the reference predicts for them; None if there is none.
         fingerprint: A number by which they are known again; 0 if there is none.
     """
 
@@ -277,16 +277,16 @@ class Expectation:
                 estimates |= self._by_jackknife(some, estimates, lacking)
             values = _joined(expected, of_labels, known.unseen, earlier or ())
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
-            what = "finds labels of classes that outputs mask" if self._loss is None else f"gets {loss} from `loss`"
+            what = "finds labels of classes that the outputs mask" if self._loss is None else f"gets {loss} from `loss`"
             self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.{self._say_range(labelled[0])}")
             values = {name: value for name, value in values.items() if not name.startswith(_LOSS)}
         return values
 
     def _say_range(self, by_reference: Labelled | None) -> str:
-        """Say which targets are drawn, of which a loss of the user gives no number; of classes nothing."""
+        """Give the range of the drawn targets if the user's loss fails on them; nothing for classes."""
         if by_reference is None or self._loss is None or not self._task.is_regression:
             return ""
-        lowest, highest = by_reference.draws.aminmax()
+        lowest, highest = by_reference.draws[by_reference.draws.isfinite()].aminmax()
         return (
             f" Targets are drawn from {float(lowest):.3g} to {float(highest):.3g}, around what the reference predicts, "
             "and `loss` has to take all of them. If it takes only those above 0, set "

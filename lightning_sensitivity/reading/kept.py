@@ -82,7 +82,7 @@ class KeptSamples:
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
-        self._threshold = 1.0  # which the priority numbers of wanted batches are below
+        self._threshold = 1.0  # of priority numbers: 1 if all batches are wanted, 0 if none is
 
     def fingerprints(self) -> Tensor:
         """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.

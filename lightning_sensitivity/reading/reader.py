@@ -17,7 +17,7 @@ from lightning_sensitivity.reference.observations import Observations, group_num
 from lightning_sensitivity.running.batches import at, clone_tensors, code_of, take, tensors_in
 from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, facts_of, find_sight, no_labels
+from lightning_sensitivity.running.rules import Layout, Sight, comparable, find_sight, no_labels
 
 Shape = tuple[int, ...]
 
@@ -91,7 +91,7 @@ class BatchReader:
     def reset(self) -> None:
         """Forget what other batches have shown; the next one says what is seen of those with the same inputs."""
         self.unread: list[str] = []
-        self._first: Layout | None = None
+        self._first_layout: Layout | None = None
         self._first_sight: Sight | None = None
 
     def check_encoder(self, model: nn.Module) -> None:
@@ -106,21 +106,21 @@ class BatchReader:
         else:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
-        self._first = self._first or call.layout
-        if self._first.rows is None and self._is_like_first(call):  # else sizes are equal by chance
-            call.size = 0
+        self._first_layout = self._first_layout or call.layout
+        if self._first_layout.rows is None and self._is_like_first(call):
+            call.size = 0  # unknown, as of the first batch: here sizes are equal by chance
         return call
 
     def _is_like_first(self, call: ModelCall) -> bool:
         """Return whether a batch has the same inputs as the first one."""
-        return self._first is not None and self._first.inputs.keys() == call.layout.inputs.keys()
+        return self._first_layout is not None and self._first_layout.inputs.keys() == call.layout.inputs.keys()
 
     def _sight(self, call: ModelCall, size: int) -> Sight:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
         sight = call.layout.sight if call.size == size else None
         sight = sight or find_sight(call.inputs(), size)
         self._first_sight = first = self._first_sight or sight
-        is_found = sight is first or (self._is_like_first(call) and facts_of(first) <= facts_of(sight))
+        is_found = sight is first or (self._is_like_first(call) and comparable(first) <= comparable(sight))
         return first if is_found else sight
 
     def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:

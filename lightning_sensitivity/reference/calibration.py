@@ -33,7 +33,7 @@ _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
-_CHANCE, _NOTHING = 0.1, 0.3  # of labels that know nothing of the inputs to be told as well: blind, and sure to be it
+_CHANCE, _NOTHING = 0.1, 0.3  # that labels without a relation to the inputs are told as well: blind, and surely so
 _ROUNDING = 1e-12  # of scores that are 0
 _FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
@@ -321,7 +321,7 @@ class Evidence(NamedTuple):
 
     Attributes:
         is_blind: Whether they may be no better than the mean label, by score and by order.
-        is_nothing: Whether they hardly can be better: inputs that tell something are seldom so unlucky.
+        is_nothing: Whether they are almost certainly no better: inputs that tell something seldom score so badly.
         is_clear: Whether labels are enough, and not all alike, so that it is the inputs that tell nothing otherwise.
     """
 

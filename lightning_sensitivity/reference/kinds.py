@@ -147,7 +147,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (Columns(), Images(), Sign
 
 
 def kind_of(x: Tensor) -> str:
-    """Return the kind of samples, by the number of dimensions and the type; all that is no other kind is columns."""
+    """Return the kind of samples, by the number of dimensions and the type; anything else is columns."""
     if x.ndim == 2 and not x.is_floating_point():
         return "tokens"
     return {3: "signals", 4: "images"}.get(x.ndim, "columns")

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -248,7 +249,7 @@ def group_numbers(groups: Array) -> Tensor:
         groups: Numbers or strings, ``(N,)`` or ``(N, 1)``: a tensor, an array, a column or a list.
 
     Raises:
-        ValueError: If there is not one for each sample, or some are nan.
+        ValueError: If there is not one for each sample, or some are None, nan or inf.
     """
     if isinstance(groups, Tensor):
         groups = in_32_bits(groups).detach().cpu()
@@ -256,22 +257,21 @@ def group_numbers(groups: Array) -> Tensor:
     names = np.asarray(groups, dtype=object if isinstance(groups, list | tuple) else None)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one per sample, but got shape {names.shape}.")
-    names = names.ravel()
-    are_unknown = any(map(is_missing, names))
-    if names.dtype.kind == "O":
-        names = np.array(names.tolist())  # numbers that are kept as objects are numbers
-    if names.dtype.kind == "f":
-        names = names.astype(str).astype(float)  # 0.1 is the same number in any precision
-        are_unknown |= bool(np.isinf(names).any())
-    if are_unknown:  # they would become a group of their own
+    if names.dtype.kind in "mM":
+        names = names.astype(f"{names.dtype.kind}8[us]")  # a time is the same in any unit
+    return torch.tensor([*map(_number_of, names.ravel())], dtype=torch.int64)
+
+
+def _number_of(name: Any) -> int:
+    """Return whole numbers unchanged, and a digest of the string form of anything else."""
+    if isinstance(name, np.floating):
+        name = float(str(name))  # 0.1 is the same number in any precision
+    elif isinstance(name, np.generic | Tensor):
+        name = name.item()
+    if is_missing(name) or (isinstance(name, float) and math.isinf(name)):  # which would become a group of their own
         raise ValueError(
             "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
         )
-    return torch.tensor([*map(_number_of, names.tolist())], dtype=torch.int64)
-
-
-def _number_of(name: object) -> int:
-    """Return a whole number as it is, and of all else a digest of its word."""
     if isinstance(name, int | float) and name // 1 == name and abs(name) < 2**63:
         return int(name)
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") - 2**63

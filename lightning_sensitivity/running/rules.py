@@ -33,7 +33,7 @@ _MAX_NAMED = 3  # candidates that a message names
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is nobody's
+_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is only a default
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
@@ -112,7 +112,7 @@ def _kinds(model: nn.Module) -> list[object]:
 
 
 def _has_options(model: nn.Module) -> bool:
-    """Return whether a ``forward`` of one's own takes more arguments by position than it requires."""
+    """Return whether a user's own ``forward`` takes more arguments by position than it requires."""
     is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
     return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
 
@@ -343,11 +343,11 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def facts_of(sight: Sight) -> set[object]:
-    """Collect the kind of each input, one for all integers, and its mask.
+def comparable(sight: Sight) -> set[object]:
+    """Collect what may be compared of two batches: the kind of each input, one for all integers, and its mask.
 
-    More may be found in a batch by chance, where shared numbers are as many as samples, or as tokens. And by these,
-    integers may be taken for words, or for categories.
+    A batch may have more by chance, if it has as many samples, or tokens, as there are shared numbers. Then integers
+    may be taken for words, or for categories.
     """
     kinds = {(each.place, "tokens" if each.kind == INTEGERS else each.kind) for each in sight[0]}
     return kinds | {(each.place, each.mask) for each in sight[0] if each.mask is not None}

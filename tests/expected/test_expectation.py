@@ -122,7 +122,7 @@ def of_some(outputs: Tensor, y: Tensor) -> Tensor:
 MASK = torch.tensor([0.0, 0, 0, -math.inf]).double()
 WITHOUT_LOSS: dict[str, tuple[dict[str, Any], Any, str]] = {  # options, what outputs become, and what is said
     "a loss that is nan for some samples": ({"loss": of_some}, None, "gets nan from `loss`"),
-    "a label of a class that is masked": ({"validation_labels": True}, lambda y: y + MASK, "classes that outputs mask"),
+    "a label of a class that is masked": ({"validation_labels": True}, lambda y: y + MASK, "that the outputs mask"),
 }
 
 
