@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_sensitivity.callbacks import checks
+import lightning_sensitivity.callbacks.checks as checks
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
