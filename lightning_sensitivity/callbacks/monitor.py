@@ -15,7 +15,7 @@ from lightning_sensitivity.messages import Refused, check_argument, check_bool, 
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
-from lightning_sensitivity.running.batches import REMEMBERED
+from lightning_sensitivity.running.batches import forget
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
 
@@ -104,7 +104,7 @@ class Monitor(Callback, ABC):
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
         self.run = Run(type(self).__name__, self.prefix)
-        REMEMBERED.pop(pl_module, None)  # since its `forward` may be another one by now, as in a notebook
+        forget(pl_module)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)

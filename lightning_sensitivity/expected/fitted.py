@@ -22,7 +22,7 @@ class FittedReference:
 
     Args:
         reader: What reads the batches of the run.
-        known: Training samples, with a matrix of labels.
+        training: Training samples, with a matrix of labels.
         estimator: What is fitted; None for the reference's own learners.
         warn: Warns, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`.
         class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.

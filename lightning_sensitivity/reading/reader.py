@@ -14,10 +14,17 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import at, clone_tensors, code_of, take, tensors_in
-from lightning_sensitivity.running.call import Function, ModelCall, select_outputs, select_seen, select_targets
+from lightning_sensitivity.running.batches import clone_tensors, code_of, take, tensors_in
+from lightning_sensitivity.running.call import (
+    Function,
+    ModelCall,
+    labels_at,
+    select_outputs,
+    select_seen,
+    select_targets,
+)
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, comparable, find_sight, no_labels
+from lightning_sensitivity.running.rules import Layout, Sight, comparable_inputs, find_sight
 
 Shape = tuple[int, ...]
 
@@ -120,8 +127,9 @@ class BatchReader:
         sight = call.layout.sight if call.size == size else None
         sight = sight or find_sight(call.inputs(), size)
         self._first_sight = first = self._first_sight or sight
-        is_found = sight is first or (self._is_like_first(call) and comparable(first) <= comparable(sight))
-        return first if is_found else sight
+        if sight is first or not self._is_like_first(call):
+            return sight
+        return first if comparable_inputs(first) <= comparable_inputs(sight) else sight
 
     def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.
@@ -134,13 +142,11 @@ class BatchReader:
         Raises:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
-        if self._targets is not None:
+        if self._targets is None:
+            selected = labels_at(call.layout.labels, call.model, batch)
+        else:
             with isolated(call.model) as run:
                 selected = run(select_targets, call.model, batch, self._targets)
-        elif call.layout.labels is None:
-            raise no_labels(call.model, batch)
-        else:
-            selected = at(batch, call.layout.labels)
         labels = selected.detach().to("cpu", copy=True)
         if output_shape is None:
             return labels

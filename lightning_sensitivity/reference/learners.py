@@ -104,7 +104,7 @@ class Learner:
         features: What it sees of the samples.
         model: An estimator of scikit-learn, fitted to a matrix.
         left_out: What it would have predicted of each sample without it, or without its group.
-        known: The samples.
+        samples: The samples.
         task: The task.
 
     Attributes:

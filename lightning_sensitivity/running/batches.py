@@ -187,6 +187,11 @@ def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: objec
     return answer
 
 
+def forget(model: nn.Module) -> None:
+    """Forget what was resolved for a model, whose ``forward`` may be another one by now, as in a notebook."""
+    REMEMBERED.pop(model, None)
+
+
 def structure_of(value: object) -> object:
     """Return all of a value that rules look at: types, names, ranks, and which sizes are 0, 1, 2 or equal."""
     facts: list[object] = []

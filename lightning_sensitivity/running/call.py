@@ -15,7 +15,7 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import at, clone_tensors, entry, is_floating, resolved, take
+from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, resolved, take
 
 _MANY = 1000  # from which on integers are names, and no categories
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
@@ -188,16 +188,20 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        place = resolved(rules.find_labels, model, batch)
-        if place is None:
-            raise rules.no_labels(model, batch)
-        labels: Tensor = at(batch, place)
-        return labels
+        return labels_at(resolved(rules.find_labels, model, batch), model, batch)
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
         raise Refused(f"`targets` should return the labels from {describe(batch)}.")
     return selected
+
+
+def labels_at(place: Place | None, model: nn.Module, batch: Any) -> Tensor:
+    """Return the labels of a batch, or refuse it if it is not clear where they are."""
+    if place is None:
+        raise rules.no_labels(model, batch)
+    labels: Tensor = at(batch, place)
+    return labels
 
 
 # What a reference sees

@@ -343,7 +343,7 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def comparable(sight: Sight) -> set[object]:
+def comparable_inputs(sight: Sight) -> set[object]:
     """Collect what may be compared of two batches: the kind of each input, one for all integers, and its mask.
 
     A batch may have more by chance, if it has as many samples, or tokens, as there are shared numbers. Then integers
