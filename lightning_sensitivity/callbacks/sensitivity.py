@@ -30,8 +30,9 @@ from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.isolation import RunIsolated, isolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 
-_OF_MEAN, _PER_OUTPUT = "output_sensitivity", "per_output_sensitivity"
+_OF_MEAN, _PER_OUTPUT, _ESTIMATE = "output_sensitivity", "per_output_sensitivity", "loss_estimate"
 _AT_ONCE = 2**15  # elements of clean outputs that are summed up together
+_PATIENCE = 1000  # of validations: more than most runs have
 _NUM_TRIED = 8  # samples on which noise is tried
 
 
@@ -119,35 +120,42 @@ class SensitivityMonitor(Monitor):
     @property
     def directions(self) -> dict[str, bool]:
         """The names of all values, without the prefix; none is best where it is highest."""
-        names = [self._kind, f"{self._kind}_stderr", *["loss_estimate"] * self.loss_estimate]
+        names = [self._kind, f"{self._kind}_stderr", *[_ESTIMATE] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the name of the submodule, and the callbacks and schedulers that monitor sensitivity."""
+        """Check the name of the submodule, and refuse callbacks that monitor the kind that is not logged."""
         if self.at is not None:
             submodule(pl_module, self.at)
-        logged = {*self.names_of_all(trainer)}
+        others = {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT}.difference(self.names_of_all(trainer))
         for callback, monitored in callbacks_that_monitor(trainer):
-            name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
-            if name in {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT} - logged:
+            if monitored.partition("/dataloader_idx_")[0] in others:
                 raise Refused(
-                    f"`{kind}` monitors `{monitored}`, but `{self.name}` is logged, whose values are "
-                    f"others. Monitor that, or set `per_output={not self.per_output}`.",
+                    f"`{type(callback).__name__}` monitors `{monitored}`, but `{self.name}` is logged, whose values "
+                    f"differ. Monitor that, or set `per_output={not self.per_output}`.",
                     "names",
                 )
+
+    def _warn_of_extremes(self, trainer: Trainer) -> None:
+        """Warn of callbacks and schedulers that choose by the lowest or the highest value, and not by a bound."""
+        num_validations = _most_validations(trainer)
+        for callback, monitored in callbacks_that_monitor(trainer):
+            name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
             has_bound = getattr(callback, "divergence_threshold", None) is not None
-            is_patient = getattr(callback, "patience", math.inf) >= (trainer.max_epochs or 0)
-            if "sensitivity" in name and not (has_bound and is_patient and getattr(callback, "mode", "min") == "min"):
+            is_patient = getattr(callback, "patience", math.inf) >= num_validations
+            is_sensible = has_bound and is_patient and getattr(callback, "mode", "min") == "min"
+            if name in {self.name, self.prefix + _ESTIMATE} and not is_sensible:
                 message = (
                     f"finds that `{kind}` chooses by `{monitored}`, which is lowest before training, and rises as a "
                     "network learns: its extremes are the first and the last epochs. Stop at a bound: "
-                    "`EarlyStopping(..., divergence_threshold=2 * value, patience=1000)`, where an earlier run gives "
-                    "`value`."
+                    f"`EarlyStopping(..., divergence_threshold=2 * value, patience={_PATIENCE})`, where an earlier run "
+                    "gives `value`."
                 )
                 self.run.warn("stop-by-sensitivity", message, kind=kind)
 
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
-        """Try the noise on the first training batch."""
+        """Warn of callbacks that choose by an extreme, and try the noise on the first training batch."""
+        self._warn_of_extremes(trainer)
         with trainer.precision_plugin.val_step_context():
             try:
                 call = self.reader.call(module, batch)
@@ -225,7 +233,7 @@ class SensitivityMonitor(Monitor):
         if count > 0:
             assert isinstance(self._noise, GaussianNoise)
             power = square / count
-            values["loss_estimate"] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
+            values[_ESTIMATE] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
 
     def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:
@@ -237,6 +245,14 @@ class SensitivityMonitor(Monitor):
             self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
             self.run.doubts.note_outputs(may_be_probabilities(extremes))
+
+
+def _most_validations(trainer: Trainer) -> float:
+    """Return how many validations a run may have; 1,000 if it is that many, or nobody knows."""
+    num_epochs: float = trainer.max_epochs or math.inf
+    in_epoch = trainer.num_training_batches / (trainer.val_check_batch or 1)
+    in_epoch = 1.0 if math.isnan(in_epoch) else in_epoch / (trainer.check_val_every_n_epoch or 1)  # of a stream
+    return _PATIENCE if num_epochs < 0 else min(_PATIENCE, num_epochs * in_epoch)
 
 
 def _rows_of(outputs: list[list[Tensor]]) -> Tensor:

@@ -416,18 +416,32 @@ def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference(
 # Callbacks that choose by sensitivity
 
 SENSITIVITY = "val/output_sensitivity"
-CHOOSING: dict[str, tuple[dict[str, Any], bool]] = {  # options of EarlyStopping, and whether we warn of it
-    "the minimum": ({"patience": 9}, True),
-    "a bound, and the minimum before it": ({"divergence_threshold": 9.0, "patience": 3}, True),
-    "a bound from above": ({"divergence_threshold": 9.0, "patience": 9, "mode": "max"}, True),
-    "a bound": ({"divergence_threshold": 9.0, "patience": 9}, False),
+BOUND = {"divergence_threshold": 9.0, "patience": 9}
+IN_STEPS = {"max_epochs": -1, "max_steps": 4}
+CHOOSING: dict[
+    str, tuple[dict[str, Any], dict[str, Any], bool]
+] = {  # of EarlyStopping, and of the Trainer; do we warn?
+    "the minimum": ({"patience": 9}, {}, True),
+    "a bound, and the minimum before it": (BOUND | {"patience": 3}, {}, True),
+    "a bound from above": (BOUND | {"mode": "max"}, {}, True),
+    "a bound": (BOUND, {}, False),
+    "a bound, with patience for fewer than all validations": (
+        BOUND,
+        {"val_check_interval": 1, "limit_train_batches": 3},
+        True,
+    ),
+    "a bound, in every second epoch": (BOUND | {"patience": 2}, {"check_val_every_n_epoch": 2}, False),
+    "a bound, with some patience, and no number of epochs": (BOUND, IN_STEPS, True),
+    "a bound, with patience, and no number of epochs": (BOUND | {"patience": 1000}, IN_STEPS, False),
+    "a name of one's own": ({"monitor": "val/sensitivity", "patience": 9}, {}, False),
 }
 
 
 @pytest.mark.parametrize("what", CHOOSING)
 def test_a_callback_that_chooses_by_sensitivity_is_told_of_the_bound_that_is_sensible(what: str) -> None:
-    options, is_told = CHOOSING[what]
-    texts = said([SensitivityMonitor(), cb.EarlyStopping(SENSITIVITY, **options)], max_epochs=4, limit_train_batches=1)
+    options, of_run, is_told = CHOOSING[what]
+    stop = cb.EarlyStopping(**{"monitor": SENSITIVITY, "strict": False, **options})
+    texts = said([SensitivityMonitor(), stop], **{"max_epochs": 4, "limit_train_batches": 1, **of_run})
     assert len(texts) == is_told
     for text in texts:
         assert f"finds that `EarlyStopping` chooses by `{SENSITIVITY}`" in text and "#stop-by-sensitivity" in text
