@@ -134,7 +134,10 @@ def _call_perturbed_at(module: nn.Module, call: Callable[[], Tensor], perturb: P
         first = first_of(result)
         if not is_floating(first):
             raise Refused(f"`at` should name a module with floating outputs, got {describe(result)}.", "noise")
-        return perturb(first) if first is result else (perturb(first), *result[1:])
+        if first is result:
+            return perturb(first)
+        rebuild = getattr(result, "_make", type(result))  # the former of a named tuple
+        return rebuild((perturb(first), *result[1:]))
 
     with module.register_forward_hook(hook):
         outputs = call()
@@ -155,5 +158,6 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """
     modules: dict[str, nn.Module] = dict(original_module(model).named_modules())
     some = ", ".join(map(repr, list(modules)[1:6]))
-    check_argument("at", name, name != "" and name in modules, f"the name of a submodule, such as {some}")
+    expected = f"the name of a submodule, such as {some}" if some else "None, since the model has no submodules"
+    check_argument("at", name, name != "" and name in modules, expected)
     return modules[name]

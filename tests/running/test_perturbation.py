@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -54,6 +54,46 @@ class Siamese(nn.Module):
     def forward(self, x: Tensor, change: Tensor | float = 0.0) -> Tensor:
         hidden = self.rnn(x)[0] + change
         return self.head(hidden) - 3 * self.head(-hidden)
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    name: str
+
+
+class Body(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x)
+
+
+@pytest.mark.parametrize("make", [lambda x: (x, "b"), lambda x: [x, "b"], lambda x: Pair(x, "b")])
+def test_a_submodule_returns_the_kind_of_collection_that_it_did(make: Any) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Body(make)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result = self.body(x)
+            assert type(result) is type(make(x)) and result[1:] == make(x)[1:]
+            return result[0] if type(result) is not Pair else result.hidden
+
+    model, x = Whole(), torch.rand(5, 4)
+    with isolated(model) as run:
+        call = ModelCall(model, x)
+        noisy = noisy_outputs(run, call, lambda x, generator: x + 1, (0, 1, 2, 3), 1, submodule(model, "body"))
+    torch.testing.assert_close(noisy, [x + 1])
+
+
+def test_without_submodules_nothing_is_suggested() -> None:
+    with pytest.raises(
+        MisconfigurationException, match="`at` should be None, since the model has no submodules, got 'b'"
+    ):
+        submodule(nn.Linear(2, 2), "b")
 
 
 @torch.no_grad()
