@@ -256,14 +256,17 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
         [0.0, 0.2]
     """
     q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
-    rules = find_task(task or ("binary" if num_outputs(q) == 1 else "multiclass"))
+    task_rules = find_task(task or ("binary" if num_outputs(q) == 1 else "multiclass"))
     y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    rules.check(q, y)
-    q, y = rules.label_matrix(q).double(), rules.label_matrix(y, rules.num_columns(tuple(q.shape[1:]))).double()
+    task_rules.check(q, y)
+    q, y = (
+        task_rules.label_matrix(q).double(),
+        task_rules.label_matrix(y, task_rules.num_columns(tuple(q.shape[1:]))).double(),
+    )
     are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
-    if not are_probabilities or not bool(rules.has_label(y).all()):
+    if not are_probabilities or not bool(task_rules.has_label(y).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
-    shares = [_unexplained(*question) for _, *question in rules.classifications(q, y) if len(question[0]) > 0]
+    shares = [_unexplained(*question) for _, *question in task_rules.classifications(q, y) if len(question[0]) > 0]
     return sum(shares) / len(shares) if shares else math.nan
 
 

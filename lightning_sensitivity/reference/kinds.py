@@ -130,9 +130,13 @@ class Tokens(Kind):
     blocks = words, columns
     num_fixed = 1
 
+    def read(self, x: Tensor) -> Tensor:
+        """Give ids 64 bits, since 8 bits have no -1."""
+        return x.long()
+
     def of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mark padding, where the mask is 0."""
-        return x.long() if mask is None else x.long().where(mask > 0, -1)  # 8 bits have no -1
+        return x.long() if mask is None else x.long().where(mask > 0, -1)
 
     def beside(self, parts: Sequence[Tensor]) -> Tensor:
         """Return several texts as one; the words of each are other words."""

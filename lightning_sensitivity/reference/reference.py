@@ -120,6 +120,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         task = find_task(self.task)
         seen = read_samples(x)
         labels, classes = read_labels(y, task)
+        task.check_learnable(labels)
         samples = Observations(seen, labels, None if groups is None else group_numbers(groups))
         given = [labels, *seen.values(), *([] if samples.groups is None else [samples.groups])]
         if len(sizes := {len(each) for each in given}) > 1:
@@ -252,15 +253,21 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         return find_task(self.task).answers(torch.from_numpy(self.predict_matrix(x)), self.classes_)
 
     def score(self, x: Samples, y: Array) -> float:
-        """Return the accuracy on labelled samples, of all known labels, or R2 in a regression.
+        """Return the accuracy on all known labels; in a regression R2, the mean over targets.
 
         Args:
             x: As for :meth:`predict_proba`.
-            y: Classes ``(M,)``, or targets.
+            y: Labels as for :meth:`fit`; of soft ones, the most likely class counts.
         """
-        task = find_task(self.task)
-        predicted, labels = task.comparable(self.predict(x), np.asarray(y))
-        return float((r2_score if task.is_regression else accuracy_score)(labels, predicted))
+        task, predicted = find_task(self.task), self.predict(x)
+        labels, classes = read_labels(y, task)
+        is_known = task.known(labels).numpy()
+        answers = task.answers(task.label_matrix(labels, len(classes)), classes)
+        answers, predicted = answers.reshape(is_known.shape), predicted.reshape(is_known.shape)
+        if not task.is_regression:
+            return float(accuracy_score(answers[is_known], predicted[is_known]))
+        columns = zip(answers.T, predicted.T, is_known.T, strict=True)
+        return float(np.mean([r2_score(target[rows], guess[rows]) for target, guess, rows in columns]))
 
     def predict_matrix(self, x: Samples) -> Array:
         """Predict what a network does after softmax or sigmoid, or the targets of a regression, ``(M, C)``.

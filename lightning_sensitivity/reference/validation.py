@@ -114,7 +114,6 @@ def read_labels(y: Array, task: Task) -> tuple[Tensor, Array]:
         labels = _as_tensor("y", np.nan_to_num(numbers, posinf=np.inf, neginf=-np.inf)).where(is_known, torch.nan)
         shape = tuple(labels.shape[1:])
         task.check(torch.zeros(len(labels), *(() if task.has_one_output else shape)), labels)
-        task.check_learnable(labels)
         classes = np.arange(task.num_columns(shape))
     if not bool(task.has_label(labels).any()):
         raise ValueError(f"Expected a label in `y` that is not {IGNORED} or nan, but got none.")

@@ -21,8 +21,9 @@ REFUSED: dict[str, tuple[str, Tensor, Tensor, str]] = {
     "one-hot integers": ("multiclass", LOGITS, MULTI_HOT, r"Make one-hot labels floating: .*batch\[1\].float\(\)"),
     "several classes": ("multiclass", LOGITS, MULTI_HOT.float(), r"sum to 1.*set `task='multilabel'`"),
     "bools": ("multiclass", LOGITS, BITS.bool(), "Expected class indices .* torch.bool"),
-    "nan for a label": ("binary", SINGLE, CLASSES / CLASSES, r"but got nan: .*nan_to_num\(-100\)"),
+    "nan for a label": ("binary", SINGLE, CLASSES / CLASSES, r"but got nan. Set it to -100, .*nan_to_num\(-100\)"),
     "a label above 1": ("binary", SINGLE, CLASSES, "labels from 0 to 1, .* got 0 to 2. If 2 means"),
+    "a large label": ("binary", SINGLE, BITS * 12345678, r"where\(batch\[1\] != 12345678, -100\)"),
     "labels -1 and 1": ("binary", SINGLE, 2 * BITS - 1, r"`targets=lambda batch: \(batch\[1\] \+ 1\) / 2`"),
     "nan for a bit": ("binary", SINGLE, BITS * torch.nan, "from 0 to 1"),
     "several outputs": ("binary", LOGITS, BITS, r"Expected one output.*shape \(6, 3\).*leave `task` out"),
@@ -119,6 +120,14 @@ def test_an_unknown_task_is_refused_with_those_that_are_known() -> None:
         ValueError, match="`task` to be one of 'multiclass', 'binary', 'multilabel', 'regression', but got 'multi-"
     ):
         T.find_task("multi-label")
+
+
+def test_soft_labels_are_not_rounded_to_the_16_bits_of_outputs() -> None:
+    outputs, q = torch.zeros(2, 3).bfloat16(), torch.tensor([[0.501, 0.3003, 0.7001], [0.1234, 0.9876, 0.5]])
+    for task in map(T.find_task, ("multiclass", "multilabel")):
+        y = q / q.sum(1, keepdim=True) if task.name == "multiclass" else q
+        outputs[:, 0] = 3
+        torch.testing.assert_close(task.losses(outputs, y, y), task.losses(outputs.float(), y, y), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

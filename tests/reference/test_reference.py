@@ -117,6 +117,47 @@ def test_it_is_an_estimator_by_the_conventions_of_sklearn() -> None:
     assert found.score(IRIS, NAMES) == (found.predict(IRIS) == NAMES).mean() > 0.95
 
 
+@pytest.mark.parametrize("form", ["indices", "one-hot", "soft", "names"])
+def test_its_accuracy_is_that_on_labels_in_any_form_but_for_unknown_ones(form: str) -> None:
+    y = torch.from_numpy(SPECIES.copy())
+    known = torch.arange(150) % 3 > 0
+    labels: Any = {"indices": y, "names": NAMES}.get(form, one_hot(y, 3).float())
+    labels = 0.9 * labels + 0.1 / 3 if form == "soft" else labels
+    found = Reference(estimator=GaussianNB()).fit(IRIS, labels)
+    expected = (found.predict_proba(IRIS).argmax(1) == SPECIES)[known].mean()
+    if form != "names":
+        labels = labels.where(known if form == "indices" else known[:, None], -100)
+    else:
+        labels = np.where(known, NAMES.astype(object), -100)
+    assert 1 > found.score(IRIS, labels) == pytest.approx(expected)
+
+
+def test_its_score_leaves_out_what_is_unknown_of_several_answers() -> None:
+    x, y, _ = sample("regression")
+    found = Reference("regression", LinearRegression()).fit(x, y)
+    some = y.clone()
+    some[:9, 0] = some[4:20, 1] = torch.nan
+    rows = [~some[:, column].isnan() for column in range(y.shape[1])]
+    p = found.predict(x)
+    expected = np.mean([r2_score(y[each, column], p[each, column]) for column, each in enumerate(rows)])
+    assert found.score(x, some) == pytest.approx(expected)
+    assert found.score(x[:1].expand(4, -1), y[:1].expand(4, -1)) <= 1  # of equal targets, too
+    bits = torch.stack([y[:, 0] > y[:, 0].median(), y[:, 1] > 0], 1).double()
+    of_bits = Reference("multilabel", GaussianNB()).fit(x, bits)
+    right = torch.from_numpy(of_bits.predict(x)) == bits
+    assert of_bits.score(x, bits.where(~some[:, :2].isnan(), torch.nan)) == pytest.approx(
+        float(right[~some[:, :2].isnan()].double().mean())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.uint16])
+def test_ids_of_few_bits_are_the_same_texts(dtype: torch.dtype) -> None:
+    ids = torch.randint(200, 256, (80, 6), generator=generator())
+    found = Reference().fit(ids, ids[:, 0] % 2)
+    for some in (ids, ids[:, :4]):  # shorter ones are padded
+        np.testing.assert_array_equal(found.predict_proba(some.to(dtype)), found.predict_proba(some))
+
+
 LABELS: dict[str, tuple[Any, Any]] = {
     "names": (NAMES, NAMES),
     "names of a categorical column": (pd.Series(NAMES).astype("category"), NAMES),
@@ -425,6 +466,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "several classes at once": ("soft labels that sum to 1", (X, torch.ones(6, 3))),
     "ignored labels": ("a label in `y` that is not -100", (X, 0 * Y - 100)),
     "a constant target": (r"All targets in `y` are 2.5: there is nothing to learn", (X, [2.5] * 6, "regression")),
+    "a constant target that has no exact sum": ("nothing to learn", (torch.rand(300, 2), [0.1] * 300, "regression")),
     "another task": ("`task` to be one of", (X, Y, "multi-label")),
     "missing values in a column": (
         "`x` have missing values: impute them, with a flag column for each: 'b'",

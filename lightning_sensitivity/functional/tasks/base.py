@@ -67,7 +67,7 @@ class TaskBase:
         return "nothing can be expected of pixels and tokens. Remove `RiskMonitor`; `SensitivityMonitor` works"
 
     def doubt(self, labels: Tensor) -> str:
-        """Say why the labels of a run are hardly those of this task, and what to do; nothing if they may be."""
+        """Say why labels hardly belong to this task, and what to do; nothing if they may."""
         return ""
 
     def check_learnable(self, labels: Tensor) -> None:
@@ -84,10 +84,6 @@ class TaskBase:
     def distances(self, p: Tensor, other: Tensor) -> Tensor:
         """Score predictions by the mean of squared differences from known labels, or other predictions; nan without."""
         return (p - other).square().nanmean(-1)
-
-    def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
-        """Return predicted and true labels, arrays, as scikit-learn compares them."""
-        return predicted, labels
 
     # Questions that have one class as their answer
 
@@ -283,7 +279,8 @@ def check_probabilities(outputs: Tensor, targets: Tensor, advice: str = "") -> N
     if not bool(is_valid.all()):
         expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
         if bool(targets.isnan().any()):
-            raise ValueError(f"{expected}, but got nan: `targets=lambda batch: batch[1].nan_to_num({IGNORED})`")
+            in_monitor = f"in a monitor by `targets=lambda batch: batch[1].nan_to_num({IGNORED})`"
+            raise ValueError(f"{expected}, but got nan. Set it to {IGNORED}, {in_monitor}")
         lowest, highest = float(targets.min()), float(targets.max())
         has_two = lowest == -1 and bool((targets != 0).all())
         to_zero = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`"
@@ -331,8 +328,9 @@ def _ignoring(targets: Tensor, is_odd: Tensor) -> str:
     if len(values) != 1:
         return ""
     labels = "batch[1]" if targets.is_floating_point() else "batch[1].long()"
-    how = f"`targets=lambda batch: {labels}.where(batch[1] != {values[0]:g}, {IGNORED})`"
-    return f". If {values[0]:g} means that there is none, set {how}"
+    odd = f"{values[0]:.15g}"
+    how = f"`targets=lambda batch: {labels}.where(batch[1] != {odd}, {IGNORED})`"
+    return f". If {odd} means that there is none, set {how}"
 
 
 def describe_both(outputs: Tensor, targets: Tensor) -> str:

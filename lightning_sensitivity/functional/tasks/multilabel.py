@@ -35,7 +35,8 @@ class Multilabel(TaskBase):
 
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the binary cross-entropy of each label, ``(N, L)``, exact in its probability; nan if unknown."""
-        return binary_cross_entropy_with_logits(self.output_matrix(outputs), y.to(outputs), reduction="none")
+        z = self.output_matrix(outputs)
+        return binary_cross_entropy_with_logits(z, y.to(z), reduction="none")
 
     def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the same for each of several labels, ``(R, N, L)``."""
@@ -67,11 +68,6 @@ class Multilabel(TaskBase):
     def answers(self, p: Tensor, classes: Any) -> Any:
         """Return what a user wants to know of predictions ``(N, L)``: 1 for yes and 0 for no, an array."""
         return (p > 0.5).long().numpy()
-
-    def comparable(self, predicted: Any, labels: Any) -> tuple[Any, Any]:
-        """Return predicted and true labels, arrays, of all that are known, one after the other."""
-        is_known = self.known(torch.as_tensor(labels)).reshape(predicted.shape).numpy()
-        return predicted[is_known], labels.reshape(predicted.shape)[is_known]
 
     # Metrics
 

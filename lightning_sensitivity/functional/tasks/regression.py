@@ -48,9 +48,9 @@ class Regression(TaskBase):
         y = self.label_matrix(labels)
         if bool((is_unknown := ~self.known(labels).any(0)).any()):
             raise ValueError(f"No target of column {int(is_unknown.nonzero()[0, 0])} is known: leave it out.")
-        means = y.nanmean(0)
-        if len(y) > 1 and bool(((y == means) | y.isnan()).all()):
-            raise ValueError(f"All targets in `y` are {means.squeeze().tolist()}: there is nothing to learn.")
+        lowest, highest = y.nan_to_num(math.inf).amin(0), y.nan_to_num(-math.inf).amax(0)
+        if len(y) > 1 and torch.equal(lowest, highest):
+            raise ValueError(f"All targets in `y` are {lowest.squeeze().tolist()}: there is nothing to learn.")
 
     def known(self, targets: Tensor) -> Tensor:
         """Return which targets are known, ``(N, D)``."""
