@@ -1,9 +1,11 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -133,13 +135,13 @@ def compare_models(
     check_argument("models", models, are_models and len(models) > 1, "a dict of names and modules, two or more")
     batches = list(dataloader) if isinstance(dataloader, Iterable) else []
     check_argument("dataloader", dataloader, len(batches) > 0, "an iterable of batches")
-    rules = check_task(task, loss, reference)
+    task_rules = check_task(task, loss, reference)
     reader = BatchReader(
-        inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=rules
+        inputs=inputs, outputs=outputs, targets=targets, features=features, groups=groups, call=call, task=task_rules
     )
-    outputs_of = _run_all(models, batches, reader, rules.has_any_outputs(loss))
+    outputs_of = _run_all(models, batches, reader, task_rules.has_any_outputs(loss))
     first, some = next(iter(models.values())), next(iter(outputs_of.values()))
-    shape = None if rules.has_any_outputs(loss) else tuple(without_ones(some).shape[1:])
+    shape = None if task_rules.has_any_outputs(loss) else tuple(without_ones(some).shape[1:])
     with refuse_on_error("`training` gives no reference (`features=` says what it sees)", "comparing-models"):
         new = reader.join(reader.keep(first, move_batch(first, each), index) for index, each in enumerate(batches))
         rows = finite_samples(new, "samples of `dataloader`", warn)
@@ -154,12 +156,14 @@ def compare_models(
             moved = (move_batch(first, batch) for batch in batches)
             labels = torch.cat([reader.labels(each, reader.call(first, each), shape) for each in moved])
             check_count(labels, len(some))
-            y = rules.label_matrix(labels, num_columns).double()
-    metrics = {} if loss is not None else rules.default_metrics(num_columns)  # accuracy first; none in a regression
-    expectation = Expectation(rules, loss, metrics, some, like, Doubts(warn))
+            y = task_rules.label_matrix(labels, num_columns).double()
+    metrics = (
+        {} if loss is not None else task_rules.default_metrics(num_columns)
+    )  # accuracy first; none in a regression
+    expectation = Expectation(task_rules, loss, metrics, some, like, Doubts(warn))
     read = {name: each[rows] for name, each in outputs_of.items()}
     for name, each in read.items():
-        if not bool(rules.predictions(each).isfinite().all()):  # a logit of -inf masks a class
+        if not bool(task_rules.predictions(each).isfinite().all()):  # a logit of -inf masks a class
             raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
     with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(first, loss) as run:
         ranked = run(expectation.rank, read, Known(y[rows], new.groups, unseen))
@@ -258,4 +262,6 @@ def _ask_reference(
 
 def warn(entry: str, message: str, kind: str = "") -> None:
     """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
-    warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=6)
+    ours = str(Path(__file__).parent)
+    depth = next((level for level, frame in enumerate(inspect.stack(0)) if not frame.filename.startswith(ours)), 0)
+    warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=depth + 1)  # at the caller's line

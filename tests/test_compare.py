@@ -109,9 +109,10 @@ def test_rows_with_nan_are_left_out(is_new: bool, has_labels: bool) -> None:
 
     new, known = TensorDataset(V, L), TensorDataset(X, Y)
     some, training = (with_nan(V, L), known) if is_new else (new, with_nan(X, Y))
-    with pytest.warns(UserWarning, match="leaves out 1 .* with nan or inf"):
+    with pytest.warns(UserWarning, match="leaves out 1 .* with nan or inf") as warnings:
         rows = compare(models, DataLoader(some, 16), training=DataLoader(training, 40), validation_labels=has_labels)
     assert rows == compare(models, DataLoader(new, 16), validation_labels=has_labels)
+    assert {warning.filename for warning in warnings} == {__file__}  # where it was called
 
 
 def test_a_loss_may_write_to_what_it_gets() -> None:

@@ -24,6 +24,7 @@ from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 from lightning_sensitivity.running.rules import inputs_hint
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
+_SMALLEST = 1e-3  # size of one by which the next ones improve, such as of a bound of 0
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
 
 
@@ -188,7 +189,7 @@ class MissingValues:
                 bound = getattr(callback, "divergence_threshold", None)
                 if monitored == logged_name and bound is not None:
                     value = nearer(value, bound)
-            gain = (1 - _BETTER**self.num_incomplete) * abs(value)
+            gain = (1 - _BETTER**self.num_incomplete) * max(abs(value), _SMALLEST)
             value += gain if is_highest else -gain
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits
 

@@ -148,11 +148,11 @@ def say_shares(where: str, fitted: Any, q: Tensor, groups: Tensor | None, warn: 
     """
     left_out = torch.from_numpy(fitted.left_out_)
     known_groups = None if groups is None else torch.from_numpy(fitted.groups_)
-    gap, size = largest_difference(group_means(left_out, known_groups), group_means(q, groups))
+    label, size = largest_difference(group_means(left_out, known_groups), group_means(q, groups))
     if size > _SHARES_DIFFER:
         message = (
-            f"predicts class {gap} for {left_out[:, gap].mean():.0%} of the training samples and "
-            f"{q[:, gap].mean():.0%} of {where}. If a sampler or undersampling changes the shares of classes, set "
+            f"predicts class {label} for {left_out[:, label].mean():.0%} of the training samples and "
+            f"{q[:, label].mean():.0%} of {where}. If a sampler or undersampling changes the shares of classes, set "
             "`class_shares=`."
         )
         warn("class-shares", message, where)

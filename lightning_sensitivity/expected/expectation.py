@@ -14,7 +14,6 @@ from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
     BLOCKS,
-    VALIDATIONS,
     Estimate,
     Loss,
     combine,
@@ -197,25 +196,24 @@ class Expectation:
             labelled = self._labelled(outputs, is_finite, known)
             measured[model] = [each and self._measure(each, [name]).get(name) for each in labelled]
 
-        def joined(both: Sequence[Measured | None], earlier: Sequence[Row]) -> Values:
+        def joined(both: Sequence[Measured | None], weight: float | None) -> Values:
             pairs = zip(both, labelled, strict=True)
             expected, of_labels = (
                 {name: estimate(value, some.size, some.groups)} if value and some else {} for value, some in pairs
             )
-            return _joined(expected, of_labels, known.unseen, earlier)
+            return _joined(expected, of_labels, known.unseen, (), weight)
 
         # The reference counts the same beside labels for all models, or its weight would choose one.
-        alone = [joined(both, ()) for both in measured.values()]
-        key = f"{name}_equivalent_labels"
-        weights = [each[key] for each in alone if key in each]
-        earlier = [{key: median_high(weights)}] * VALIDATIONS if weights else []
-        values = {model: joined(both, earlier)[name] for model, both in measured.items() if any(both)}
+        alone = [joined(both, None) for both in measured.values()]
+        weights = [each[f"{name}_equivalent_labels"] for each in alone if f"{name}_equivalent_labels" in each]
+        weight = median_high(weights) if weights else None
+        values = {model: joined(both, weight)[name] for model, both in measured.items() if any(both)}
 
         order = sorted(values, key=lambda model: sign * values[model])
         rows = []
         for model in order:
             pairs = zip(measured[model], measured[order[0]], strict=True)
-            difference = joined([m and best and m.minus(best) for m, best in pairs], earlier)
+            difference = joined([m and best and m.minus(best) for m, best in pairs], weight)
             stderr = 0.0 if model == order[0] else difference.get(f"{name}_stderr", math.nan)
             rows.append((model, values[model], sign * difference[name] + 0.0, stderr))
         return rows
@@ -374,7 +372,13 @@ class Expectation:
         return self._identities[key]
 
 
-def _joined(expected: Estimates, of_labels: Estimates, unseen: Unseen | None, earlier: Sequence[Row]) -> Values:
+def _joined(
+    expected: Estimates,
+    of_labels: Estimates,
+    unseen: Unseen | None,
+    earlier: Sequence[Row],
+    weight: float | None = None,
+) -> Values:
     """Join what a reference and labels say of each value, by names that begin with its own."""
     values: Values = {}
     for name in expected | of_labels:
@@ -383,7 +387,7 @@ def _joined(expected: Estimates, of_labels: Estimates, unseen: Unseen | None, ea
         numbers = 1, 1  # of no reference
         if unseen is not None:
             numbers = unseen.num_calibrating, equivalent_labels_of(unseen.sees, name.removeprefix(EXPECTED))
-        combined = combine(expected.get(name), of_labels.get(name), *numbers, counted)
+        combined = combine(expected.get(name), of_labels.get(name), *numbers, counted, weight)
         values[name] = combined.value
         if not math.isnan(combined.stderr):
             values[f"{name}_stderr"] = combined.stderr

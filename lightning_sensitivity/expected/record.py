@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_sensitivity.compat import PlotType
+from lightning_sensitivity.functional.expected import QUANTILE
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
-QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 _TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
 
 State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these

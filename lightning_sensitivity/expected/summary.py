@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, TypeAlias
 
 from lightning_sensitivity.expected.doubts import REASONS
-from lightning_sensitivity.expected.record import EXPECTED, QUANTILE, Row, Verdict
+from lightning_sensitivity.expected.record import EXPECTED, Row, Verdict
+from lightning_sensitivity.functional.expected import QUANTILE
 from lightning_sensitivity.messages import BLIND
 
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
@@ -178,15 +179,20 @@ def _rival(s: Summary, value: str) -> str:
     if s["network"] is None or s["reference"] is None:
         return ""
     what, stderr = _WORDS.get(value, f"`{value}` ="), s.get(f"{EXPECTED}{value}_stderr")
-    sure = "" if stderr is None else f" ± {QUANTILE * stderr:.1g}"
-    reached = f"{what} {s['network']:.3g}{sure}, the reference by itself {s['reference']:.3g}"
+    sure = "" if stderr is None else f" ± {_short(QUANTILE * stderr, 1)}"
+    reached = f"{what} {_short(s['network'])}{sure}, the reference by itself {_short(s['reference'])}"
     by_labels, by_reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
     if by_labels is not None and by_reference is not None:
-        both = f"by labels alone it is {by_labels:.3g}, by the reference alone {by_reference:.3g}"
+        both = f"by labels alone it is {_short(by_labels)}, by the reference alone {_short(by_reference)}"
         advice = f". The labels contradict the reference beyond chance ({both}): trust the labels"
     else:
         advice = "" if stderr is None or s["doubts"] or s.get("inputs_tell_nothing") else _advice(s, stderr)
     return f"There the network is expected to reach {reached}{advice}."
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """Round a number to some digits; below a million it has no exponent."""
+    return f"{float(f'{number:.{digits}g}'):g}"
 
 
 def _advice(s: Summary, stderr: float) -> str:
@@ -195,5 +201,5 @@ def _advice(s: Summary, stderr: float) -> str:
     if gain < _MEAN_IS_BETTER * stderr:
         return ""
     if not s.get("is_whole_table"):
-        return ". Which of both is better it can't tell, since the network may know more than it sees"
+        return ". It can't tell which is better, since the network may know more than it sees"
     return ": consider it, or the mean of both" if gain >= stderr else ": consider the mean of both"

@@ -1,4 +1,4 @@
-"""What metrics to expect on unlabelled samples, if labels are drawn from the predictions of a reference; how surely."""
+"""What metrics to expect on unlabelled samples, if labels are drawn as a reference predicts; how sure that is."""
 
 import math
 import warnings
@@ -18,19 +18,20 @@ from lightning_sensitivity.functional.tasks import AUROC, AnyMetric, ClosedForm,
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_units
 
 ESTIMATES = 2  # the version of expected values, raised with whatever changes one, so that studies can tell theirs
-VALIDATIONS = 3  # of which the median says as how many labels a reference counts
-WEIGHT = 1000  # as how many labels a reference counts beside labels
-# As how many labels a reference is sure of a network, which may err elsewhere, by what it sees: a whole table, what
-# `features=` shows it, or a part, such as patches and words. Chosen on the design half of `examples/studies/sureness`.
+_VALIDATIONS = 3  # of which the median says how many labels a reference counts as
+WEIGHT = 1000  # how many labels a reference counts as, beside labels
+# How sure a reference is of a network, which may err elsewhere, as a number of labels: by what it sees, a whole table,
+# what `features=` shows it, or a part, such as patches and words. Chosen on the design half of
+# `examples/studies/sureness`.
 _EQUIVALENT_LABELS = {
     "table": {"accuracy": 500, "auroc": 500, "loss": 200},
     "features": {"accuracy": 200, "auroc": 50, "loss": 100},
     "part": {"accuracy": 30, "auroc": 30, "loss": 30},
 }
-_FEWEST = 1.5  # positives, or groups of them, from which on these have a variance; of draws their number is a mean
+_FEWEST = 1.5  # groups, or positives, from which on these have a variance; sizes of groups differ, and draws have means
 BLOCKS = 10  # of samples, each of which is left out once
 _BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
-_QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
+QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Any]  # of outputs and labels
 
@@ -57,9 +58,9 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
         >>> int((draw_labels(torch.tensor([[0.75, 0.25]])) == 0).sum())
         15
     """
-    rules, q = find_task(task), as_tensor(q)
-    _check_predictions(rules, q)
-    return rules.draw(rules.label_matrix(q), None if residuals is None else as_tensor(residuals))
+    task_rules, q = find_task(task), as_tensor(q)
+    _check_predictions(task_rules, q)
+    return task_rules.draw(task_rules.label_matrix(q), None if residuals is None else as_tensor(residuals))
 
 
 def label_draws(y: Tensor, task: Task) -> Tensor:
@@ -124,8 +125,8 @@ def expected_loss(outputs: Numbers, q: Numbers, task: str = "multiclass", residu
         >>> expected_loss(10 * q.log(), q)  # a network that is too sure
         tensor(2.4849, dtype=torch.float64)
     """
-    rules, outputs, q = _of_same_samples(task, outputs, q, residuals)
-    return rules.losses(outputs, rules.label_matrix(q), draw_labels(q, task, residuals)).double().nanmean()
+    task_rules, outputs, q = _of_same_samples(task, outputs, q, residuals)
+    return task_rules.losses(outputs, task_rules.label_matrix(q), draw_labels(q, task, residuals)).double().nanmean()
 
 
 def expected_metric(
@@ -155,26 +156,26 @@ def expected_metric(
         >>> expected_metric(MulticlassAccuracy(2, average="micro"), q.log(), q)
         tensor(0.8500)
     """
-    rules, logits, q = _of_same_samples(task, logits, q, residuals)
-    return metric_value(metric, rules.predictions(logits), draw_labels(q, task, residuals), rules)
+    task_rules, logits, q = _of_same_samples(task, logits, q, residuals)
+    return metric_value(metric, task_rules.predictions(logits), draw_labels(q, task, residuals), task_rules)
 
 
 def _of_same_samples(task: str, outputs: Numbers, q: Numbers, residuals: Numbers) -> tuple[Task, Tensor, Tensor]:
     """Return the task and both tensors, or raise ValueError if sizes differ, or errors of a regression lack."""
-    rules, outputs, q = find_task(task), as_tensor(outputs), as_tensor(q)
+    task_rules, outputs, q = find_task(task), as_tensor(outputs), as_tensor(q)
     if len(outputs) != len(q):
         sizes = f"{len(outputs)} and {len(q)}"
         raise ValueError(f"Expected outputs of the network and `q` of the same samples, but got {sizes}.")
-    _check_predictions(rules, q)
-    columns = rules.output_matrix(outputs).shape[1], rules.label_matrix(q).shape[1]
+    _check_predictions(task_rules, q)
+    columns = task_rules.output_matrix(outputs).shape[1], task_rules.label_matrix(q).shape[1]
     if columns[0] != columns[1]:
         raise ValueError(
             f"Expected outputs of the network and `q` to have as many columns, but got {columns[0]} and {columns[1]}. "
             "One logit for two classes is the task 'binary'."
         )
-    if rules.is_regression and residuals is None:
+    if task_rules.is_regression and residuals is None:
         raise ValueError("Expected `residuals` in a regression: without them, predictions would be taken for targets.")
-    return rules, outputs, q
+    return task_rules, outputs, q
 
 
 def _check_predictions(task: Task, q: Tensor) -> None:
@@ -255,7 +256,7 @@ class Combined(NamedTuple):
     Attributes:
         value: The value.
         stderr: Its standard error, 1.645 of which are an interval of 90 %; nan if that is unknown.
-        equivalent_labels: As how many labels the reference counts beside labels, by this value alone.
+        equivalent_labels: How many labels the reference counts as, beside labels, by this value alone.
         is_contradicted: Whether labels contradict the reference.
     """
 
@@ -266,7 +267,9 @@ class Combined(NamedTuple):
 
 
 def equivalent_labels_of(sees: str, value: str) -> int:
-    """Return as how many labels a reference is sure of a value of a network; of one nobody has measured, the fewest.
+    """Return how many labels would be as sure of a value of a network as a reference is.
+
+    Of a value that nobody has measured, that is the fewest.
 
     Args:
         sees: What the reference sees: a whole ``"table"``, ``"features"``, or a ``"part"``.
@@ -282,19 +285,22 @@ def combine(
     num_calibrating: float = math.inf,
     equivalent_labels: float = WEIGHT,
     earlier: Sequence[float] = (),
+    weight: float | None = None,
 ) -> Combined:
     """Combine what a reference expects, what labels say, or both; one of them may be None.
 
-    The variance by the reference is the sum of three: of as many labels as there are unseen samples, as it was
-    calibrated by, and as it is sure of a network that may err elsewhere. Alongside labels it weighs as 1,000 of
-    them, or fewer if they differ from it: the median of some validations, so that a changing weight decides no epoch.
+    The variance by the reference is the sum of three: that of as many labels as there are unseen samples, that of as
+    many as calibrated it, and that of as many as it is sure of a network, which may err elsewhere. Beside labels it
+    weighs as 1,000 of them, or fewer if they differ from it: the median of some validations, so that a changing weight
+    decides no epoch.
 
     Args:
         expected: The value to expect by the reference.
         by_labels: The value on labels.
         num_calibrating: By how many left-out labels the reference was calibrated; those of one group count as one.
-        equivalent_labels: As how many labels it is sure of a network.
-        earlier: As how many labels it counted in earlier validations.
+        equivalent_labels: How many labels would be as sure of a network as it is.
+        earlier: How many labels it counted as in earlier validations.
+        weight: How many it weighs as; by default the median of the last few counts.
     """
     counts_now, least = float(WEIGHT), 0.0
     if expected is not None and by_labels is not None:
@@ -302,7 +308,8 @@ def combine(
         least = _least_weight(by_labels, 1 / num_calibrating + 1 / equivalent_labels)
         if not by_labels.variance > 0:  # of few labels, which tell nothing of their spread
             by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
-    weight = median_high([*earlier, counts_now][-VALIDATIONS:])
+    if weight is None:
+        weight = median_high([*earlier, counts_now][-_VALIDATIONS:])
 
     parts = []  # weights, values and variances
     if expected is not None:
@@ -320,7 +327,7 @@ def combine(
 
 
 def weight_beside(expected: Estimate, by_labels: Estimate, least: float = _BEYOND_CHANCE) -> float:
-    """Return as how many labels a reference counts beside labels: 1,000, unless they differ by more than chance.
+    """Return how many labels a reference counts as, beside labels: 1,000, unless they differ by more than chance.
 
     Then its variance is what the difference allows.
 
@@ -350,7 +357,7 @@ def _least_weight(by_labels: Estimate, of_reference: float) -> float:
 
 def _of_normal(degrees: float) -> float:
     """Return the factor of a variance by which a normal distribution has the 90 % interval of Student's t."""
-    return 1.0 if math.isinf(degrees) else float(stdtrit(degrees, 0.95) / _QUANTILE) ** 2
+    return 1.0 if math.isinf(degrees) else float(stdtrit(degrees, 0.95) / QUANTILE) ** 2
 
 
 def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate:
@@ -367,7 +374,7 @@ def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate
     units = number_units(groups, influences.shape[1])
     shares = units.bincount().double() / len(units)
     number = 1 / float(shares.square().sum())  # of groups, as many as if they were equally large
-    if number < 2:
+    if number < _FEWEST:
         return Estimate(value, math.nan, size)
     num_answers *= number / len(units)
     influences = influences.new_zeros(len(influences), len(shares)).index_add(1, units, influences)

@@ -67,7 +67,7 @@ BEST = f"`{LOSS}` was lowest at epoch 3"
 CHOSE = "Chosen by the reference (random forest, 2,000 training labels)."
 REACH = "There the network is expected to reach a loss of 0.4 ± 0.05, the reference by itself 0.35"
 RIVAL = f"{REACH}: consider it, or the mean of both."
-CANT_TELL = f"{REACH}. Which of both is better it can't tell, since the network may know more than it sees."
+CANT_TELL = f"{REACH}. It can't tell which is better, since the network may know more than it sees."
 LONGER = "It was still improving: train for longer."
 NONE = f"`{LOSS}` has no value to choose by: "
 LAST = (
@@ -111,6 +111,9 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
     "another estimator, many classes": (verdict(learner="GaussianNB"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'GaussianNB')} {RIVAL}"),
     "a regression": (verdict(**NUMBERS), validations(), f"{BEST}. {CHOSE} {RIVAL}"),
+    "large errors": (verdict(**NUMBERS), [{**row, "expected_loss": 3740.5 * row["expected_loss"]}
+        for row in validations(expected_loss_stderr=12.0, reference_expected_loss=1488.0)[1:]], f"{BEST}. {CHOSE} There the network is expected to reach a loss of 1500 ± "
+        "20, the reference by itself 1490: consider the mean of both."),
     "still improving": (verdict(), validations(4), f"{BEST[:-1]}4. {CHOSE} {RIVAL} {LONGER}"),
     "a single epoch": (verdict(), validations(4)[4:], f"{BEST[:-1]}4. {CHOSE} {RIVAL}"),
     "gaps, one at the end": (verdict(), without(validations()[:1]) + validations(4) + [{**validations()[0], **{

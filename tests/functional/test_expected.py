@@ -377,6 +377,14 @@ def test_a_single_sample_or_group_says_nothing_of_its_spread() -> None:
     assert math.isnan(estimate(measure_mean(torch.ones(1, 1, 1)), 1, None).variance)
 
 
+def test_two_groups_that_differ_little_in_size_are_as_sure_as_two_of_one_size() -> None:
+    values, stderrs = torch.rand(1, 400, 1, generator=generator()).round(), []
+    for size in (200, 201, 210):
+        groups = (torch.arange(400) >= size).long()
+        stderrs.append(combine(None, estimate(measure_mean(values), 2, groups)).stderr)
+    assert stderrs[1:] == pytest.approx([stderrs[0]] * 2, rel=0.6) and all(stderr > 0 for stderr in stderrs)
+
+
 @pytest.mark.parametrize("size", [50, 500, 5000])
 def test_labels_contradict_a_reference_by_chance_in_one_of_twenty_runs_if_it_errs_as_its_interval_admits(
     size: int,
