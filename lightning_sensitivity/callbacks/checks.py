@@ -20,7 +20,7 @@ from lightning_sensitivity.messages import Refused, check_argument, refuse_on_er
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.batches import is_dense, tensors_in
 from lightning_sensitivity.running.isolation import isolated, isolated_with
-from lightning_sensitivity.running.rules import by_position, labels_in, without
+from lightning_sensitivity.running.rules import labels_in, name_positions, without
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
@@ -173,7 +173,7 @@ def try_values(
     if not math.isclose(*tried, rel_tol=_REPEATED, abs_tol=_REPEATED):
         raise Refused(
             f"`loss` gives {tried[0]:.6g}, and {tried[1]:.6g} when it is called again on the same batch, with the same "
-            "random numbers: it keeps something that is not restored. Let it be an `nn.Module` that keeps it in "
+            "random numbers: it keeps something that is not restored. Make it an `nn.Module` that keeps it in "
             "buffers, or pass a copy that keeps nothing.",
             entry="loss",
         )
@@ -261,7 +261,7 @@ class FirstStep:
             return
         self._hook.close()
         with suppress(Exception):  # a step must not fail because of a hint
-            arguments = by_position(module, args) | kwargs
+            arguments = name_positions(module, args) | kwargs
             has_drawn = compat.random_streams() != self._streams
             self._problem = _difference(self._ours, _inputs(arguments), has_drawn)
 

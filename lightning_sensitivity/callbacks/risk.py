@@ -97,15 +97,15 @@ class RiskMonitor(Monitor):
         call: Function | None = None,
         prog_bar: bool = False,
     ) -> None:
-        rules = check_task(task, loss, reference)
+        task_rules = check_task(task, loss, reference)
         check_bool("validation_labels", validation_labels)
-        checks.check_class_shares(class_shares, rules)
+        checks.check_class_shares(class_shares, task_rules)
         selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
-        reader = BatchReader(**selectors, features=features, groups=groups, task=rules)
+        reader = BatchReader(**selectors, features=features, groups=groups, task=task_rules)
         super().__init__(reader, num_samples, prefix, prog_bar)
         if validation_labels and self.num_samples is not None:
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
-        self.task = rules
+        self.task = task_rules
         self.loss = loss
         self.validation_labels = validation_labels
         self.history: History = []
@@ -148,9 +148,11 @@ class RiskMonitor(Monitor):
         fitted = None if self._reference is None else self._reference.fitted
         if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
-        # Shares that were estimated are those of the samples that the reference has predicted in the fit, if it has.
+        # Shares that were estimated are those of all samples that the reference has predicted in the fit, if it has.
         unseen = {} if self._predicted is None else self._predicted.unseen
-        shares = unseen[min(unseen)].q.double().mean(0) if unseen else torch.from_numpy(fitted.model.shares_)
+        shares = torch.from_numpy(fitted.model.shares_)
+        if unseen:
+            shares = torch.cat([each.q for each in unseen.values()]).double().mean(0)
         return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
 
     def plot(self) -> PlotType:

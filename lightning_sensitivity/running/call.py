@@ -219,7 +219,7 @@ def select_seen(
         indices: Which of them to look at; None for all.
 
     Returns:
-        What a reference sees, on the CPU, and the names of the arguments of which something can't be read.
+        What a reference sees, on the CPU, and the names of arguments of which something can't be read; some repeatedly.
     """
     inputs, unread = sight[0], [*sight[1]]
     seen: dict[str, list[Tensor]] = {}
@@ -240,7 +240,7 @@ def select_seen(
         seen.setdefault(kind, []).append(x.cpu())
     alone = {kind: parts[0] for kind, parts in seen.items() if len(parts) == 1 and parts[0].ndim > 1}
     joined = {kind: alone[kind] if kind in alone else KINDS[kind].beside(parts) for kind, parts in seen.items()}
-    return joined, [*dict.fromkeys(unread)]
+    return joined, unread
 
 
 def sum_graphs(graphs: object, size: int) -> Tensor:

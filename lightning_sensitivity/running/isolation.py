@@ -225,7 +225,7 @@ class _State:
         for module, mode in modes.items():
             is_lightning = callable(getattr(type(module), "log_dict", None))
             self.fixed.append((vars(module), {"training": mode, **(_SILENT if is_lightning else {})}))
-        # That a parameter is trained, and its gradient, are no business of a pass.
+        # A pass may neither change a gradient nor whether a parameter is trained.
         self.trained = [(each, each.requires_grad, each.grad) for each in weights]
         self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
         self.devices = sorted({each.get_device() for each in weights if each.is_cuda})

@@ -121,7 +121,7 @@ def _takes_only_keywords(model: nn.Module) -> bool:
     return {*_kinds(model)} <= {_KEYWORDS}
 
 
-def by_position(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
+def name_positions(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
     """Name arguments that are given by position; those of ``*args`` by numbers."""
     return dict(zip([*parameters_of(model), *map(str, range(len(values)))], values, strict=False))
 
@@ -146,7 +146,7 @@ def layout_of_batch(model: nn.Module, batch: Any) -> Layout:
     positions = _split(model, batch)[0] if is_sequence(batch) else [()]
     if isinstance(batch, Mapping):
         positions = [_only_argument(model, batch)]
-    return _layout(model, batch, batch, False, by_position(model, positions))
+    return _layout(model, batch, batch, False, name_positions(model, positions))
 
 
 def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
@@ -167,7 +167,7 @@ def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
             raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
         return _layout(model, batch, both, True, {name: (1, name) for name in chosen})
     positions = [(1, step) for step in range(len(chosen))] if type(chosen) is tuple else [(1,)]
-    return _layout(model, batch, both, False, by_position(model, positions))
+    return _layout(model, batch, both, False, name_positions(model, positions))
 
 
 def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
