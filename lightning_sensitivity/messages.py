@@ -21,7 +21,7 @@ Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a 
 
 
 class Refused(MisconfigurationException):
-    """Say what is wrong, and point to what to do about it.
+    """An error that says what is wrong, and where it is written what to do about it.
 
     Args:
         reason: What is wrong, in whole sentences.

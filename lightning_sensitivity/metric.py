@@ -23,7 +23,7 @@ __all__ = ["OutputSensitivity"]
 
 
 class OutputSensitivity(Metric):
-    r"""Compute output sensitivity: the variance of the class-averaged output change under input noise.
+    r"""Output sensitivity: the variance of the class-averaged output change under input noise.
 
     .. math::
         S = \operatorname{Var}\Big(\frac{1}{K} \sum_{k=1}^{K} \big[f_k(x + \varepsilon) - f_k(x)\big]\Big)

@@ -47,7 +47,7 @@ class Stage(Enum):
 
 
 class RunReference:
-    """Stand in for the labels of the kept samples of a run.
+    """The reference of a run, which stands in for the labels of the kept samples.
 
     Training samples are kept in the first whole epoch, and in what a resumed fit has left of one before. The
     reference is made once: when that epoch is over, or no more samples fit; if no sample has a label, after

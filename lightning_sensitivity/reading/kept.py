@@ -56,9 +56,9 @@ def num_bytes(value: object) -> int:
 
 
 class KeptSamples:
-    """Keep whole, evenly spaced batches of a loader, since data may be sorted.
+    """Whole batches of a loader, which are evenly spaced, since data may be sorted.
 
-    Of too many batches, that with the highest priority number goes.
+    If there are too many, the one with the highest priority number goes.
 
     Args:
         num_wanted: How many samples to keep in this process; inf for all.
@@ -132,9 +132,9 @@ class KeptSamples:
 
 
 class KeptObservations:
-    """Keep training samples, from which a reference learns, within the memory.
+    """Training samples, from which a reference learns: as many as there is memory for.
 
-    Only samples that are to be kept are read: evenly spaced ones, whose priorities are below a limit.
+    Only those that are to be kept are read: evenly spaced ones, whose priorities are below a limit.
 
     Args:
         num_columns: How many columns labels have as a matrix.

@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 
 class BatchReader:
-    """Read batches of any kind, by functions of the user or by what is usual.
+    """A reader of batches of any kind, by functions of the user or by what is usual.
 
     The functions get copies of a batch, and may draw random numbers without a trace.
 

@@ -27,7 +27,7 @@ Function = Callable[[Any, Any], Any]  # of a module and a batch, in place of ``f
 
 
 class ModelCall:
-    """Call a model on a batch, any number of times, with clean or perturbed inputs.
+    """A call of a model on a batch, which can be made any number of times, with clean or perturbed inputs.
 
     The arguments of the model are
 
@@ -270,7 +270,7 @@ def sum_graphs(graphs: object, size: int) -> Tensor:
 
 
 class Sigmoids(TorchFunctionMode):
-    """Notes what sigmoids gave that were called inside: if outputs are that, they can't be logits."""
+    """A mode that notes what sigmoids gave that were called inside: if outputs are that, they can't be logits."""
 
     def __init__(self) -> None:
         super().__init__()

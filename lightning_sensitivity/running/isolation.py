@@ -33,7 +33,7 @@ _OF_THREADS = {"lightning", "pytorch_lightning", "logging", "multiprocessing", "
 
 
 class RunIsolated(Protocol):
-    """Call a function that runs the model, and leave no trace of it."""
+    """A way to call a function that runs the model, without a trace of it."""
 
     def __call__(self, function: Callable[..., T], *args: object) -> T:
         """Return what the function returns."""
@@ -143,7 +143,7 @@ class _Steps(ABC):  # noqa: B024
 
 
 class _NoIterator(Iterator[Any]):
-    """Stands in for an iterator, which nobody can put back."""
+    """A stand-in for an iterator, which nobody can put back."""
 
     def __init__(self, name: str) -> None:
         self._name = name

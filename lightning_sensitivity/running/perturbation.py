@@ -24,7 +24,7 @@ Key = tuple[int, ...]  # what a noise draw depends on
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """Add independent normal noise to every element: x' = x + ε, ε ~ N(0, σ² I).
+    """Independent normal noise, which is added to every element: x' = x + ε, ε ~ N(0, σ² I).
 
     Args:
         std: σ in the units of the model's inputs.
