@@ -15,7 +15,7 @@ from lightning_sensitivity.expected.doubts import PROBABILITIES, REASONS, Doubts
 from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
 from lightning_sensitivity.expected.record import Unseen
-from lightning_sensitivity.functional.expected import Loss
+from lightning_sensitivity.functional.expected import Loss, check_pairs
 from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities, without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, Shape, check_count, check_logits
@@ -157,15 +157,16 @@ def compare_models(
             labels = torch.cat([reader.labels(each, reader.call(first, each), shape) for each in moved])
             check_count(labels, len(some))
             y = task_rules.label_matrix(labels, num_columns).double()
-    metrics = (
-        {} if loss is not None else task_rules.default_metrics(num_columns)
-    )  # accuracy first; none in a regression
+    # Accuracy comes first; in a regression there is none.
+    metrics = {} if loss is not None else task_rules.default_metrics(num_columns)
     expectation = Expectation(task_rules, loss, metrics, some, like, Doubts(warn))
     read = {name: each[rows] for name, each in outputs_of.items()}
     for name, each in read.items():
         if not bool(task_rules.predictions(each).isfinite().all()):  # a logit of -inf masks a class
             raise Refused(f"Model {name!r} can't be compared: outputs should be finite, but some are nan or inf.")
     with refuse_on_error("`loss` fails", "comparing-models"), isolated_with(first, loss) as run:
+        if loss is not None:
+            run(check_pairs, loss, some, task_rules.as_labels(task_rules.hard_labels(known.labels), like))
         ranked = run(expectation.rank, read, Known(y[rows], new.groups, unseen))
     return _scores(ranked)
 

@@ -458,6 +458,16 @@ def test_a_loss_that_says_nothing_of_samples_is_refused(loss: Any, message: str)
         compare(loss=loss)
 
 
+def test_a_loss_that_torch_broadcasts_is_refused() -> None:
+    options = {"outputs": lambda y: y[:, :1], "training": [(X, X[:, 0].sin() + X[:, 1])]}
+    options |= {"task": "regression", "reference": LinearRegression()}
+    with pytest.raises(
+        MisconfigurationException, match="`loss` fails: Expected a loss of each output .* are broadcast"
+    ):
+        compare(loss=lambda outputs, y: (outputs - y).abs(), **options)
+    assert len(compare(loss=lambda outputs, y: (outputs.squeeze(1) - y).abs(), **options)) == 3
+
+
 def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
     with pytest.warns(UserWarning, match="gets 20 outputs, of which 16 are the class of none of 150 training labels"):
         compare({name: nn.Linear(12, 20) for name in "ab"})

@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
-from lightning_sensitivity.functional.expected import Loss, metric_value
+from lightning_sensitivity.functional.expected import Loss, check_pairs, metric_value
 from lightning_sensitivity.functional.tasks import AnyMetric, Task
 from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
@@ -84,7 +84,7 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
     """
     logged = {prefix + name: is_highest for name, is_highest in directions.items()}
     for owner, monitor in callbacks_that_monitor(trainer):
-        name, kind = monitor.partition("/dataloader_idx_")[0], type(owner).__name__
+        name, kind = without_loader(monitor), type(owner).__name__
         if name in logged:
             best, mode = "max" if logged[name] else "min", getattr(owner, "mode", None)
             if mode in ("min", "max") and mode != best:  # some have no such mode
@@ -107,11 +107,19 @@ def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
     return [(owner, name) for owner, name in [*monitors, *schedulers] if isinstance(name, str)]
 
 
+def without_loader(name: str) -> str:
+    """Return a logged name without what Lightning adds if there are several loaders."""
+    return name.partition("/dataloader_idx_")[0]
+
+
 def has_ended(trainer: Trainer) -> bool:
     """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    has_stopped = any(getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer))
+    # Of an earlier fit, the epoch stays.
+    was_stopped = trainer.should_stop and any(
+        getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer)
+    )
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return has_stopped or any(0 < group.get("initial_lr", 0.0) >= group["lr"] / _ENDED for group in groups)
+    return was_stopped or any(0 < group.get("initial_lr", 0.0) >= group["lr"] / _ENDED for group in groups)
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:
@@ -189,6 +197,7 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
         once, twice = (_mean_loss(loss, *pair) for pair in pairs)
+        check_pairs(loss, outputs, labels)
     check_argument("loss", once, math.isfinite(once), f"finite for {got}")
     if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
         values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"

@@ -50,14 +50,14 @@ class RiskMonitor(Monitor):
 
     Args:
         task: ``"multiclass"``, ``"binary"``, ``"multilabel"`` or ``"regression"``.
-        loss: Of outputs and labels, their mean, or one number for each.
+        loss: A function of outputs and labels, which returns the mean over samples, or a number for each.
         metrics: Torchmetrics by name.
-        targets: ``batch -> labels``; -100, or nan in a regression, is unknown.
+        targets: ``batch -> labels``; -100 is unknown, in a regression nan, of several labels both.
         validation_labels: Use validation labels beside the reference.
         features: What the reference sees of the inputs: a pretrained ``nn.Module``, or ``batch -> (N, D)``.
-        reference: An estimator of scikit-learn in its place.
+        reference: An estimator of scikit-learn in place of its own learners.
         groups: ``batch -> (N,)``, such as the patient, if unseen samples are of others.
-        class_shares: Those of unseen samples, if training has others, or ``"estimate"``.
+        class_shares: The class shares of unseen samples, if training has others, or ``"estimate"``.
         num_samples: Validation samples per loader; with labels at least 2,000; None for all.
         prefix: Prefix of the logged names.
         inputs: ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
@@ -211,7 +211,9 @@ class RiskMonitor(Monitor):
             if self.state_key in checkpoint["callbacks"]:
                 self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
         except Exception:  # whatever is there
-            message = "leaves its state in the checkpoint alone: another version has saved it. So this fit begins anew."
+            message = (
+                "leaves its state in the checkpoint alone: another version may have saved it. So this fit begins anew."
+            )
             self.run.warn("checkpoint", message)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -50,7 +50,7 @@ class RunReference:
     """The reference of a run, which stands in for the labels of the kept samples.
 
     Training samples are kept in the first whole epoch, and in what a resumed fit has left of one before. The
-    reference is made once: when that epoch is over, or no more samples fit; if no sample has a label, after
+    reference is made once: when that epoch is over, or enough samples have come; if no sample has a label, after
     a later epoch. It depends on the samples alone. The first process fits it, and sends what it predicts.
 
     A resumed fit goes on with the predictions of the checkpoint while the kept validation samples are the
@@ -173,7 +173,14 @@ class RunReference:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with same_streams(), self._run.report_failure(*failure):
                 training = self._fit([part.training for part in parts if part.training is not None])
-                predicted = predicted or self._predict_all(parts, training)
+                new = self._predict_all(parts, training)
+                if predicted is not None and predicted.differs(new, self._reader.task):
+                    message = (
+                        "goes on with what the reference of an earlier part of this fit predicts, but a new one has "
+                        "learned other labels, or sees other inputs. To be judged by that, begin a new fit."
+                    )
+                    self._run.warn("checkpoint", message, kind="reference")
+                predicted = predicted or new
         is_over, predicted = trainer.strategy.broadcast((is_over, predicted))
         self.stage = Stage.OVER if is_over else Stage.WAITING
         self._run.training = None

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
+from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, without_loader
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
@@ -129,7 +129,7 @@ class SensitivityMonitor(Monitor):
             submodule(pl_module, self.at)
         others = {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT}.difference(self.names_of_all(trainer))
         for callback, monitored in callbacks_that_monitor(trainer):
-            if monitored.partition("/dataloader_idx_")[0] in others:
+            if without_loader(monitored) in others:
                 raise Refused(
                     f"`{type(callback).__name__}` monitors `{monitored}`, but `{self.name}` is logged, whose values "
                     f"differ. Monitor that, or set `per_output={not self.per_output}`.",
@@ -140,7 +140,7 @@ class SensitivityMonitor(Monitor):
         """Warn of callbacks and schedulers that choose by the lowest or the highest value, and not by a bound."""
         num_validations = _most_validations(trainer)
         for callback, monitored in callbacks_that_monitor(trainer):
-            name, kind = monitored.partition("/dataloader_idx_")[0], type(callback).__name__
+            name, kind = without_loader(monitored), type(callback).__name__
             has_bound = getattr(callback, "divergence_threshold", None) is not None
             is_patient = getattr(callback, "patience", math.inf) >= num_validations
             is_sensible = has_bound and is_patient and getattr(callback, "mode", "min") == "min"

@@ -129,8 +129,8 @@ def say_differences(training: Observations, new: Observations, where: str, are_i
     may_have_groups = has_columns and training.groups is None and not size > _COLUMNS_DIFFER
     if may_have_groups and (share := farther_share(training, new)):
         message = (
-            f"finds that training samples are nearer to each other than those of {where} are to them ({share:.0%} "
-            "are farther from the nearest one; by chance half are). If several are of one patient, household or "
+            f"finds that samples of {where} are farther from training samples than these are from each other "
+            f"({share:.0%} are; by chance it is half). If several are of one patient, household or "
             "machine, set `groups=`: without it, too much is expected."
         )
         warn("groups", message, f"likely {where}")

@@ -134,9 +134,8 @@ class FittedReference:
         samples = Observations(join_seen(seen), torch.zeros(len(of_network), 0))
         rows = finite_samples(samples, "samples", self._warn)
         of_finite = self.predict(samples.take(rows).seen, shares).to(of_network.dtype)
-        of_reference = of_finite.new_full((len(of_network), of_finite.shape[1]), math.nan).index_copy(
-            0, rows, of_finite
-        )
+        of_reference = of_finite.new_full((len(of_network), of_finite.shape[1]), math.nan)
+        of_reference[rows] = of_finite
         return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import QUANTILE
+from lightning_sensitivity.functional.tasks import Task
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
+_OTHER = 0.5  # of a left-out score: equal data gives 0, a tenth of new labels .12, permuted ones 5.9
 _TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
 
 State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
@@ -146,6 +148,14 @@ class Predicted:
             unseen[index] = replace(each, indices=new_indices[each.indices])
         return Predicted(self.verdict, unseen, dict(fingerprints), settings)
 
+    def differs(self, new: "Predicted", task: Task) -> bool:
+        """Return whether another reference predicts something else of the same samples, by half of the score."""
+        for index, each in self.unseen.items():
+            q, of_new = (part.q[part.indices.argsort()] for part in (each, new.unseen.get(index, each)))
+            if len(q) == len(of_new) and float(task.distances(q, of_new).nanmean()) > _OTHER * each.score:
+                return True
+        return False
+
 
 # Validations
 
@@ -156,7 +166,7 @@ History = list[Row]
 
 
 def state_of(history: History, predicted: Predicted | None) -> State:
-    """Return what a checkpoint holds, which ``torch.load`` reads without pickle.
+    """Return what a checkpoint holds, which ``torch.load`` reads with ``weights_only=True``.
 
     Args:
         history: A row for each validation and loader.

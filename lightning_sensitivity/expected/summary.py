@@ -138,7 +138,8 @@ def _of_best(s: Summary, value: str) -> list[str]:
         *[f"This is doubtful: {_DOUBTS[each]}" for each in s["doubts"]],
         nothing * bool(s.get("inputs_tell_nothing")),
         _rival(s, value),
-        f"The reference has no skill on these labels, so the averages leave them out: {blind}." * bool(blind),
+        f"The reference has no skill on these labels: {blind}. Averages leave them out, but for your own."
+        * bool(blind),
         f"There is no value for {num_gaps} of {s['num_validations']} validations." * (num_gaps > 0),
     ]
 

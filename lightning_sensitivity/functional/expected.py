@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median_high
+from statistics import fmean, median_high
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -29,6 +29,7 @@ _EQUIVALENT_LABELS = {
     "part": {"accuracy": 30, "auroc": 30, "loss": 30},
 }
 _FEWEST = 1.5  # groups, or positives, from which on these have a variance; sizes of groups differ, and draws have means
+_TRIED = 32  # samples on which a loss is tried
 BLOCKS = 10  # of samples, each of which is left out once
 _BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
@@ -224,6 +225,35 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
     outputs = outputs.to(like.device)
     pairs = ((outputs.clone(), task.as_labels(each, like).clone()) for each in draws)  # it may write to both
     return torch.stack([torch.as_tensor(loss(*pair)) for pair in pairs]).detach().double().cpu()
+
+
+def check_pairs(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
+    """Raise ValueError if a loss compares each output with every label, as torch broadcasts ``(N, 1)`` and ``(N,)``.
+
+    Of one sample at a time it can't. A loss of pairs of samples differs from that, too, but also in one shape.
+    """
+    shapes = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}"
+    of_sample = outputs.shape[1:], labels.shape[1:]
+    if of_sample[0] == of_sample[1] or of_sample[0].numel() != of_sample[1].numel():
+        return
+    labels = labels[:_TRIED]
+    # Outputs of an untrained network may all be below the labels: then a mean of differences is the same.
+    outputs = labels.reshape(len(labels), *outputs.shape[1:]).to(outputs)
+
+    def mean(some: Tensor, of_some: Tensor) -> float:
+        return float(torch.as_tensor(loss(some.clone(), of_some.clone())).double().mean())
+
+    try:
+        one_by_one = fmean(map(mean, outputs[:, None], labels[:, None]))
+        both = mean(outputs, labels), mean(outputs.reshape(labels.shape), labels)
+    except Exception:  # it needs several samples, or these shapes
+        return
+    is_right, is_right_in_one_shape = (math.isclose(each, one_by_one, rel_tol=1e-3, abs_tol=1e-6) for each in both)
+    if is_right_in_one_shape and not is_right:
+        raise ValueError(
+            f"Expected a loss of each output and its own label, but {shapes} are broadcast: give both one shape, "
+            "`loss=lambda outputs, labels: loss(outputs.flatten(), labels.flatten())`."
+        )
 
 
 # How sure a value is, and what a reference and labels say together

@@ -124,7 +124,7 @@ def test_groups_that_are_likely_are_said_once(name: str) -> None:
     train, val, options, is_said = LIKELY[name]
     monitor = quick_risk(**{"targets": second, **options})
     texts = fitted_and_said(monitor, Net(), train, val, max_epochs=3)[1]
-    assert sum("nearer to each other" in text and "set `groups=`" in text for text in texts) == is_said
+    assert sum("are farther from training samples" in text and "set `groups=`" in text for text in texts) == is_said
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -199,7 +199,7 @@ class Part(nn.Module):
 def test_a_comparison_counts_groups() -> None:
     models = {"right": Part(0), "wrong": Part(4)}
     options = {"training": [persons(0)], "targets": second}
-    with pytest.warns(UserWarning, match="nearer to each other than those of `dataloader`"):
+    with pytest.warns(UserWarning, match="samples of `dataloader` are farther from training samples"):
         plain = compare_models(models, [persons(1000)], **options)
     grouped = compare_models(models, [persons(1000)], groups=names, **options)
     assert grouped[1].difference_stderr > 1.3 * plain[1].difference_stderr

@@ -88,6 +88,40 @@ def test_it_is_refused_before_the_first_step(name: str) -> None:
     refused([quick_risk(loss=loss)], Plain(), batches_of(X, CORRECT), unlabelled_loader(), match=match)
 
 
+def ranking(outputs: Tensor, y: Tensor) -> Tensor:
+    outputs, y = outputs.flatten(), y.flatten()
+    return (1 - (outputs[:, None] - outputs) * (y[:, None] - y).sign()).relu().mean()
+
+
+PAIRED: dict[str, tuple[Any, bool]] = {  # losses of outputs (N, 1) and targets (N,); is each compared with its own?
+    "of both as they are": (mse_loss, False),
+    "of both as they are, a number for each": (lambda outputs, y: (outputs - y).abs(), False),
+    "of flattened outputs": (lambda outputs, y: huber_loss(outputs.flatten(), y), True),
+    "of targets with a dimension more": (lambda outputs, y: (outputs - y[:, None]).abs(), True),
+    "of all pairs of samples": (ranking, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_loss_that_torch_broadcasts_is_refused(name: str) -> None:
+    loss, is_fine = PAIRED[name]
+    data = (
+        Plain(1, lambda outputs, y: mse_loss(outputs.flatten(), y)),
+        batches_of(X, TARGETS),
+        unlabelled_loader(seed=1),
+    )
+    if is_fine:
+        fit(data[0], monitor := RiskMonitor("regression", loss=loss), train=data[1], val=data[2])
+        assert "expected_loss" in monitor.history[0]
+    else:
+        refused(
+            [RiskMonitor("regression", loss=loss)],
+            *data,
+            match=r"\(16, 1\) and labels \(16,\) are broadcast: give both",
+        )
+
+
 class Balanced(nn.Module):
     """Class weights from the labels of the last batches."""
 

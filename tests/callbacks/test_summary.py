@@ -262,6 +262,13 @@ def test_it_advises_to_train_for_longer_unless_that_is_of_no_use(name: str, log:
     assert (LONGER in line) == is_improving
 
 
+def test_that_an_earlier_fit_was_stopped_says_nothing_of_this_one(log: Any) -> None:
+    stopping = cb.EarlyStopping(LOSS, patience=9)
+    stopping.stopped_epoch = 3
+    fit(Plain(), quick_risk(), stopping, max_epochs=2)
+    assert all(LONGER in line for line in lines(log))
+
+
 # Where there is no value
 
 
