@@ -212,7 +212,7 @@ class KeptObservations:
         self.size = sum(len(samples) for _, samples in self._parts)
 
     def are_enough(self) -> bool:
-        """Return whether no more samples fit, and labels are alike in both halves, as those to come will be."""
+        """Return whether enough samples have come, and labels are alike in both halves, as those to come will be."""
         if self.size == 0 or not self.is_full:
             return False
         y = torch.cat([samples.labels for _, samples in self._parts]).double()  # in the order in which they came

@@ -240,7 +240,7 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
             a sample.
 
     Returns:
-        N, the expected share, up to 0.85; the mean over several labels, or nan if none is known.
+        N, the expected share, up to 0.85 (1 - 1/K); the mean over several labels, or nan if none is known.
 
     Raises:
         ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
@@ -259,10 +259,8 @@ def unexplained_share(predictions: object, labels: object, task: str | None = No
     task_rules = find_task(task or ("binary" if num_outputs(q) == 1 else "multiclass"))
     y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
     task_rules.check(q, y)
-    q, y = (
-        task_rules.label_matrix(q).double(),
-        task_rules.label_matrix(y, task_rules.num_columns(tuple(q.shape[1:]))).double(),
-    )
+    y = task_rules.label_matrix(y, task_rules.num_columns(tuple(q.shape[1:]))).double()
+    q = task_rules.label_matrix(q).double()
     are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
     if not are_probabilities or not bool(task_rules.has_label(y).all()):
         raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")

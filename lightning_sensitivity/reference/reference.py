@@ -308,7 +308,7 @@ def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = 
         groups: What samples of one group share, such as the patient; see :meth:`Reference.fit`.
 
     Returns:
-        The share, up to 0.85; nan if it can't be estimated, since the reference has learned nothing.
+        The share, up to 0.85 (1 - 1/K); nan if it can't be estimated, since the reference has learned nothing.
 
     Raises:
         ValueError: If the task is another, shapes do not fit, there is no label, or numbers are not finite.

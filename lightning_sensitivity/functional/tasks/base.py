@@ -161,7 +161,7 @@ class Multiclass(TaskBase):
     def losses(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the cross-entropy of each sample, ``(N, 1)``, exact in the probabilities of its labels.
 
-        A class whose logit is -inf is masked: a label of it costs inf, and the chance that there may be one nothing.
+        A class whose logit is -inf is masked: a label of it costs inf; a mere chance of one costs nothing.
 
         Args:
             outputs: Outputs of a network.
