@@ -175,8 +175,8 @@ def _scores(ranked: Sequence[tuple[str, float, float, float]]) -> Comparison:
     """Return the scores of models by what :meth:`Expectation.rank` says, or say why there are none."""
     if not ranked:
         raise Refused(
-            "`validation_labels` can't be read: no sample of `dataloader` has one, or all are of one class, and the "
-            "reference sees too little: set `features=`.",
+            "`validation_labels` can't be read: no sample of `dataloader` has one, and the reference sees too little: "
+            "set `features=`.",
             "comparing-models",
         )
     scores = Comparison()

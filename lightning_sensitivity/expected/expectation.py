@@ -27,7 +27,7 @@ from lightning_sensitivity.functional.expected import (
     metric_value,
     one_draw,
 )
-from lightning_sensitivity.functional.tasks import AnyMetric, ClosedForm, Measured, Task, measure_mean
+from lightning_sensitivity.functional.tasks import Accuracy, AnyMetric, ClosedForm, Measured, Task, measure_mean
 from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
 from lightning_sensitivity.reference.observations import count_groups
 
@@ -332,8 +332,9 @@ class Expectation:
         for name in names:
             if name == _LOSS:
                 measured[name] = self._measure_loss(labelled)
-            elif can_measure:
-                metric = self.metrics[name.removeprefix(EXPECTED)]
+                continue
+            metric = self.metrics[name.removeprefix(EXPECTED)]
+            if can_measure or isinstance(metric, Accuracy):  # which labels of one class tell, too
                 if isinstance(metric, ClosedForm):
                     each = metric.measure(p, known_draws)
                 else:

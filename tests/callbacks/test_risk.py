@@ -422,3 +422,4 @@ def test_labels_of_a_single_class_have_a_score_and_count_in_no_metric_that_needs
     both, other = (logged(fit(Plain(), each, val=batches_of(HOLDOUT, 0 * SOME))) for each in (monitor, alone))
     assert both.get(AUROC) == (other[AUROC] if sees else None) and both[LOSS] < 2
     assert ("expected_auroc" in monitor.history[-1]) == sees
+    assert both["val/expected_accuracy"] != other["val/expected_accuracy"] and both["val/expected_accuracy"] < 1

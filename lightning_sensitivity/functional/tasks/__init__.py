@@ -6,7 +6,14 @@ is nan there. What differs between tasks is asked here alone: of a task that is 
 """
 
 from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, NUM_DRAWS, Binary, Multiclass
-from lightning_sensitivity.functional.tasks.metrics import AUROC, AnyMetric, ClosedForm, Measured, measure_mean
+from lightning_sensitivity.functional.tasks.metrics import (
+    AUROC,
+    Accuracy,
+    AnyMetric,
+    ClosedForm,
+    Measured,
+    measure_mean,
+)
 from lightning_sensitivity.functional.tasks.multilabel import Multilabel
 from lightning_sensitivity.functional.tasks.regression import Regression
 
@@ -15,8 +22,8 @@ TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), M
 TASK_NAMES = ", ".join(map(repr, TASKS))
 
 __all__ = [
-    "AUROC", "FLOOR", "IGNORED", "NUM_DRAWS", "TASKS", "TASK_NAMES", "AnyMetric", "ClosedForm", "Measured", "Task",
-    "find_task", "measure_mean",
+    "AUROC", "FLOOR", "IGNORED", "NUM_DRAWS", "TASKS", "TASK_NAMES", "Accuracy", "AnyMetric", "ClosedForm", "Measured",
+    "Task", "find_task", "measure_mean",
 ]  # fmt: skip
 
 
