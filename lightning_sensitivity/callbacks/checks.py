@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
-from lightning_sensitivity.functional.expected import Loss, check_pairs, metric_value
+from lightning_sensitivity.functional.expected import Loss, check_pairs, mean_loss, metric_value
 from lightning_sensitivity.functional.tasks import AnyMetric, Task
 from lightning_sensitivity.functional.tensors import are_close, in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
@@ -196,7 +196,7 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
     got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
-        once, twice = (_mean_loss(loss, *pair) for pair in pairs)
+        once, twice = (mean_loss(loss, *pair) for pair in pairs)
         check_pairs(loss, outputs, labels)
     check_argument("loss", once, math.isfinite(once), f"finite for {got}")
     if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
@@ -205,19 +205,11 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
     return once
 
 
-def _mean_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
-    """Compute a loss, which may write to what it gets."""
-    value = loss(outputs.clone(), labels.clone())
-    is_one = not isinstance(value, list | tuple)
-    check_argument("loss", value, is_one, "a function that returns one tensor, such as `lambda f, y: loss(f, y)[0]`")
-    return float(torch.as_tensor(value).double().mean())
-
-
 def _is_lowest_at(loss: Loss, outputs: Tensor, labels: Tensor) -> bool:
     """Return whether a loss is finite at some outputs, and not lower where all are somewhat less or more."""
     step = _STEP * (float(outputs.nan_to_num().std(correction=0)) or 1.0)
     try:
-        lowest, *others = (_mean_loss(loss, outputs + shift, labels) for shift in (0.0, -step, step))
+        lowest, *others = (mean_loss(loss, outputs + shift, labels) for shift in (0.0, -step, step))
     except Exception:  # such as of an exponential
         return False
     return math.isfinite(lowest) and not any(other < lowest - _REPEATED * step for other in others)

@@ -18,7 +18,7 @@ from lightning_sensitivity.functional.tasks import AUROC, AnyMetric, ClosedForm,
 from lightning_sensitivity.functional.tensors import Numbers, as_tensor, number_units
 
 ESTIMATES = 2  # the version of expected values, raised with whatever changes one, so that studies can tell theirs
-_VALIDATIONS = 3  # of which the median says how many labels a reference counts as
+VALIDATIONS = 3  # of which the median says how many labels a reference counts as
 WEIGHT = 1000  # how many labels a reference counts as, beside labels
 # How sure a reference is of a network, which may err elsewhere, as a number of labels: by what it sees, a whole table,
 # what `features=` shows it, or a part, such as patches and words. Chosen on the design half of
@@ -227,6 +227,15 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
     return torch.stack([torch.as_tensor(loss(*pair)) for pair in pairs]).detach().double().cpu()
 
 
+def mean_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
+    """Compute the mean of a user's loss, which may write to what it gets; raise ValueError if it gives several values."""
+    value = loss(outputs.clone(), labels.clone())
+    if isinstance(value, list | tuple):
+        example = "`lambda f, y: loss(f, y)[0]`"
+        raise ValueError(f"`loss` should be a function that returns one tensor, such as {example}, got {value!r}.")
+    return float(torch.as_tensor(value).double().mean())
+
+
 def check_pairs(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
     """Raise ValueError if a loss compares each output with every label, as torch broadcasts ``(N, 1)`` and ``(N,)``.
 
@@ -239,13 +248,9 @@ def check_pairs(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
     labels = labels[:_TRIED]
     # Outputs of an untrained network may all be below the labels: then a mean of differences is the same.
     outputs = labels.reshape(len(labels), *outputs.shape[1:]).to(outputs)
-
-    def mean(some: Tensor, of_some: Tensor) -> float:
-        return float(torch.as_tensor(loss(some.clone(), of_some.clone())).double().mean())
-
     try:
-        one_by_one = fmean(map(mean, outputs[:, None], labels[:, None]))
-        both = mean(outputs, labels), mean(outputs.reshape(labels.shape), labels)
+        one_by_one = fmean(mean_loss(loss, *pair) for pair in zip(outputs[:, None], labels[:, None], strict=True))
+        both = mean_loss(loss, outputs, labels), mean_loss(loss, outputs.reshape(labels.shape), labels)
     except Exception:  # it needs several samples, or these shapes
         return
     is_right, is_right_in_one_shape = (math.isclose(each, one_by_one, rel_tol=1e-3, abs_tol=1e-6) for each in both)
@@ -339,7 +344,7 @@ def combine(
         if not by_labels.variance > 0:  # of few labels, which tell nothing of their spread
             by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
     if weight is None:
-        weight = median_high([*earlier, counts_now][-_VALIDATIONS:])
+        weight = median_high([*earlier, counts_now][-VALIDATIONS:])
 
     parts = []  # weights, values and variances
     if expected is not None:
