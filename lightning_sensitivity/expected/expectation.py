@@ -205,7 +205,8 @@ class Expectation:
 
         # The reference counts the same beside labels for all models, or its weight would choose one.
         alone = [joined(both, None) for both in measured.values()]
-        weights = [each[f"{name}_equivalent_labels"] for each in alone if f"{name}_equivalent_labels" in each]
+        key = f"{name}_equivalent_labels"
+        weights = [each[key] for each in alone if key in each]
         weight = median_high(weights) if weights else None
         values = {model: joined(both, weight)[name] for model, both in measured.items() if any(both)}
 

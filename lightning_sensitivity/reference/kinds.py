@@ -136,7 +136,8 @@ class Tokens(Kind):
 
     def of_input(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mark padding, where the mask is 0."""
-        return x.long() if mask is None else x.long().where(mask > 0, -1)
+        ids = self.read(x)
+        return ids if mask is None else ids.where(mask > 0, -1)
 
     def beside(self, parts: Sequence[Tensor]) -> Tensor:
         """Return several texts as one; the words of each are other words."""

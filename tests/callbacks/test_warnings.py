@@ -418,9 +418,8 @@ def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference(
 SENSITIVITY = "val/output_sensitivity"
 BOUND = {"divergence_threshold": 9.0, "patience": 9}
 IN_STEPS = {"max_epochs": -1, "max_steps": 4}
-CHOOSING: dict[
-    str, tuple[dict[str, Any], dict[str, Any], bool]
-] = {  # of EarlyStopping, and of the Trainer; do we warn?
+# Options of EarlyStopping, and of the Trainer, and whether we warn of them.
+CHOOSING: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "the minimum": ({"patience": 9}, {}, True),
     "a bound, and the minimum before it": (BOUND | {"patience": 3}, {}, True),
     "a bound from above": (BOUND | {"mode": "max"}, {}, True),
