@@ -1,5 +1,6 @@
 """The numbers of the studies: every page has those of the CSVs. With `-m long`, what studies share is run in small."""
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -38,6 +39,16 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     LONG.to_csv(tmp_path / "results.csv", index=False)
     return summaries.Runs.read_long(tmp_path / "results.csv", measures=["lost"])
+
+
+def test_what_studies_import_of_the_package_is_there() -> None:
+    """Most of them run for hours, and in no test."""
+    nodes = [node for path in STUDIES.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    of_package = [node for node in imports if (node.module or "").startswith("lightning_sensitivity")]
+    names = {(str(node.module), alias.name) for node in of_package for alias in node.names}
+    assert len(names) > 20
+    assert [name for module, name in names if not hasattr(importlib.import_module(module), name)] == []
 
 
 def test_pages_have_the_numbers_of_the_studies(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,7 @@ def losses(loss: Loss, outputs: Tensor, draws: Tensor, task: Task, like: Tensor)
 
 
 def mean_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
-    """Compute the mean of a user's loss, which may write to what it gets; raise ValueError if it gives several values."""
+    """Compute the mean of a user's loss, which may write to what it gets, or raise ValueError if it is a tuple."""
     value = loss(outputs.clone(), labels.clone())
     if isinstance(value, list | tuple):
         example = "`lambda f, y: loss(f, y)[0]`"
