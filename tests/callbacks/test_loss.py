@@ -108,7 +108,7 @@ def test_a_loss_that_torch_broadcasts_is_refused(name: str) -> None:
     loss, is_fine = PAIRED[name]
     data = (
         Plain(1, lambda outputs, y: mse_loss(outputs.flatten(), y)),
-        batches_of(X, TARGETS),
+        batches_of(X, TARGETS.double()),  # as the outputs, which is what older versions of torch need
         unlabelled_loader(seed=1),
     )
     if is_fine:
