@@ -76,7 +76,7 @@ class Monitor(Callback, ABC):
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first training batch of a run; before the first step, what fails here fails in all processes."""
 
-    def learn(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+    def learn(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Learn from a training batch, the first one included."""
 
     def is_ready(self, trainer: Trainer) -> bool:
@@ -109,17 +109,24 @@ class Monitor(Callback, ABC):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)
 
-    # The first training step
+    # Training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that an epoch begins, whose first batch may be None."""
+        self.run.begins_epoch = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Check the first batch of a run, and watch its step. From now on, a failure costs a value, and no run."""
+        self.run.begins_epoch |= batch_idx == 0  # a resumed epoch may begin anew without the hook above
         if self.run.phase is Phase.TRAINING:
-            self.learn(trainer, pl_module, batch, batch_idx)
+            self.learn(trainer, pl_module, batch)
+            self.run.begins_epoch = False
             return
         self.reader.reset()  # a sanity check may have read others
         with raise_in_all(trainer):
             self.start(trainer, pl_module, batch)
-            self.learn(trainer, pl_module, batch, batch_idx)
+            self.learn(trainer, pl_module, batch)
+        self.run.begins_epoch = False
         self.run.phase = Phase.TRAINING
         self.run.first_step.start(pl_module, batch, self.reader)
 

@@ -97,16 +97,16 @@ class RunReference:
 
     # Keep training samples
 
-    def add(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+    def add(self, trainer: Trainer, module: LightningModule, batch: object, begins_epoch: bool) -> None:
         """Keep the labelled samples of a training batch, until the first whole epoch is over, or it is made."""
-        is_next_epoch = self.stage is Stage.KEEPING_EPOCH and batch_idx == 0
+        is_next_epoch = self.stage is Stage.KEEPING_EPOCH and begins_epoch
         if is_next_epoch and self._run.training is not None and self._run.training.num_seen > 0:
             self.stage = Stage.KEPT
         if self.stage in (Stage.KEPT, Stage.OVER):
             return
-        if self._run.training is None or batch_idx == 0:  # a resumed loader may begin anew within an epoch
+        if self._run.training is None or begins_epoch:
             self.stage, num_batches = Stage.KEEPING_REST, 0.0
-            if batch_idx == 0:
+            if begins_epoch:
                 self.stage = Stage.KEEPING_EPOCH
                 # Where no validation comes earlier, samples are spread over a whole epoch.
                 is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches

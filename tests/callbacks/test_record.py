@@ -84,7 +84,8 @@ def saved_after(num_steps: int, folder: Path, kind: Any) -> Path:
     return folder / f"step={num_steps}.ckpt"
 
 
-@pytest.mark.parametrize(("num_steps", "first"), [(4, 26), (17, 18)])  # before the first value, and after it
+# Before the first value, at the end of an epoch, which begins anew, and after the first value.
+@pytest.mark.parametrize(("num_steps", "first"), [(4, 26), (13, 26), (17, 18)])
 def test_a_fit_that_is_resumed_within_an_epoch_goes_on_with_its_values_or_waits_for_a_whole_epoch(
     num_steps: int, first: int, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MetricCollection, R2Score
 from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 
@@ -182,6 +183,16 @@ def test_the_reference_is_made_once_in_the_first_validation_after_a_whole_epoch(
     assert [row["reference"] for row in monitor.history] == [None] * 2 + [monitor.reference.score_] * 4
     assert [epoch[LOSS] < 1e38 and epoch[ACCURACY] > -1e38 for epoch in run.epochs] == [False] * 2 + [True] * 4
     assert monitor.summary["num_training"] == 90 and monitor.summary["num_gaps"] == 2 and len(fits) == 1
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+@pytest.mark.parametrize("place", [0, 3, 6])  # of seven
+def test_a_batch_of_each_epoch_may_be_none(place: int) -> None:
+    batches = [*zip(X.split(16), NOISY.split(16), strict=True)]
+    train = DataLoader([*batches[:place], None, *batches[place:]], None)  # type: ignore[list-item]
+    fitted(monitor := quick_risk(), Plain(), train, unlabelled(seed=1), max_epochs=3)
+    assert all("expected_loss" in row for row in monitor.history) and len(monitor.history) == 3
+    assert monitor.summary["num_training"] == 90
 
 
 def test_an_encoder_runs_once_on_kept_samples_and_is_left_alone_and_not_saved(tmp_path: Path) -> None:
