@@ -137,6 +137,11 @@ def test_labels_that_a_collection_passes_are_refused_by_keywords(labels: Tensor)
         MetricCollection({"S": OutputSensitivity()})(CLEAN[0], labels)
 
 
+def test_outputs_that_are_all_0_or_1_are_no_labels() -> None:
+    metric = OutputSensitivity()
+    assert metric(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([[1.0], [1.0], [0.0]])) == pytest.approx(2 / 3)
+
+
 def test_what_is_no_flag_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected argument `per_output` to be a bool, but got 1"):
         OutputSensitivity(per_output=1)  # type: ignore[arg-type]
