@@ -245,7 +245,7 @@ class Expectation:
             of_reference = outputs[indices], unseen.q[rows], unseen.draws[:, rows], of_indices
             by_reference = Labelled(*of_reference, count_groups(of_indices, len(indices)))
 
-        # Labels that the reference can't tell are left out.
+        # Labels that the reference can't predict are left out.
         rows = self._task.has_label(labels) & is_finite
         y, draws = labels[rows], label_draws(labels, self._task)
         if unseen is not None:

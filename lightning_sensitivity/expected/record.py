@@ -62,7 +62,7 @@ class Verdict:
         is_trusted: Whether it may choose.
         is_whole_table: Whether it sees all that the network sees, as columns.
         inputs_tell_nothing: Whether the mean label is what to expect, since a table tells no more.
-        blind_labels: Which of several labels it can't tell.
+        blind_labels: Which of several labels it can't predict.
     """
 
     learner: str
@@ -90,7 +90,7 @@ class Unseen:
     Attributes:
         indices: Which samples it can read, in an order that does not depend on the number of processes,
             ``(N,)``.
-        q: Its predictions for them, ``(N, C)``; nan of labels that it can't tell.
+        q: Its predictions for them, ``(N, C)``; nan of labels that it can't predict.
         draws: Labels that were drawn from these, ``(R, N)``; in a regression ``(R, N, C)``.
         score: The reference's left-out score.
         num_calibrating: By how many left-out labels it was calibrated; those of one group count as one.

@@ -375,7 +375,7 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
         tempered: The same without smoothing, which would explain redrawn labels.
         y: Labels, ``(N, C)``, nan where they are unknown.
         task: The task.
-        blind: Which of several labels they can't tell.
+        blind: Which of several labels they can't predict.
 
     Returns:
         Their Brier score, or the mean squared error; how much lower it is than that of the mean label, up to 1; the

@@ -53,7 +53,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         groups_: The number of the group of each, ``(N,)``; None without groups.
         score_: The Brier score of ``left_out_``, or the mean squared error.
         skill_: How much lower it is than that of the mean label, up to 1.
-        blind_labels_: Which of several labels it can't tell, ``(B,)``; the other attributes are means without them.
+        blind_labels_: Which of several labels it can't predict, ``(B,)``; the other attributes are means without them.
         accuracy_: The share of labels that ``left_out_`` hits, or nan.
         auroc_: Its area under the ROC curve, mean over classes, or nan.
         majority_: That of the most frequent class, or nan.
