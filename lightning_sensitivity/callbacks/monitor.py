@@ -103,7 +103,7 @@ class Monitor(Callback, ABC):
         are_unique = len(names) == len({*names})
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run.free()
-        self.run = Run(type(self).__name__, self.prefix)
+        self.run = Run(type(self).__name__, self.prefix, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
         forget(pl_module)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
@@ -294,7 +294,7 @@ class Monitor(Callback, ABC):
         if not agree(trainer, measured is not None) or measured is None:
             return {}
         rows = [gather_tensors(trainer, each) for each in measured]
-        is_intended = trainer.fast_dev_run or (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES  # type: ignore[attr-defined]
+        is_intended = (self.num_samples or _FEW_SAMPLES) < _FEW_SAMPLES
         if 0 < len(rows[0]) < _FEW_SAMPLES and not is_intended:
             message = (
                 f"has only {len(rows[0])} samples of dataloader {dataloader_idx}: values are mostly noise. Use 600."

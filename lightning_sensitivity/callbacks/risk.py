@@ -390,13 +390,13 @@ class RiskMonitor(Monitor):
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
                     values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
         if not values:
-            self._say_blind(trainer)
+            self._say_blind()
         return values
 
-    def _say_blind(self, trainer: Trainer) -> None:
+    def _say_blind(self) -> None:
         """Say that nothing is logged, if the reference may not choose."""
         verdict = None if self._predicted is None else self._predicted.verdict
-        if verdict is not None and not verdict.is_trusted and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if verdict is not None and not verdict.is_trusted:
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:

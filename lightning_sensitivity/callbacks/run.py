@@ -27,6 +27,8 @@ _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where 
 _SMALLEST = 1e-3  # size of one by which the next ones improve, such as of a bound of 0
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
 
+_OF_FEW_SAMPLES = ("blind", "few-samples")  # entries of what is said where few samples are the reason
+
 
 def is_fitting(trainer: Trainer) -> bool:
     """Return whether a fit is on, after its sanity check."""
@@ -55,6 +57,7 @@ class Run:
     Args:
         monitor: Name of the monitor's class.
         prefix: Prefix of what it logs.
+        is_debugging: Whether it is a ``fast_dev_run``, which needs no word about few samples.
 
     Attributes:
         phase: Where it is, and so what a failure means.
@@ -69,7 +72,7 @@ class Run:
         logged: What was logged in the current validation, by name.
     """
 
-    def __init__(self, monitor: str, prefix: str) -> None:
+    def __init__(self, monitor: str, prefix: str, is_debugging: bool = False) -> None:
         self.phase = Phase.BEFORE_FIRST_STEP
         self.begins_epoch = False
         self.validation = Validation.SKIPPED
@@ -82,6 +85,7 @@ class Run:
         self.logged: dict[str, float] = {}
         self._monitor = monitor
         self._prefix = prefix
+        self._is_debugging = is_debugging
         self._said: set[str] = set()
         self._hint = ""  # how to select the inputs of the batch that is read
 
@@ -112,7 +116,8 @@ class Run:
             message: What follows the name of the monitor, as whole sentences.
             kind: What tells this warning from others of the same entry.
         """
-        if self._is_new(entry + kind):
+        is_needed = not self._is_debugging or entry not in _OF_FEW_SAMPLES
+        if is_needed and self._is_new(entry + kind):
             rank_zero_warn(self._text(entry, message))
 
     @contextmanager
