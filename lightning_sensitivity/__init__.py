@@ -1,4 +1,4 @@
-"""Two PyTorch Lightning callbacks and a torchmetric track generalization without validation labels."""
+"""Two PyTorch Lightning callbacks and a torchmetrics metric that track generalization without validation labels."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

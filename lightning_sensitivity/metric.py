@@ -1,4 +1,4 @@
-"""Output sensitivity as a torchmetric, which needs neither a Trainer nor a model.
+"""Output sensitivity as a torchmetrics metric, which needs neither a Trainer nor a model.
 
 Its state is in double precision, even if the model that holds it is cast to 16 bits.
 """
