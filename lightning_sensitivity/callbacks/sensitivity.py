@@ -22,6 +22,7 @@ from lightning_sensitivity.functional.tensors import (
     by_position,
     may_be_probabilities,
     num_outputs,
+    spread,
     wide_dtype,
 )
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
@@ -159,7 +160,7 @@ class SensitivityMonitor(Monitor):
         with trainer.precision_plugin.val_step_context():
             try:
                 call = self.reader.call(module, batch)
-                rows = call.spread(_NUM_TRIED)
+                rows = spread(torch.arange(call.size), _NUM_TRIED)
                 call = call if rows is None else call.take(rows)
                 with isolated(module) as run:
                     run(call)

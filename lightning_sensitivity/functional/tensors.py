@@ -1,5 +1,6 @@
 """The layout of outputs, and how to sum them in double precision without a copy of all of them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -92,6 +93,15 @@ def spaced_fraction(place: Place) -> Place:
     data, such as that of a stream whose workers read one part of it each.
     """
     return place * _GOLDEN_RATIO % 1
+
+
+def spread(places: Tensor, most: float) -> Tensor | None:
+    """Return which of some places to take for at most so many evenly spaced ones; None for all.
+
+    Fewer ones are among more, also if they are chosen from these.
+    """
+    count = math.ceil(min(most, len(places)))
+    return spaced_fraction(places.double()).argsort()[:count].sort().values if count < len(places) else None
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:

@@ -5,12 +5,13 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import spaced_fraction
+from lightning_sensitivity.functional.tensors import spaced_fraction, spread
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
-from lightning_sensitivity.running.batches import has_samples, tensors_in
+from lightning_sensitivity.running.batches import has_samples, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
@@ -18,6 +19,8 @@ MAX_BYTES = 2**29
 _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
+_NUM_BATCHES = 10  # over which samples are spread, since data may be sorted
+_WHOLE = 60  # samples, up to which a batch is kept as a whole
 
 
 @dataclass(eq=False)
@@ -31,6 +34,7 @@ class KeptBatch:
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
+        whole_size: How many samples it had, those that are not kept included.
         is_truncated: Whether samples are missing for lack of memory.
         labels: Its labels; None if it has none, or none are wanted.
     """
@@ -41,6 +45,7 @@ class KeptBatch:
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
+    whole_size: int = 0
     is_truncated: bool = False
     labels: Tensor | None = None
 
@@ -49,6 +54,19 @@ class KeptBatch:
         """The memory of its tensors."""
         return num_bytes([self.labels, self.seen, self.call.arguments])
 
+    def size_if_cut(self, most: float) -> float:
+        """Return how many samples :meth:`cut` leaves."""
+        return min(most, self.size) if self.call.size > 0 else self.size
+
+    def cut(self, most: float) -> None:
+        """Keep at most so many samples, evenly spaced, if it is known what a sample is."""
+        indices = torch.arange(self.call.size) if self.indices is None else self.indices
+        rows = spread(indices, most)
+        if rows is not None:
+            self.size, self.call, self.indices = len(rows), self.call.take(rows), indices[rows]
+            held = self.seen, self.groups, self.labels
+            self.seen, self.groups, self.labels = apply_to_collection(held, Tensor, take, rows)
+
 
 def num_bytes(value: object) -> int:
     """Return the memory of the tensors in a value."""
@@ -56,7 +74,7 @@ def num_bytes(value: object) -> int:
 
 
 class KeptSamples:
-    """Whole batches of a loader, which are evenly spaced, since data may be sorted.
+    """Evenly spaced batches of a loader, since data may be sorted: small ones as a whole, of large ones some samples.
 
     If there are too many, the one with the highest priority number goes.
 
@@ -114,16 +132,36 @@ class KeptSamples:
             self._drop_surplus()
 
     def _drop_surplus(self) -> None:
-        """Drop the batches of the highest priority numbers: those that are not wanted, then those that do not fit."""
-        for batch in sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True):
-            is_wanted = self.size - batch.size < self.num_wanted
-            if is_wanted and (self._num_bytes <= self.max_bytes or len(self.batches) == 1):
-                return
-            self.is_truncated |= is_wanted
-            self.batches.remove(batch)
-            self.size -= batch.size
-            self._num_bytes -= batch.num_bytes
-            self._threshold = spaced_fraction(batch.index)
+        """Drop what is not wanted, then what does not fit; batches of the highest priority numbers go first."""
+        most = max(_WHOLE, self.num_wanted / _NUM_BATCHES)  # samples of a batch, if there are enough batches
+        by_priority = sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True)
+        num_left = sum(batch.size_if_cut(most) for batch in by_priority)
+        for batch in by_priority:
+            num_left -= batch.size_if_cut(most)
+            if num_left < self.num_wanted:
+                break
+            self._drop(batch)
+        self._cut(most)
+        for batch in by_priority[:-1]:
+            if batch in self.batches and self._num_bytes > self.max_bytes:
+                self.is_truncated = True
+                self._drop(batch)
+
+    def _drop(self, batch: KeptBatch) -> None:
+        self.batches.remove(batch)
+        self.size -= batch.size
+        self._num_bytes -= batch.num_bytes
+        self._threshold = spaced_fraction(batch.index)
+
+    def _cut(self, most: float) -> None:
+        """Cut the largest batches, until no more samples are left than are wanted, but none below so many."""
+        num_wanted = self.num_wanted
+        by_size = sorted(self.batches, key=lambda each: each.size)
+        for index, batch in enumerate(by_size):
+            batch.cut(max(most, num_wanted / (len(by_size) - index)))
+            num_wanted -= batch.size
+        self.size = sum(batch.size for batch in self.batches)
+        self._num_bytes = sum(batch.num_bytes for batch in self.batches)
 
     def complete(self) -> None:
         """Want no more batches, unless none has come."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.functional.tensors import are_probabilities, in_floats
+from lightning_sensitivity.functional.tensors import are_probabilities, in_floats, spread
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
@@ -201,10 +201,8 @@ class BatchReader:
         if self._targets is None and kept.call.layout.labels is None:
             return None
         labels = self.labels(batch, kept.call, output_shape)
-        if kept.indices is not None and len(labels) > int(kept.indices.max()):
-            labels = labels[kept.indices]
-        check_count(labels, kept.size)
-        return labels
+        check_count(labels, kept.whole_size)
+        return take(labels, kept.indices)
 
     def see(self, batch: object, call: ModelCall, size: int, indices: Tensor | None = None) -> Seen:
         """Find what a reference sees of some samples of a batch, on the CPU.
@@ -268,7 +266,7 @@ class BatchReader:
         whole = self.call(model, batch)
         share = max_bytes / max(1, num_bytes(whole.arguments))
         num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
-        indices = whole.spread(min(max_samples, num_that_fit))
+        indices = spread(torch.arange(whole.size), min(max_samples, num_that_fit))
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
         num_kept = call.size
@@ -278,7 +276,7 @@ class BatchReader:
         size = whole.size or num_kept
         seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
         groups = None if self._groups is None else self.groups(model, batch, size, indices)
-        return KeptBatch(index, num_kept, call.copy_to_cpu(), seen, groups, indices, is_truncated)
+        return KeptBatch(index, num_kept, call.copy_to_cpu(), seen, groups, indices, size, is_truncated)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.

@@ -1,7 +1,6 @@
 """Call any model on any batch by its layout, and select outputs and labels."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,11 +118,6 @@ class ModelCall:
         if self._outputs is None:
             rules.check_class_dimension(outputs, self.arguments)
         return outputs
-
-    def spread(self, max_samples: float) -> Tensor | None:
-        """Choose evenly spaced samples; None for all, if these are no more than wanted, or unknown."""
-        count = math.ceil(min(max_samples, self.size))
-        return torch.arange(count) * self.size // count if count < self.size else None
 
     def take(self, indices: Tensor) -> "ModelCall":
         """Return the call on some of its samples."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.functional.tensors import spread
 from lightning_sensitivity.reading.kept import KeptObservations
 from tests.helpers import (
     NUM_FEATURES,
@@ -63,7 +64,7 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
 def test_of_a_large_batch_evenly_spaced_samples_are_kept() -> None:
     model, (batches, val) = Quiet(), batches_of([500, 3], is_stream=False)
     values = helpers.validated(SensitivityMonitor(num_samples=60), model, val)
-    assert values[SENSITIVITY] == sensitivity(model, [batches[0][torch.arange(60) * 500 // 60]])
+    assert values[SENSITIVITY] == sensitivity(model, [batches[0][spread(torch.arange(500), 60)]])
 
 
 @pytest.mark.parametrize(("max_batches", "sizes", "chosen"), [

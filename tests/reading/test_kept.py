@@ -55,6 +55,32 @@ def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int
         assert {place % num_workers for place in places} == {*range(num_workers)}
 
 
+@pytest.mark.parametrize(("sizes", "sizes_kept"), [
+    ([32] * 40, [32] * 19),  # small batches are kept as a whole
+    ([256] * 40, [60] * 10),
+    ([256] * 9 + [20], [65, *[64] * 5, *[65] * 3, 20]),
+    ([500, 500, 20], [290, 290, 20]),
+    ([100, 512], [100, 500]),
+    ([700] * 2, [300] * 2),
+    ([5000], [600]),
+    ([20, 30], [20, 30]),
+])  # fmt: skip
+def test_of_large_batches_samples_of_ten_are_kept_or_of_all(sizes: list[int], sizes_kept: list[int]) -> None:
+    samples = KeptSamples(600)
+    for index, size in enumerate(sizes):
+        if samples.wants(index):
+            x = torch.arange(size, dtype=torch.float32)[:, None]
+            samples.add(KeptBatch(index, size, ModelCall(nn.Identity(), x), labels=x))
+    assert [batch.size for batch in samples.batches] == sizes_kept and samples.size == sum(sizes_kept)
+    assert samples.num_wanted <= samples.size or samples.size == sum(sizes)
+    for batch in samples.batches:
+        (rows,) = batch.call.inputs().values()
+        assert isinstance(rows, torch.Tensor) and batch.labels is not None and torch.equal(rows, batch.labels)
+        assert batch.indices is None or torch.equal(rows[:, 0], batch.indices.float())
+        gaps = rows[:, 0].diff()  # evenly spaced, though samples are taken again of those that were taken
+        assert len(rows) == batch.size and gaps.max() <= 3 * sizes[batch.index] / batch.size
+
+
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
 @settings(max_examples=30, deadline=None)
 def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: list[int], max_bytes: int) -> None:
