@@ -25,6 +25,7 @@ from lightning_sensitivity.running.rules import labels_in, name_positions, witho
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
 _REPEATED = 1e-5  # difference of a loss that is called again
+_ZERO = 1e-12  # up to which a loss is 0
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
 _ENDED = 0.01  # of the first learning rate
@@ -178,7 +179,7 @@ def try_values(
     for _ in range(2):  # with the same random numbers
         with isolated_with(module, loss) as run:
             tried.append(run(_try_loss, loss, x, y))
-    if not math.isclose(*tried, rel_tol=_REPEATED, abs_tol=_REPEATED):
+    if not math.isclose(*tried, rel_tol=_REPEATED, abs_tol=_ZERO):
         raise Refused(
             f"`loss` gives {tried[0]:.6g}, and {tried[1]:.6g} when it is called again on the same batch, with the same "
             "random numbers: it keeps something that is not restored. Make it an `nn.Module` that keeps it in "
@@ -199,7 +200,7 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
         once, twice = (mean_loss(loss, *pair) for pair in pairs)
         check_pairs(loss, outputs, labels)
     check_argument("loss", once, math.isfinite(once), f"finite for {got}")
-    if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_SAME):
+    if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_ZERO):
         values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"
         raise Refused(f"`loss` should be a mean over samples, or a number for each, got {values}.", entry="loss")
     return once

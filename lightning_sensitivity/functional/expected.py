@@ -253,7 +253,7 @@ def check_pairs(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
         both = mean_loss(loss, outputs, labels), mean_loss(loss, outputs.reshape(labels.shape), labels)
     except Exception:  # it needs several samples, or these shapes
         return
-    is_right, is_right_in_one_shape = (math.isclose(each, one_by_one, rel_tol=1e-3, abs_tol=1e-6) for each in both)
+    is_right, is_right_in_one_shape = (math.isclose(each, one_by_one, rel_tol=1e-3, abs_tol=1e-12) for each in both)
     if is_right_in_one_shape and not is_right:
         raise ValueError(
             f"Expected a loss of each output and its own label, but {shapes} are broadcast: give both one shape, "

@@ -70,6 +70,7 @@ def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
 CALLS = count()
 REFUSED: dict[str, tuple[Any, str]] = {
     "a sum": (lambda o, y: cross_entropy(o, y, reduction="sum"), "should be a mean over samples"),
+    "a small sum": (lambda o, y: 1e-6 * cross_entropy(o, y, reduction="sum"), "should be a mean over samples"),
     "nan": (lambda o, y: o.sum() * math.nan, "should be finite"),
     "an error": (lambda o, y: cross_entropy(o, y.float()), r"`loss` fails on outputs \(16, 4\) and labels \(16,\)"),
     "no function": (3, "`loss` should be a function"),
@@ -95,6 +96,7 @@ def ranking(outputs: Tensor, y: Tensor) -> Tensor:
 
 PAIRED: dict[str, tuple[Any, bool]] = {  # losses of outputs (N, 1) and targets (N,); is each compared with its own?
     "of both as they are": (mse_loss, False),
+    "of both as they are, small": (lambda outputs, y: 1e-8 * mse_loss(outputs, y), False),
     "of both as they are, a number for each": (lambda outputs, y: (outputs - y).abs(), False),
     "of flattened outputs": (lambda outputs, y: huber_loss(outputs.flatten(), y), True),
     "of targets with a dimension more": (lambda outputs, y: (outputs - y[:, None]).abs(), True),
