@@ -34,7 +34,7 @@ _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, o
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _CHANCE, _NOTHING = 0.1, 0.3  # that labels without a relation to the inputs are told as well: blind, and surely so
-_ROUNDING = 1e-12  # of scores that are 0
+_ROUNDING = 1e-12  # share of labels whose square is that of a score of 0
 _FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
 
@@ -361,7 +361,8 @@ def _p_value(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
     ranks = torch.from_numpy(rankdata(q.numpy(), axis=0))
     of_order = (ranks - ranks.mean(0)) * differences
     of_score = differences.square().sum(1) - (y - q).square().sum(1)
-    of_score = of_score.where(of_score.abs() > _ROUNDING, 0.0)
+    least = _ROUNDING * differences.square().sum(1).mean() + _ROUNDING**2 * y.square().sum(1).mean()
+    of_score = of_score.where(of_score.abs() > least, 0.0)
     gains = [of_score, *of_order.T[int(y.shape[1] == 2) :]]
     errors = torch.stack([gain.mean() / stderr_of_mean(gain, groups) for gain in gains]).nan_to_num(0.0)
     return len(gains) * float(norm.sf(errors.max()))
@@ -393,7 +394,7 @@ def measure_quality(p: Tensor, tempered: Tensor, y: Tensor, task: Task, blind: S
     auroc = math.nan
     if majority < 1 and (metric := task.default_metrics(y.shape[1]).get("auroc")) is not None:
         auroc = float(metric_value(metric, p, task.hard_labels(y)[None], task))
-    return score, _skill(score, chance), accuracy, majority, unexplained, auroc
+    return score, _skill(score, chance, y), accuracy, majority, unexplained, auroc
 
 
 def _describe_answers(q: Tensor, y: Tensor, tempered: Tensor) -> tuple[float, float, float]:
@@ -410,10 +411,10 @@ def _describe_answers(q: Tensor, y: Tensor, tempered: Tensor) -> tuple[float, fl
     accuracy = float((q.argmax(1) == classes).double().mean())
     majority = float(classes.bincount().max()) / len(y)
     score, chance = (float((each - y).square().sum(1).mean()) for each in (q, y.mean(0)))
-    has_skill = _skill(score, chance) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
+    has_skill = _skill(score, chance, y) > max(_NO_SKILL, _NO_SKILL_PER_SAMPLE / len(y))
     return accuracy, majority, _unexplained(tempered, y) if has_skill else math.nan
 
 
-def _skill(score: float, chance: float) -> float:
-    """Return how much lower a score is than that of the mean label."""
-    return 1 - score / chance if chance > _ROUNDING else 0.0
+def _skill(score: float, chance: float, y: Tensor) -> float:
+    """Return how much lower a score is than that of the mean label; 0 if all labels are equal."""
+    return 1 - score / chance if chance > _ROUNDING**2 * float(y.square().nanmean()) else 0.0

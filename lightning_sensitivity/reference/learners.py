@@ -310,7 +310,7 @@ def _choose_ridge(part: Observations, task: Task) -> _Choice:
 
 def _fit_ridge(matrix: Matrix, y: Array, folds: Folds, *, gamma: float, centres: int) -> tuple[Any, Array]:
     """Fit ridge regression on Nystroem features; the ridge is chosen by left-out predictions."""
-    kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0)
+    kernel = Nystroem(gamma=gamma, n_components=min(centres, len(y)), random_state=0).set_output(transform="default")
     features = kernel.fit_transform(matrix)
     groups = same_samples(y, folds)
     left_out = np.full((len(_ALPHAS), *y.shape), np.nan)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from sklearn.exceptions import NotFittedError
@@ -253,9 +254,20 @@ def test_units_and_origin_of_features_and_targets_do_not_matter(seed: int, scale
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learners, "_MAX_CELLS", 0)  # a forest rounds to single precision, so that a split may move
         x, y, new = sample("regression", seed=seed)
-        expected = Reference("regression").fit(x, y).predict(new)
+        plain = Reference("regression").fit(x, y)
         moved = Reference("regression").fit(scale * (x + shift), scale * (y + shift))
-    np.testing.assert_allclose(moved.predict(scale * (new + shift)) / scale - shift, expected, rtol=1e-4, atol=1e-4)
+    predicted = moved.predict(scale * (new + shift)) / scale - shift
+    np.testing.assert_allclose(predicted, plain.predict(new), rtol=1e-4, atol=1e-4)
+    assert moved.skill_ == pytest.approx(plain.skill_, abs=1e-4)
+    assert moved.inputs_tell_nothing_ == plain.inputs_tell_nothing_
+
+
+@pytest.mark.filterwarnings("error")
+def test_it_is_the_same_where_scikit_learn_makes_data_frames() -> None:
+    x, y, new = sample("regression")
+    with config_context(transform_output="pandas"):
+        framed = Reference("regression").fit(x, y).predict(new)
+    np.testing.assert_array_equal(framed, Reference("regression").fit(x, y).predict(new))
 
 
 @pytest.mark.usefixtures("no_forest")
