@@ -142,7 +142,7 @@ class Expectation:
             self._note(outputs, is_finite, known.unseen)
         is_first = not self._identities
         curve = self._identity(dataloader_idx, known)
-        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
+        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx and row["curve"] is not None]
         earlier = [row for row in rows if row["curve"] == curve]
         if is_first and rows and not earlier and (rows[-1]["reference"] is None) == (known.unseen is None):
             message = (
@@ -269,11 +269,11 @@ class Expectation:
         labelled = self._labelled(outputs, is_finite, known)
         expected, of_labels = map(self._estimates, labelled)
         values = _joined(expected, of_labels, known.unseen, earlier or ())
-        lacking = [name for name, each in (expected | of_labels).items() if math.isnan(each.variance)]
+        is_lacking = any(math.isnan(each.variance) for each in (*expected.values(), *of_labels.values()))
         may_be_chosen = earlier is not None and self._is_best(values, earlier)
-        if lacking and (may_be_chosen or (expected and of_labels)):
+        if is_lacking and (may_be_chosen or (expected and of_labels)):
             for some, estimates in zip(labelled, (expected, of_labels), strict=True):
-                estimates |= self._by_jackknife(some, estimates, lacking)
+                estimates |= self._by_jackknife(some, estimates)
             values = _joined(expected, of_labels, known.unseen, earlier or ())
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that the outputs mask" if self._loss is None else f"gets {loss} from `loss`"
@@ -299,9 +299,10 @@ class Expectation:
         measured = self._measure(labelled, self._names)
         return {name: estimate(each, labelled.size, labelled.groups) for name, each in measured.items()}
 
-    def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates, names: Sequence[str]) -> Estimates:
-        """Return some of the estimates with the variance that leaving out blocks of samples shows."""
-        if labelled is None:
+    def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates) -> Estimates:
+        """Return the estimates that have no variance with that which leaving out blocks of samples shows."""
+        names = [name for name, each in estimates.items() if math.isnan(each.variance)]
+        if labelled is None or not names:
             return {}
         draws = one_draw(labelled.draws, labelled.groups)
         y = self._task.label_matrix(draws[0], labelled.y.shape[1]).where(~labelled.y.isnan(), math.nan)
@@ -312,8 +313,7 @@ class Expectation:
 
         variances = jackknife(values_of, len(y), labelled.groups)
         degrees = min(BLOCKS, count_groups(labelled.groups, len(y))) - 1
-        names_of_both = [name for name in variances if name in estimates]
-        return {name: estimates[name]._replace(variance=variances[name], degrees=degrees) for name in names_of_both}
+        return {name: estimates[name]._replace(variance=each, degrees=degrees) for name, each in variances.items()}
 
     def _is_best(self, values: Values, earlier: Sequence[Row]) -> bool:
         """Return whether a value is better than in all earlier validations."""

@@ -214,6 +214,24 @@ def test_a_resumed_fit_begins_a_curve_with(name: str, tmp_path: Path) -> None:
     assert again.summary["epoch"] in [row["epoch"] for row in rows[2:]]
 
 
+def test_it_is_said_also_after_a_validation_without_a_value(tmp_path: Path) -> None:
+    run = fit(Still(), first := quick_risk(), max_epochs=2)
+    first.history[-1] = {name: value for name, value in first.history[-1].items() if "expected" not in name}
+    first.history[-1] |= {"reference": None, "curve": None}
+    run.save_checkpoint(path := tmp_path / "two.ckpt")
+    with said() as texts:
+        fit(Still(), quick_risk(loss=tenfold), max_epochs=3, ckpt_path=path)
+    assert sum("begins a new curve" in text for text in texts) == 1
+
+
+def test_it_is_not_said_of_a_fit_whose_first_validations_have_no_value() -> None:
+    nothing = {"features": lambda batch: torch.zeros(len(batch[0]), 1)}
+    monitor, val = quick_risk(validation_labels=True, **nothing), DataLoader(labelled(50, seed=1), 16)
+    _, texts = fitted_and_said(monitor, Still(), batches_of(X, NOISY), val, max_epochs=2, val_check_interval=3)
+    assert ["expected_loss" in row for row in monitor.history] == [False] + [True] * 3
+    assert not any("begins a new curve" in text for text in texts)
+
+
 def test_a_curve_is_the_same_in_another_run_and_json_takes_it() -> None:
     histories = []
     for _ in range(2):

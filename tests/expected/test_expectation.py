@@ -114,6 +114,21 @@ def test_of_other_metrics_errors_are_those_of_the_best_validations_so_far(monkey
     assert len(measured) == sum(has_error) < 6
 
 
+def test_an_area_by_the_reference_keeps_its_error_beside_a_single_positive_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = lambda measure, size, groups: dict.fromkeys(measure(torch.arange(size)), 9.0)  # noqa: E731
+    monkeypatch.setattr(expectation, "jackknife", fake)
+    task, z = TASKS["binary"], torch.linspace(-6, 0, 600).double()
+    q = torch.stack([1 - z.sigmoid(), z.sigmoid()], 1)
+    outputs, labels = z[:, None] + 3 * (5.0 * torch.arange(600)).sin()[:, None], torch.full((600, 2), math.nan).double()
+    labels[:40], labels[400] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    outputs[400] = -6.0  # within those of the negative ones
+    unseen = Unseen(torch.arange(600), q.float(), draw_labels(q), 0.1, 1000, "table")
+    make = Expectation(task, None, task.default_metrics(2), outputs, torch.zeros(3), Doubts(print))
+    assert make.values(0, outputs, Known(labels, None, unseen), [])["expected_auroc_stderr"] < 0.2
+
+
 def of_some(outputs: Tensor, y: Tensor) -> Tensor:
     """None of samples that are not of the first training batch."""
     return torch.nn.functional.cross_entropy(outputs, y, reduction="none").where(torch.arange(len(y)) < 32, math.nan)
