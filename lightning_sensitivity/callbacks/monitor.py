@@ -183,7 +183,7 @@ class Monitor(Callback, ABC):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
         if self.run.validation is Validation.KEEPING:  # the loader ended early, or has no batch here
-            self._measure_all(trainer, pl_module)
+            self._measure_all(trainer, pl_module, has_averages=not self._follows_averaging(trainer))
         if trainer.sanity_checking:
             self.run.free()
             return
@@ -244,8 +244,14 @@ class Monitor(Callback, ABC):
         suffix = f"/dataloader_idx_{dataloader_idx}" if self.num_loaders(trainer) > 1 else ""
         return self.prefix + name + suffix
 
-    def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the samples of every loader without a trace."""
+    def _follows_averaging(self, trainer: Trainer) -> bool:
+        """Return whether a callback before this one has replaced averaged weights at the end of a validation."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        earlier = callbacks[: callbacks.index(self)]
+        return any(base.__name__ == "WeightAveraging" for each in earlier for base in type(each).__mro__)
+
+    def _measure_all(self, trainer: Trainer, pl_module: LightningModule, has_averages: bool = True) -> None:
+        """Measure the samples of every loader without a trace, by averaged weights, if there are any."""
         self.run.validation = Validation.MEASURED
         self.run.measured = [None] * len(self.run.samples)
         for samples in self.run.samples:
@@ -259,6 +265,12 @@ class Monitor(Callback, ABC):
                 trainer.precision_plugin.val_step_context(),
                 isolated(pl_module) as run,
             ):
+                if not has_averages and samples.size > 0:
+                    raise Refused(
+                        "the loader gave fewer batches than it announced, and the averaged weights are gone. List "
+                        "`WeightAveraging` after the monitors.",
+                        entry="samples",
+                    )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
