@@ -100,6 +100,13 @@ def has_workers(trainer: Trainer) -> bool:
     return "_MultiProcessingLauncher" in {base.__name__ for base in type(trainer.strategy.launcher).__mro__}
 
 
+def has_transfer_hooks(datamodule: object) -> bool:
+    """Return whether a data module changes batches on their way to the device; ``None`` does not."""
+    names = "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"
+    functions = [getattr(type(datamodule), name, None) for name in names]
+    return any(each is not None and not each.__qualname__.startswith("DataHooks.") for each in functions)
+
+
 def is_redirected(module: nn.Module) -> bool:
     """Return whether the `forward` of a module stands for a step, which Lightning runs so under DDP."""
     return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")

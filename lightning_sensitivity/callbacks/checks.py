@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -102,7 +101,7 @@ def check_monitored(trainer: Trainer, prefix: str, directions: Mapping[str, bool
 
 def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
     """List the callbacks, and the schedulers, that monitor a value, each with its name, checkpoints first."""
-    callbacks = sorted(trainer.callbacks, key=lambda each: not isinstance(each, Checkpoint))  # type: ignore[attr-defined]
+    callbacks = sorted(trainer.callbacks, key=lambda each: not hasattr(each, "best_model_path"))  # type: ignore[attr-defined]
     monitors = [(callback, getattr(callback, "monitor", None)) for callback in callbacks]
     schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
     return [(owner, name) for owner, name in [*monitors, *schedulers] if isinstance(name, str)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 import lightning_sensitivity.callbacks.checks as checks
+from lightning_sensitivity import compat
 from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
@@ -118,6 +119,7 @@ class RiskMonitor(Monitor):
         self._reference: RunReference | None = None
         self._expectation: Expectation | None = None
         self._model_id = 0  # of the model of the last fit
+        self._has_data_hooks = False  # of a data module, which the batches of `predict` do not go through
 
     @property
     def reference(self) -> Any:
@@ -129,7 +131,8 @@ class RiskMonitor(Monitor):
 
         Args:
             model: The network, such as that of the chosen checkpoint; it is left as it was.
-            dataloader: Batches as those of the validation, with or without labels.
+            dataloader: Batches as those of the validation, with or without labels; hooks of a ``LightningDataModule``
+                do not change them.
 
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
@@ -148,6 +151,12 @@ class RiskMonitor(Monitor):
         fitted = None if self._reference is None else self._reference.fitted
         if fitted is None or self._expectation is None:
             raise ValueError("Expected a fit that has made a reference, in the first process, but there is none.")
+        if self._has_data_hooks:
+            message = (
+                "predicts without the hooks of your `LightningDataModule`, such as `on_after_batch_transfer`: give "
+                "batches as `forward` gets them."
+            )
+            self.run.warn("arguments", message)
         # Shares that were estimated are those of all samples that the reference has predicted in the fit, if it has.
         unseen = {} if self._predicted is None else self._predicted.unseen
         shares = torch.from_numpy(fitted.model.shares_)
@@ -177,6 +186,7 @@ class RiskMonitor(Monitor):
         has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
         goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
         self._model_id = id(pl_module)
+        self._has_data_hooks = compat.has_transfer_hooks(trainer.datamodule)  # type: ignore[attr-defined]
         self._reference = None
         self._expectation = None
         self._restore(self.history if goes_on else [], self._predicted if goes_on else None)

@@ -11,7 +11,6 @@ from typing import Any, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
@@ -115,7 +114,7 @@ def move_batch(model: nn.Module, batch: object) -> Any:
     module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
     if any(weight.dtype in _TRUE for weight in model.parameters()):
         batch = apply_to_collection(batch, Tensor, partial(cast, model))
-    if not isinstance(module, LightningModule):
+    if not hasattr(module, "transfer_batch_to_device"):  # a LightningModule, also of `pytorch_lightning`, has it
         return move_data_to_device(batch, device)
 
     def transfer(batch: object) -> object:

@@ -25,6 +25,7 @@ from tests.helpers import (
     Linear,
     Quiet,
     fitted,
+    inputs,
     loader,
     quick_risk,
     refused,
@@ -145,10 +146,20 @@ def test_the_other_lightning(tmp_path: Path) -> None:
         forward, configure_optimizers = Linear.forward, Linear.configure_optimizers
         training_step, validation_step = Linear.training_step, Classifier.validation_step
 
+        def on_after_batch_transfer(self, batch: list[Any], dataloader_idx: int) -> list[Any]:
+            return [1 - batch[0], *batch[1:]]
+
     lacking = without("validation_step", Model, other.LightningModule)
     refused(SensitivityMonitor(), lacking, match="needs a `validation_step`", kind=other.Trainer)
     logger = other.loggers.TensorBoardLogger(tmp_path, name=None)
-    run = fitted([SensitivityMonitor(2.0), quick_risk()], Model(), kind=other.Trainer, logger=logger)
+    keep = other.callbacks.ModelCheckpoint(tmp_path / "kept", monitor="val/expected_loss")
+    stop = other.callbacks.EarlyStopping("val/expected_accuracy", mode="max")
+    callbacks, options = [SensitivityMonitor(2.0), risk := quick_risk(), stop, keep], {"enable_checkpointing": True}
+    run = fitted(callbacks, model := Model(), kind=other.Trainer, logger=logger, **options)
+    assert risk.summary["checkpoint"] == keep.best_model_path
+    x = inputs(20, seed=3)
+    predicted = risk.predict(model, [[x, x]]).network
+    torch.testing.assert_close(predicted, model(1 - x).softmax(1).detach(), check_dtype=False)
     assert {"val/output_sensitivity", "val/expected_loss"} <= run.callback_metrics.keys()
     run.logger.experiment.flush()
     (events,) = Path(run.logger.log_dir).glob("events*")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch import callbacks as cb
 from torch import Tensor, nn
 from torch.nn.functional import (
@@ -21,10 +22,11 @@ from torch.nn.functional import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
+import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.expected.doubts import say_unused
 from lightning_sensitivity.running import isolated
-from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused
+from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused, trainer
 
 X, Y = labelled(200).tensors
 VAL = DataLoader(inputs(90, seed=1), 20)
@@ -421,6 +423,20 @@ def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference(
 
     monitor = quick_risk()
     assert said(monitor, Mixed()) == [] and monitor.summary["num_training"] == 200
+
+
+@pytest.mark.parametrize("has_hooks", [False, True])
+def test_predictions_without_the_hooks_of_a_data_module_are_said(has_hooks: bool) -> None:
+    class Data(LightningDataModule):
+        train_dataloader = staticmethod(lambda: of(X, Y))
+        val_dataloader = staticmethod(lambda: VAL)
+        if has_hooks:
+            on_after_batch_transfer = staticmethod(lambda batch, dataloader_idx: batch)
+
+    trainer(monitor := quick_risk(), max_epochs=1).fit(model := Quiet(), datamodule=Data())
+    with helpers.said() as texts:
+        monitor.predict(model, VAL)
+    assert ["such as `on_after_batch_transfer`" in text for text in texts] == [True] * has_hooks
 
 
 # Callbacks that choose by sensitivity
