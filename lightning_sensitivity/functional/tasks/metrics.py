@@ -14,7 +14,8 @@ class Measured(NamedTuple):
         value: The value on all labels.
         influences: By how much each label moves the value if a sample has that one alone, ``(R, N)``; None if that is
             unknown. The sum of their squares, in the mean over R, is the variance of the value.
-        num_answers: Of how many answers it is the share that are right; 0 if it is no such share.
+        num_answers: Of how many answers it is the share that are right, or of an area, how many of the rarer class
+            there are; 0 if it is neither.
     """
 
     value: float
