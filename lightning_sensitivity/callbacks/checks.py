@@ -47,20 +47,15 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     """
     is_sharded = any(base.__name__ in _SHARDED for base in type(trainer.strategy).__mro__)
     has_forward = has_call or _is_overridden("forward", pl_module)
+    has_step = stage != "fit" or _is_overridden("validation_step", pl_module)
+    has_loop = stage != "fit" or trainer.enable_validation
     of_call = ": add one, or set `call=lambda module, batch: ...`" if monitor == "RiskMonitor" else ""
     needs = {
         "does not support sharded weights (FSDP, DeepSpeed); use DDP": not is_sharded,
         f"needs a `forward` that returns the logits, and your module has none{of_call}": has_forward,
+        "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": has_step,
+        "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": has_loop,
     }
-    if stage == "fit":
-        needs |= {
-            "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": _is_overridden(
-                "validation_step", pl_module
-            ),
-            "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": (
-                trainer.enable_validation
-            ),
-        }
     for problem, is_met in needs.items():
         if not is_met:
             raise Refused(f"`{monitor}` {problem}.", entry="unsupported")

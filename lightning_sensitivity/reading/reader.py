@@ -266,7 +266,8 @@ class BatchReader:
         whole = self.call(model, batch)
         share = max_bytes / max(1, num_bytes(whole.arguments))
         num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
-        indices = spread(torch.arange(whole.size), min(max_samples, num_that_fit))
+        most = min(max_samples, num_that_fit)
+        indices = spread(torch.arange(whole.size), most) if most < whole.size else None
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
         num_kept = call.size
