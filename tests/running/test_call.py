@@ -124,11 +124,10 @@ def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() 
     rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
     whole = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)})
     kept = whole.take(rows)
-    assert torch.equal(whole.spread(3.2), rows) and kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
+    assert whole.size == 10 and kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
     assert torch.equal(kept.arguments["mask"][0].x, x[rows]) and kept.arguments["mask"][0].y == x.sum()
-    assert call(ONE, x).spread(10) is None
     for other in ({"names": ["a"] * 10}, SimpleNamespace(x=x), x.to_sparse(), [x]):
-        assert call(TWO, {"x": x, "mask": other}).spread(3) is None
+        assert call(TWO, {"x": x, "mask": other}).size == 0
 
 
 def test_a_single_sample_keeps_its_dimension() -> None:
