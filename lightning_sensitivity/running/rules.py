@@ -137,8 +137,9 @@ def layout_of_batch(model: nn.Module, batch: Any) -> Layout:
     """
     parameters, required = parameters_of(model), {*required_names(model)}
     places: dict[Any, Place] = {}
-    if required and required <= {*getattr(batch, "_fields", ())}:  # of a named tuple
-        places = {name: (Attribute(name),) for name in batch._fields if name in parameters}
+    fields = getattr(type(batch), "_fields", ())  # of a named tuple
+    if required and required <= {*fields}:
+        places = {name: (Attribute(name),) for name in fields if name in parameters}
     elif isinstance(batch, Mapping):
         places = {name: (name,) for name in batch if name in parameters or _takes_only_keywords(model)}
     if places:

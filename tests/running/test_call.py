@@ -139,6 +139,10 @@ class AttrDict(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
+def test_a_mapping_of_attributes_is_a_mapping() -> None:
+    assert torch.equal(call(ONE, AttrDict(x=X, y=X[:, 0]))(), X)
+
+
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and stays so
     "a tensor": (lambda: select_outputs(X), X),
     "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
