@@ -100,11 +100,16 @@ def has_workers(trainer: Trainer) -> bool:
     return "_MultiProcessingLauncher" in {base.__name__ for base in type(trainer.strategy.launcher).__mro__}
 
 
+def averages_weights(callback: object) -> bool:
+    """Return whether a callback puts averaged weights in place of those of training in each validation."""
+    return getattr(callback, "_average_model", None) is not None
+
+
 def has_transfer_hooks(datamodule: object) -> bool:
     """Return whether a data module changes batches on their way to the device; ``None`` does not."""
     names = "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"
-    functions = [getattr(type(datamodule), name, None) for name in names]
-    return any(each is not None and not each.__qualname__.startswith("DataHooks.") for each in functions)
+    functions = [getattr(type(datamodule), name) for name in names if hasattr(datamodule, name)]
+    return any(not getattr(each, "__qualname__", "").startswith("DataHooks.") for each in functions)
 
 
 def is_redirected(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -248,7 +249,7 @@ class Monitor(Callback, ABC):
         """Return whether a callback before this one has replaced averaged weights at the end of a validation."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         earlier = callbacks[: callbacks.index(self)]
-        return any(base.__name__ == "WeightAveraging" for each in earlier for base in type(each).__mro__)
+        return any(compat.averages_weights(each) for each in earlier)
 
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule, has_averages: bool = True) -> None:
         """Measure the samples of every loader without a trace, by averaged weights, if there are any."""
@@ -271,9 +272,21 @@ class Monitor(Callback, ABC):
                         "`WeightAveraging` after the monitors.",
                         entry="samples",
                     )
+                self._check_rows(run, pl_module, samples)
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
+
+    def _check_rows(self, run: RunIsolated, pl_module: LightningModule, samples: KeptSamples) -> None:
+        """Refuse to choose samples by rows that are none, such as steps of time, of which each output needs all."""
+        call = next((each.call for each in samples.batches if each.indices is not None and each.size > 1), None)
+        if call is None or samples.has_rows:
+            return
+        fewer = call.take(torch.arange(1, call.size))
+        size, size_of_fewer = (len(run(each.to(pl_module.device))) for each in (call, fewer))
+        if size * fewer.size != size_of_fewer * call.size:
+            raise _no_rows(call, size)
+        samples.has_rows = True
 
     def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
@@ -288,12 +301,7 @@ class Monitor(Callback, ABC):
                 entry="state",
             )
         if len(outputs) < call.size:
-            raise Refused(
-                f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {len(outputs)} "
-                "outputs: put samples first, `inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back "
-                "in `forward`.",
-                "arguments",
-            )
+            raise _no_rows(call, len(outputs))
         self.check_outputs(outputs, sigmoids.gave(again))
         return outputs
 
@@ -338,3 +346,12 @@ class Monitor(Callback, ABC):
                         add_dataloader_idx=False,
                     )
                     self.run.logged[logged_name] = float(values[name])
+
+
+def _no_rows(call: ModelCall, num_outputs: int) -> Refused:
+    return Refused(
+        f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {num_outputs} "
+        "outputs: put samples first, `inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back "
+        "in `forward`.",
+        "arguments",
+    )

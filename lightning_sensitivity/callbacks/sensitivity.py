@@ -20,9 +20,9 @@ from lightning_sensitivity.functional.sensitivity import (
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
     by_position,
+    evenly_spaced,
     may_be_probabilities,
     num_outputs,
-    spread,
     wide_dtype,
 )
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
@@ -160,7 +160,7 @@ class SensitivityMonitor(Monitor):
         with trainer.precision_plugin.val_step_context():
             try:
                 call = self.reader.call(module, batch)
-                rows = spread(torch.arange(call.size), _NUM_TRIED)
+                rows = evenly_spaced(torch.arange(call.size), _NUM_TRIED)
                 call = call if rows is None else call.take(rows)
                 with isolated(module) as run:
                     run(call)

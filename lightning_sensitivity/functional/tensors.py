@@ -95,10 +95,10 @@ def spaced_fraction(place: Place) -> Place:
     return place * _GOLDEN_RATIO % 1
 
 
-def spread(places: Tensor, most: float) -> Tensor | None:
+def evenly_spaced(places: Tensor, most: float) -> Tensor | None:
     """Return which of some places to take for at most so many evenly spaced ones; None for all.
 
-    Fewer ones are among more, also if they are chosen from these.
+    Fewer ones are among more. So these may be chosen from more of successive numbers, as well as from all.
     """
     count = math.ceil(min(most, len(places)))
     return spaced_fraction(places.double()).argsort()[:count].sort().values if count < len(places) else None

@@ -8,7 +8,7 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import spaced_fraction, spread
+from lightning_sensitivity.functional.tensors import evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
 from lightning_sensitivity.running.batches import has_samples, take, tensors_in
@@ -19,8 +19,7 @@ MAX_BYTES = 2**29
 _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
-_NUM_BATCHES = 10  # over which samples are spread, since data may be sorted
-_WHOLE = 60  # samples, up to which a batch is kept as a whole
+_NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
 
 
 @dataclass(eq=False)
@@ -29,23 +28,23 @@ class KeptBatch:
 
     Attributes:
         index: Its index in its loader.
-        size: Its number of samples.
+        size: How many of its samples are kept.
+        whole_size: How many it had.
         call: The call of the model on it.
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
-        whole_size: How many samples it had, those that are not kept included.
         is_truncated: Whether samples are missing for lack of memory.
         labels: Its labels; None if it has none, or none are wanted.
     """
 
     index: int
     size: int
+    whole_size: int
     call: ModelCall
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
-    whole_size: int = 0
     is_truncated: bool = False
     labels: Tensor | None = None
 
@@ -54,14 +53,10 @@ class KeptBatch:
         """The memory of its tensors."""
         return num_bytes([self.labels, self.seen, self.call.arguments])
 
-    def size_if_cut(self, most: float) -> float:
-        """Return how many samples :meth:`cut` leaves."""
-        return min(most, self.size) if self.call.size > 0 else self.size
-
-    def cut(self, most: float) -> None:
-        """Keep at most so many samples, evenly spaced, if it is known what a sample is."""
+    def cut(self, share: float) -> None:
+        """Keep a share of its samples, evenly spaced, if it is known what a sample is."""
         indices = torch.arange(self.call.size) if self.indices is None else self.indices
-        rows = spread(indices, most)
+        rows = evenly_spaced(indices, max(1, share * self.whole_size))
         if rows is not None:
             self.size, self.call, self.indices = len(rows), self.call.take(rows), indices[rows]
             held = self.seen, self.groups, self.labels
@@ -74,7 +69,7 @@ def num_bytes(value: object) -> int:
 
 
 class KeptSamples:
-    """Evenly spaced batches of a loader, since data may be sorted: small ones as a whole, of large ones some samples.
+    """Evenly spaced batches of a loader, since data may be sorted: twenty or more, of which a share is kept.
 
     If there are too many, the one with the highest priority number goes.
 
@@ -90,12 +85,14 @@ class KeptSamples:
         batches: The batches, in the order of the loader.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
+        has_rows: Whether rows were seen to be samples, where only some are kept.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
         self.is_truncated = False
+        self.has_rows = False
         self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
@@ -125,27 +122,28 @@ class KeptSamples:
         if batch.size == 0:
             return
         self.batches.append(batch)
-        self.size += batch.size
         self.is_truncated |= batch.is_truncated
+        self.size += batch.size
         self._num_bytes += batch.num_bytes
         if self.size > self.num_wanted or self._num_bytes > self.max_bytes:
             self._drop_surplus()
 
     def _drop_surplus(self) -> None:
-        """Drop what is not wanted, then what does not fit; batches of the highest priority numbers go first."""
-        most = max(_WHOLE, self.num_wanted / _NUM_BATCHES)  # samples of a batch, if there are enough batches
+        """Drop the batches of the highest priority numbers that are not wanted, then what does not fit."""
         by_priority = sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True)
-        num_left = sum(batch.size_if_cut(most) for batch in by_priority)
         for batch in by_priority:
-            num_left -= batch.size_if_cut(most)
-            if num_left < self.num_wanted:
+            num_left = sum(each.whole_size for each in self.batches) - batch.whole_size
+            are_few = batch.call.size > 0 and len(self.batches) <= _NUM_BATCHES
+            if num_left < self.num_wanted or are_few:
                 break
             self._drop(batch)
-        self._cut(most)
-        for batch in by_priority[:-1]:
-            if batch in self.batches and self._num_bytes > self.max_bytes:
-                self.is_truncated = True
-                self._drop(batch)
+        if self._num_bytes > self.max_bytes:
+            size = self.size
+            self._cut(self.size * self.max_bytes / self._num_bytes - len(self.batches))  # a sample is rounded up
+            for batch in by_priority[:-1]:
+                if batch in self.batches and self._num_bytes > self.max_bytes:
+                    self._drop(batch)
+            self.is_truncated |= self.size < min(size, self.num_wanted)
 
     def _drop(self, batch: KeptBatch) -> None:
         self.batches.remove(batch)
@@ -153,20 +151,20 @@ class KeptSamples:
         self._num_bytes -= batch.num_bytes
         self._threshold = spaced_fraction(batch.index)
 
-    def _cut(self, most: float) -> None:
-        """Cut the largest batches, until no more samples are left than are wanted, but none below so many."""
-        num_wanted = self.num_wanted
-        by_size = sorted(self.batches, key=lambda each: each.size)
-        for index, batch in enumerate(by_size):
-            batch.cut(max(most, num_wanted / (len(by_size) - index)))
-            num_wanted -= batch.size
+    def _cut(self, num_wanted: float) -> None:
+        """Keep the same share of each batch, for so many samples in all."""
+        num_samples = sum(batch.whole_size for batch in self.batches)
+        for batch in self.batches:
+            batch.cut(num_wanted / num_samples)
         self.size = sum(batch.size for batch in self.batches)
         self._num_bytes = sum(batch.num_bytes for batch in self.batches)
 
     def complete(self) -> None:
-        """Want no more batches, unless none has come."""
+        """Want no more batches, unless none has come, and of those that there are only as much as is wanted."""
         if self.size > 0:
             self._threshold = 0.0
+            if self.size > self.num_wanted:
+                self._cut(self.num_wanted)
 
 
 class KeptObservations:

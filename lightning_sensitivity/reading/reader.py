@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sensitivity.functional.tasks import TASKS, Task
-from lightning_sensitivity.functional.tensors import are_probabilities, in_floats, spread
+from lightning_sensitivity.functional.tensors import are_probabilities, evenly_spaced, in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
 from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
@@ -267,7 +267,7 @@ class BatchReader:
         share = max_bytes / max(1, num_bytes(whole.arguments))
         num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
         most = min(max_samples, num_that_fit)
-        indices = spread(torch.arange(whole.size), most) if most < whole.size else None
+        indices = evenly_spaced(torch.arange(whole.size), most) if most < whole.size else None
         call = whole if indices is None else whole.take(indices)
         is_truncated = num_that_fit < min(max_samples, whole.size)
         num_kept = call.size
@@ -277,7 +277,7 @@ class BatchReader:
         size = whole.size or num_kept
         seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
         groups = None if self._groups is None else self.groups(model, batch, size, indices)
-        return KeptBatch(index, num_kept, call.copy_to_cpu(), seen, groups, indices, size, is_truncated)
+        return KeptBatch(index, num_kept, size, call.copy_to_cpu(), seen, groups, indices, is_truncated)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.

@@ -358,7 +358,7 @@ def test_labels_that_are_missing_in_one_process_are_missing_in_all(
 
 
 def test_all_processes_share_what_is_kept_and_the_reference_waits_for_an_epoch_if_they_are_sorted(both: Any) -> None:
-    assert both["half_an_epoch"] == [([[4, 8], [8]], 700, 16, [])] * 2
+    assert both["half_an_epoch"] == [([[4, 8], [8]], 700, 19, [])] * 2
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")

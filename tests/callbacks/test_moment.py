@@ -167,6 +167,12 @@ def test_averaged_weights_that_are_gone_at_the_end_of_a_stream_are_not_measured(
     _, texts = fitted_and_said(callbacks, Plain(), loader(90), DataLoader(helpers.Stream(seed=1), 20), **options)
     assert len(texts) == 2 * is_first and all("List `WeightAveraging` after the monitors" in text for text in texts)
     assert ("expected_loss" in monitors[1].history[-1]) == (not is_first)
+    with helpers.said() as texts:  # without a fit there are no averages
+        others = [*helpers.averaged_weights(), SensitivityMonitor(2.0)]
+        helpers.trainer(others, limit_val_batches=100).validate(
+            Plain(), DataLoader(helpers.Stream(), 20), verbose=False
+        )
+    assert not texts
 
 
 # Where passes fail

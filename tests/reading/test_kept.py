@@ -27,7 +27,7 @@ def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> Ke
     samples = KeptSamples(num_wanted, max_bytes=max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
-            samples.add(KeptBatch(index, size, CALL, seen={"columns": torch.full((size, 1), float(index))}))
+            samples.add(KeptBatch(index, size, size, CALL, seen={"columns": torch.full((size, 1), float(index))}))
     return samples
 
 
@@ -55,30 +55,47 @@ def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int
         assert {place % num_workers for place in places} == {*range(num_workers)}
 
 
+def kept_rows(sizes: list[int], max_bytes: float = math.inf) -> KeptSamples:
+    """600 samples of batches of these sizes, each of 4 bytes."""
+    samples = KeptSamples(600, max_bytes=max_bytes)
+    for index, size in enumerate(sizes):
+        if samples.wants(index):
+            call = ModelCall(nn.Identity(), torch.arange(size, dtype=torch.float32)[:, None])
+            samples.add(KeptBatch(index, size, size, call, seen=call.arguments))  # type: ignore[arg-type]
+    samples.complete()
+    samples.complete()  # which changes nothing
+    return samples
+
+
 @pytest.mark.parametrize(("sizes", "sizes_kept"), [
-    ([32] * 40, [32] * 19),  # small batches are kept as a whole
-    ([256] * 40, [60] * 10),
-    ([256] * 9 + [20], [65, *[64] * 5, *[65] * 3, 20]),
-    ([500, 500, 20], [290, 290, 20]),
-    ([100, 512], [100, 500]),
+    ([20] * 40, [20] * 30),  # small batches are kept as a whole
+    ([256] * 50, [30] * 20),
+    ([256] * 9 + [16], [67] * 9 + [5]),
+    ([500, 500, 20], [295, 295, 12]),
+    ([100, 500], [100, 500]),
     ([700] * 2, [300] * 2),
     ([5000], [600]),
     ([20, 30], [20, 30]),
 ])  # fmt: skip
-def test_of_large_batches_samples_of_ten_are_kept_or_of_all(sizes: list[int], sizes_kept: list[int]) -> None:
-    samples = KeptSamples(600)
-    for index, size in enumerate(sizes):
-        if samples.wants(index):
-            x = torch.arange(size, dtype=torch.float32)[:, None]
-            samples.add(KeptBatch(index, size, ModelCall(nn.Identity(), x), labels=x))
+def test_of_twenty_batches_or_all_the_same_share_is_kept(sizes: list[int], sizes_kept: list[int]) -> None:
+    samples = kept_rows(sizes)
     assert [batch.size for batch in samples.batches] == sizes_kept and samples.size == sum(sizes_kept)
-    assert samples.num_wanted <= samples.size or samples.size == sum(sizes)
     for batch in samples.batches:
         (rows,) = batch.call.inputs().values()
-        assert isinstance(rows, torch.Tensor) and batch.labels is not None and torch.equal(rows, batch.labels)
+        assert isinstance(rows, torch.Tensor) and batch.seen is not None and torch.equal(rows, *batch.seen.values())
         assert batch.indices is None or torch.equal(rows[:, 0], batch.indices.float())
-        gaps = rows[:, 0].diff()  # evenly spaced, though samples are taken again of those that were taken
-        assert len(rows) == batch.size and gaps.max() <= 3 * sizes[batch.index] / batch.size
+        assert len(rows) == batch.size and rows[:, 0].diff().max() <= 3 * sizes[batch.index] / batch.size
+
+
+def test_of_batches_of_two_sizes_each_sample_is_kept_as_often() -> None:
+    samples = kept_rows([500] * 10 + [50] * 100)
+    shares = [batch.size / batch.whole_size for batch in samples.batches]
+    assert {batch.whole_size for batch in samples.batches} == {50, 500} and max(shares) - min(shares) < 1 / 50
+
+
+def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept() -> None:
+    samples = kept_rows([256] * 50, max_bytes=2 * 4 * 300)
+    assert 250 < samples.size <= 300 and len(samples.batches) == 20 and samples.is_truncated
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
@@ -99,8 +116,8 @@ def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
     samples = KeptSamples(20)
     samples.complete()
     assert samples.wants(0)
-    samples.add(KeptBatch(0, 5, CALL))
-    samples.add(KeptBatch(1, 0, CALL))
+    samples.add(KeptBatch(0, 5, 5, CALL))
+    samples.add(KeptBatch(1, 0, 0, CALL))
     samples.complete()
     assert not samples.wants(1) and samples.size == 5
     assert [batch.index for batch in samples.batches] == [0]

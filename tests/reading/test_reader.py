@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_sensitivity.functional.tasks import TASKS
-from lightning_sensitivity.functional.tensors import spread
+from lightning_sensitivity.functional.tensors import evenly_spaced
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.kinds import KINDS
@@ -180,7 +180,7 @@ def kept_of(reader: BatchReader, batches: Any, num_wanted: int = 100) -> KeptSam
 
 
 def test_of_a_large_batch_some_rows_are_kept_with_their_features() -> None:
-    expected = X[spread(torch.arange(60), 7)]
+    expected = X[evenly_spaced(torch.arange(60), 7)]
     for reader in (BatchReader(), BatchReader(features=lambda batch: batch[0])):
         samples = kept_of(reader, [(X, Y)], 7)
         kept = samples.batches[0]
@@ -250,4 +250,4 @@ def test_there_is_one_label_for_each_training_sample() -> None:
         with pytest.raises(MisconfigurationException, match="got 50"):
             reader.kept_labels((X, Y), kept, (4,))
     kept = BatchReader().keep(MODEL, (X, Y), 0, max_samples=7)
-    assert torch.equal(BatchReader().kept_labels((X, Y), kept, (4,)), Y[spread(torch.arange(60), 7)])
+    assert torch.equal(BatchReader().kept_labels((X, Y), kept, (4,)), Y[evenly_spaced(torch.arange(60), 7)])
