@@ -85,6 +85,17 @@ def test_steps_of_time_that_come_first_are_not_taken_for_samples(num_steps: int,
         helpers.validated(SensitivityMonitor(num_samples=60), Recurrent(), val)
 
 
+def test_samples_may_have_one_or_more_outputs_each() -> None:
+    class Doubled(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).repeat_interleave(1 + (x[:, 0] < 0.3).long(), 0)
+
+    model, (_, val) = Doubled(), batches_of([500, 100], is_stream=False)
+    with helpers.said() as texts:
+        assert SENSITIVITY in helpers.validated(SensitivityMonitor(at="net", num_samples=60), model, val)
+    assert not any("put samples first" in text for text in texts)
+
+
 @pytest.mark.parametrize(("max_batches", "sizes"), [
     (2.5, [10] * 10),
     (0.5, [10] * 10),  # a batch does not fit
