@@ -2,12 +2,12 @@
 
 import gc
 import math
-import re
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -105,14 +105,19 @@ def test_samples_may_have_one_or_more_outputs_each() -> None:
 def test_the_memory_is_bounded_in_bytes(max_batches: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     max_bytes = 2 * max_batches * 10 * NUM_FEATURES * 4  # for two loaders
     monkeypatch.setattr("lightning_sensitivity.callbacks.monitor.MAX_BYTES", max_bytes)
-    vals, monitor = (
-        [batches_of(sizes, is_stream=False)[1], unlabelled_loader(2, 2)],
-        SensitivityMonitor(num_samples=None),
+    model, (batches, val) = Linear(), batches_of(sizes, is_stream=False)
+    monitor, noting, chosen = SensitivityMonitor(num_samples=None), Callback(), dict[int, Tensor | None]()
+    noting.on_validation_end = lambda *_: chosen.update(  # type: ignore[method-assign]
+        {batch.index: batch.indices for batch in monitor.run.samples[0].batches}
     )
-    run, texts = helpers.fitted_and_said(monitor, Linear(), val=vals, max_epochs=3)
-    (number,) = re.findall("keeps only ([0-9]+) samples of a loader: ", *texts)
-    assert 0.4 * 10 * max_batches <= int(number) <= 10 * max_batches
-    assert f"{SENSITIVITY}/dataloader_idx_0" in helpers.logged(run)
+    vals = [val, unlabelled_loader(2, 2)]
+    run, texts = helpers.fitted_and_said([monitor, noting], model, val=vals, max_epochs=3, num_sanity_val_steps=0)
+    known = {index: batches[index] if rows is None else batches[index][rows] for index, rows in chosen.items()}
+    number = sum(map(len, known.values()))
+    assert len(texts) == 1 and f"keeps only {number} samples of a loader: " in texts[0]
+    assert 0.4 * 10 * max_batches <= number <= 10 * max_batches
+    found = helpers.logged(run)[f"{SENSITIVITY}/dataloader_idx_0"]
+    assert found == sensitivity(model, known)
 
 
 # For how long

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
+from lightning_sensitivity.functional.tensors import evenly_spaced
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
 from lightning_sensitivity.running.batches import at, tensors_in
 from lightning_sensitivity.running.rules import find_labels
@@ -124,8 +125,10 @@ def test_of_a_large_batch_evenly_spaced_rows_are_taken_where_rows_are_samples() 
     rows, x = torch.tensor([0, 2, 5, 7]), torch.arange(10.0)
     whole = call(TWO, {"x": x, "mask": (Pair(x, x.sum()), "name", None)})
     kept = whole.take(rows)
-    assert whole.size == 10 and kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
+    assert torch.equal(evenly_spaced(torch.arange(whole.size), 3.2), rows)
+    assert kept.size == 4 and torch.equal(kept.arguments["x"], x[rows])
     assert torch.equal(kept.arguments["mask"][0].x, x[rows]) and kept.arguments["mask"][0].y == x.sum()
+    assert evenly_spaced(torch.arange(call(ONE, x).size), 10) is None
     for other in ({"names": ["a"] * 10}, SimpleNamespace(x=x), x.to_sparse(), [x]):
         assert call(TWO, {"x": x, "mask": other}).size == 0
 
