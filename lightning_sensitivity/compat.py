@@ -108,7 +108,7 @@ def averages_weights(callback: object) -> bool:
 def has_transfer_hooks(datamodule: object) -> bool:
     """Return whether a data module changes batches on their way to the device; ``None`` does not."""
     names = "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"
-    functions = [getattr(type(datamodule), name) for name in names if hasattr(datamodule, name)]
+    functions = [getattr(datamodule, name) for name in names if hasattr(datamodule, name)]
     return any(not getattr(each, "__qualname__", "").startswith("DataHooks.") for each in functions)
 
 

@@ -77,8 +77,8 @@ class Monitor(Callback, ABC):
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first training batch of a run; before the first step, what fails here fails in all processes."""
 
-    def learn(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
-        """Learn from a training batch, the first one included."""
+    def learn(self, trainer: Trainer, module: LightningModule, batch: object, begins_epoch: bool) -> None:
+        """Learn from a training batch, the first one of the run included, and be told whether it begins an epoch."""
 
     def is_ready(self, trainer: Trainer) -> bool:
         """Return whether all is there that a validation needs; every process comes here."""
@@ -118,16 +118,15 @@ class Monitor(Callback, ABC):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Check the first batch of a run, and watch its step. From now on, a failure costs a value, and no run."""
-        self.run.begins_epoch |= batch_idx == 0  # a resumed epoch may begin anew without the hook above
+        begins_epoch = self.run.begins_epoch or batch_idx == 0  # a resumed one may begin anew without the hook above
+        self.run.begins_epoch = False
         if self.run.phase is Phase.TRAINING:
-            self.learn(trainer, pl_module, batch)
-            self.run.begins_epoch = False
+            self.learn(trainer, pl_module, batch, begins_epoch)
             return
         self.reader.reset()  # a sanity check may have read others
         with raise_in_all(trainer):
             self.start(trainer, pl_module, batch)
-            self.learn(trainer, pl_module, batch)
-        self.run.begins_epoch = False
+            self.learn(trainer, pl_module, batch, begins_epoch)
         self.run.phase = Phase.TRAINING
         self.run.first_step.start(pl_module, batch, self.reader)
 
@@ -184,7 +183,7 @@ class Monitor(Callback, ABC):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
         if self.run.validation is Validation.KEEPING:  # the loader ended early, or has no batch here
-            self._measure_all(trainer, pl_module, has_averages=not self._follows_averaging(trainer))
+            self._measure_all(trainer, pl_module, are_averages_gone=self._follows_averaging(trainer))
         if trainer.sanity_checking:
             self.run.free()
             return
@@ -251,7 +250,7 @@ class Monitor(Callback, ABC):
         earlier = callbacks[: callbacks.index(self)]
         return any(compat.averages_weights(each) for each in earlier)
 
-    def _measure_all(self, trainer: Trainer, pl_module: LightningModule, has_averages: bool = True) -> None:
+    def _measure_all(self, trainer: Trainer, pl_module: LightningModule, are_averages_gone: bool = False) -> None:
         """Measure the samples of every loader without a trace, by averaged weights, if there are any."""
         self.run.validation = Validation.MEASURED
         self.run.measured = [None] * len(self.run.samples)
@@ -266,7 +265,7 @@ class Monitor(Callback, ABC):
                 trainer.precision_plugin.val_step_context(),
                 isolated(pl_module) as run,
             ):
-                if not has_averages and samples.size > 0:
+                if are_averages_gone and samples.size > 0:
                     raise Refused(
                         "the loader gave fewer batches than it announced, and the averaged weights are gone. List "
                         "`WeightAveraging` after the monitors.",

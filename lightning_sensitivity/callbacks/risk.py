@@ -298,12 +298,12 @@ class RiskMonitor(Monitor):
             self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape, is_local)
         checks.check_monitored(trainer, self.prefix, self.directions)
 
-    def learn(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+    def learn(self, trainer: Trainer, module: LightningModule, batch: object, begins_epoch: bool) -> None:
         """Keep training samples."""
         what = "could not keep a training batch", "It is left out."
         with self.run.report_failure(*what), trainer.precision_plugin.val_step_context():
             if self._reference is not None:
-                self._reference.add(trainer, module, batch, self.run.begins_epoch)
+                self._reference.add(trainer, module, batch, begins_epoch)
 
     # A validation
 

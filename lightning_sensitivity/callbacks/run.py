@@ -26,7 +26,6 @@ from lightning_sensitivity.running.rules import inputs_hint
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
 _SMALLEST = 1e-3  # size of one by which the next ones improve, such as of a bound of 0
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
-
 _OF_FEW_SAMPLES = ("blind", "few-samples")  # entries of what is said where few samples are the reason
 
 

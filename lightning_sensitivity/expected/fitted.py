@@ -16,7 +16,7 @@ from lightning_sensitivity.reference.observations import Observations, count_gro
 from lightning_sensitivity.running.batches import forget, move_batch
 from lightning_sensitivity.running.isolation import isolated
 
-_FEW_SAMPLES = 30
+_FEW_SAMPLES = 30  # of training, of which probabilities are too high by a tenth
 
 
 class FittedReference:

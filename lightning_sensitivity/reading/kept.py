@@ -118,7 +118,7 @@ class KeptSamples:
         return self._threshold == 1.0 or spaced_fraction(batch_idx) < self._threshold
 
     def add(self, batch: KeptBatch) -> None:
-        """Keep a batch, unless it is empty, and as few others as hold the wanted number of samples."""
+        """Keep a batch, unless it is empty, and no others than are needed for the wanted number of samples."""
         if batch.size == 0:
             return
         self.batches.append(batch)
@@ -131,8 +131,9 @@ class KeptSamples:
     def _drop_surplus(self) -> None:
         """Drop the batches of the highest priority numbers that are not wanted, then what does not fit."""
         by_priority = sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True)
+        num_left = sum(batch.whole_size for batch in by_priority)
         for batch in by_priority:
-            num_left = sum(each.whole_size for each in self.batches) - batch.whole_size
+            num_left -= batch.whole_size
             are_few = batch.call.size > 0 and len(self.batches) <= _NUM_BATCHES
             if num_left < self.num_wanted or are_few:
                 break

@@ -34,7 +34,7 @@ _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, o
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _CHANCE, _NOTHING = 0.1, 0.3  # that labels without a relation to the inputs are told as well: blind, and surely so
-_ROUNDING = 1e-12  # share of labels whose square is that of a score of 0
+_ROUNDING = 1e-12  # relative: below it, gains are 0, and labels all equal
 _FEWEST = 60  # labels, or groups of them, of which it may be said that the inputs of a table tell nothing of them
 
 
