@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -271,21 +270,9 @@ class Monitor(Callback, ABC):
                         "`WeightAveraging` after the monitors.",
                         entry="samples",
                     )
-                self._check_rows(run, pl_module, samples)
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
-
-    def _check_rows(self, run: RunIsolated, pl_module: LightningModule, samples: KeptSamples) -> None:
-        """Refuse to choose samples by rows that are none, such as steps of time, of which each output needs all."""
-        call = next((each.call for each in samples.batches if each.indices is not None and each.size > 1), None)
-        if call is None or samples.has_rows:
-            return
-        half = call.take(torch.arange(call.size // 2))
-        size, size_of_half = (len(run(each.to(pl_module.device))) for each in (call, half))
-        if size == size_of_half:
-            raise _no_rows(call, size)
-        samples.has_rows = True
 
     def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
@@ -300,7 +287,10 @@ class Monitor(Callback, ABC):
                 entry="state",
             )
         if len(outputs) < call.size:
-            raise _no_rows(call, len(outputs))
+            raise Refused(
+                f"the inputs have {call.size} rows, and there are {len(outputs)} outputs: put samples first, "
+                "`inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back in `forward`."
+            )
         self.check_outputs(outputs, sigmoids.gave(again))
         return outputs
 
@@ -345,12 +335,3 @@ class Monitor(Callback, ABC):
                         add_dataloader_idx=False,
                     )
                     self.run.logged[logged_name] = float(values[name])
-
-
-def _no_rows(call: ModelCall, num_outputs: int) -> Refused:
-    return Refused(
-        f"the inputs have {call.size} rows, of which some were chosen as samples, and there are {num_outputs} "
-        "outputs: put samples first, `inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back "
-        "in `forward`.",
-        "arguments",
-    )

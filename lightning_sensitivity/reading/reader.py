@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lightning_sensitivity.running.isolation import isolated
 from lightning_sensitivity.running.rules import Layout, Sight, comparable_inputs, find_sight
 
 Shape = tuple[int, ...]
+_NUM_TRIED = 32  # rows of the first validation batch, to see whether they are samples
 
 
 class BatchReader:
@@ -100,6 +102,7 @@ class BatchReader:
         self.unread: list[str] = []
         self._first_layout: Layout | None = None
         self._first_sight: Sight | None = None
+        self._has_rows: bool | None = None  # one for each sample; None before a validation batch was asked
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -114,8 +117,9 @@ class BatchReader:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
         self._first_layout = self._first_layout or call.layout
-        if self._first_layout.rows is None and self._is_like_first(call):
-            call.size = 0  # unknown, as of the first batch: here sizes are equal by chance
+        is_unknown = self._first_layout.rows is None or self._has_rows is False
+        if is_unknown and self._is_like_first(call):
+            call.size = 0  # as of the first batch: here sizes are equal by chance
         return call
 
     def _is_like_first(self, call: ModelCall) -> bool:
@@ -264,6 +268,9 @@ class BatchReader:
             MisconfigurationException: If it can't be read.
         """
         whole = self.call(model, batch)
+        if self._has_rows is None and whole.size > 1:
+            self._has_rows = _has_rows(model, whole)
+            whole.size *= self._has_rows
         share = max_bytes / max(1, num_bytes(whole.arguments))
         num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
         most = min(max_samples, num_that_fit)
@@ -329,6 +336,14 @@ class BatchReader:
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen = self.see(batch, call, size, indices)
             kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
+
+
+def _has_rows(model: nn.Module, call: ModelCall) -> bool:
+    """Return whether rows of inputs are samples, and no steps of time, of which each output needs all."""
+    few = call.take(torch.arange(min(call.size, _NUM_TRIED)))
+    with suppress(Exception), isolated(model) as run:  # a model may take batches of one size only
+        return len(run(few.take(torch.arange(few.size // 2)))) < len(run(few))
+    return False
 
 
 def check_logits(outputs: Tensor, are_of_sigmoid: bool, task: Task) -> None:

@@ -74,15 +74,31 @@ def test_of_large_batches_evenly_spaced_samples_are_kept() -> None:
     assert values[SENSITIVITY] == sensitivity(model, chosen)
 
 
-@pytest.mark.parametrize(("num_steps", "num_samples"), [(100, 128), (200, 256), (500, 400)])
-def test_steps_of_time_that_come_first_are_not_taken_for_samples(num_steps: int, num_samples: int) -> None:
-    class Recurrent(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.mean(0))
+class Recurrent(Quiet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(0))
 
-    val = DataLoader([torch.rand(num_steps, num_samples, NUM_FEATURES)] * 3, None)  # type: ignore[arg-type]
-    with pytest.raises(MisconfigurationException, match="rows, of which some were chosen as samples, .*: put samples"):
-        helpers.validated(SensitivityMonitor(num_samples=60), Recurrent(), val)
+
+def time_first(num_steps: int, num_samples: int) -> tuple[list[Tensor], DataLoader]:
+    batches = [inputs(num_steps * num_samples, seed).view(num_steps, num_samples, NUM_FEATURES) for seed in range(3)]
+    return batches, DataLoader(batches, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("num_steps", "num_samples"), [(100, 128), (400, 400), (50, 30)])
+def test_of_steps_of_time_that_come_first_whole_batches_are_kept(num_steps: int, num_samples: int) -> None:
+    model, (batches, val) = Recurrent(), time_first(num_steps, num_samples)
+    values = helpers.validated(SensitivityMonitor(num_samples=25), model, val)
+    assert values[SENSITIVITY] == sensitivity(model, batches[:1])
+
+
+def test_a_model_for_batches_of_one_size_gets_whole_ones() -> None:
+    class Fixed(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(40, NUM_FEATURES))
+
+    model, (batches, val) = Fixed(), batches_of([40] * 5, is_stream=False)
+    values = helpers.validated(SensitivityMonitor(num_samples=60), model, val)
+    assert values[SENSITIVITY] == sensitivity(model, {index: batches[index] for index in (0, 2)})
 
 
 def test_samples_may_have_one_or_more_outputs_each() -> None:
