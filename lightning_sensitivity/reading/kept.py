@@ -85,18 +85,17 @@ class KeptSamples:
         batches: The batches, in the order of the loader.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
-        has_rows: Whether rows were seen to be samples, where only some are kept.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
         self.is_truncated = False
-        self.has_rows = False
         self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
+        self._share = 1.0  # of each batch, if more would not fit
         self._threshold = 1.0  # of priority numbers: 1 if all batches are wanted, 0 if none is
 
     def fingerprints(self) -> Tensor:
@@ -121,6 +120,7 @@ class KeptSamples:
         """Keep a batch, unless it is empty, and no others than are needed for the wanted number of samples."""
         if batch.size == 0:
             return
+        batch.cut(self._share)
         self.batches.append(batch)
         self.is_truncated |= batch.is_truncated
         self.size += batch.size
@@ -154,9 +154,9 @@ class KeptSamples:
 
     def _cut(self, num_wanted: float) -> None:
         """Keep the same share of each batch, for so many samples in all."""
-        num_samples = sum(batch.whole_size for batch in self.batches)
+        self._share = max(0.0, num_wanted) / sum(batch.whole_size for batch in self.batches)
         for batch in self.batches:
-            batch.cut(num_wanted / num_samples)
+            batch.cut(self._share)
         self.size = sum(batch.size for batch in self.batches)
         self._num_bytes = sum(batch.num_bytes for batch in self.batches)
 

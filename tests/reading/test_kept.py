@@ -93,9 +93,17 @@ def test_of_batches_of_two_sizes_each_sample_is_kept_as_often() -> None:
     assert {batch.whole_size for batch in samples.batches} == {50, 500} and max(shares) - min(shares) < 1 / 50
 
 
-def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept() -> None:
-    samples = kept_rows([256] * 50, max_bytes=2 * 4 * 300)
-    assert 250 < samples.size <= 300 and len(samples.batches) == 20 and samples.is_truncated
+@pytest.mark.parametrize(("sizes", "most", "num_batches"), [
+    ([256] * 50, 300, 20),
+    ([32] * 63, 100, 20),
+    ([8] * 300, 200, 91),  # some of whose later ones come after the others were cut
+])  # fmt: skip
+def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept(
+    sizes: list[int], most: int, num_batches: int
+) -> None:
+    samples = kept_rows(sizes, max_bytes=2 * 4 * most)
+    assert 0.7 * most < samples.size <= most and len(samples.batches) == num_batches and samples.is_truncated
+    assert len({batch.size for batch in samples.batches}) == 1  # each counts as much as another
 
 
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
