@@ -102,7 +102,7 @@ def has_workers(trainer: Trainer) -> bool:
 
 def averages_weights(callback: object) -> bool:
     """Return whether a callback puts averaged weights in place of those of training in each validation."""
-    return getattr(callback, "_average_model", None) is not None
+    return hasattr(callback, "_swap_models") and getattr(callback, "_average_model", None) is not None
 
 
 def has_transfer_hooks(datamodule: object) -> bool:

@@ -140,6 +140,7 @@ def test_labels_that_a_collection_passes_are_refused_by_keywords(labels: Tensor)
 def test_outputs_that_are_all_0_or_1_are_no_labels() -> None:
     metric = OutputSensitivity()
     assert metric(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([[1.0], [1.0], [0.0]])) == pytest.approx(2 / 3)
+    assert OutputSensitivity()(torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])) == pytest.approx(1 / 4)
 
 
 def test_what_is_no_flag_is_refused() -> None:

@@ -102,7 +102,6 @@ class Monitor(Callback, ABC):
         names = self.names_of_all(trainer)
         are_unique = len(names) == len({*names})
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
-        self.run.free()
         self.run = Run(type(self).__name__, self.prefix, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
         forget(pl_module)
         if stage == "fit" and compat.has_workers(trainer):

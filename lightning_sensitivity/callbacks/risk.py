@@ -399,15 +399,10 @@ class RiskMonitor(Monitor):
             if values:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
                     values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
-        if not values:
-            self._say_blind()
-        return values
-
-    def _say_blind(self) -> None:
-        """Say that nothing is logged, if the reference may not choose."""
-        verdict = None if self._predicted is None else self._predicted.verdict
-        if verdict is not None and not verdict.is_trusted:
+        if not values and self._predicted is not None and not self._predicted.verdict.is_trusted:
+            verdict = self._predicted.verdict
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
+        return values
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""

@@ -134,7 +134,7 @@ class KeptSamples:
         num_left = sum(batch.whole_size for batch in by_priority)
         for batch in by_priority:
             num_left -= batch.whole_size
-            are_few = batch.call.size > 0 and len(self.batches) <= _NUM_BATCHES
+            are_few = batch.call.size > 0 and len(self.batches) <= min(_NUM_BATCHES, self.num_wanted)
             if num_left < self.num_wanted or are_few:
                 break
             self._drop(batch)
@@ -166,6 +166,7 @@ class KeptSamples:
             self._threshold = 0.0
             if self.size > self.num_wanted:
                 self._cut(self.num_wanted)
+            self.is_truncated &= self.size < self.num_wanted
 
 
 class KeptObservations:

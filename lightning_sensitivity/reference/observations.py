@@ -322,8 +322,6 @@ def stderr_of_mean(values: Tensor, groups: Tensor | None) -> float:
         values: Values ``(N,)``.
         groups: As for :func:`group_means`.
     """
-    if groups is None:
-        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     number = count_groups(groups, len(values))
     if number < 2:
         return math.nan

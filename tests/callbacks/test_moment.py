@@ -173,6 +173,10 @@ def test_averaged_weights_that_are_gone_at_the_end_of_a_stream_are_not_measured(
             Plain(), DataLoader(helpers.Stream(), 20), verbose=False
         )
     assert not texts
+    # That of `StochasticWeightAveraging` is put in place after the fit alone.
+    others = [cb.StochasticWeightAveraging(0.01, 1), SensitivityMonitor(2.0)]
+    _, texts = fitted_and_said(others, Plain(), loader(90), DataLoader(helpers.Stream(seed=1), 20), **options)
+    assert not texts
 
 
 # Where passes fail

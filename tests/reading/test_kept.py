@@ -55,9 +55,9 @@ def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int
         assert {place % num_workers for place in places} == {*range(num_workers)}
 
 
-def kept_rows(sizes: list[int], max_bytes: float = math.inf) -> KeptSamples:
-    """600 samples of batches of these sizes, each of 4 bytes."""
-    samples = KeptSamples(600, max_bytes=max_bytes)
+def kept_rows(sizes: list[int], max_bytes: float = math.inf, num_wanted: int = 600) -> KeptSamples:
+    """Samples of batches of these sizes, each of 4 bytes."""
+    samples = KeptSamples(num_wanted, max_bytes=max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
             call = ModelCall(nn.Identity(), torch.arange(size, dtype=torch.float32)[:, None])
@@ -118,6 +118,12 @@ def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: 
 def test_memory_was_not_short_where_all_wanted_samples_are_kept() -> None:
     samples = kept([2] * 6, 4, max_bytes=4 * 5)
     assert samples.size == 4 and not samples.is_truncated
+    samples = kept_rows([50] * 30, max_bytes=2 * 4 * 610)  # short on the way
+    assert samples.size == 600 and not samples.is_truncated
+
+
+def test_fewer_samples_than_twenty_are_of_as_many_batches() -> None:
+    assert [batch.size for batch in kept_rows([50] * 30, num_wanted=10).batches] == [1] * 10
 
 
 def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
