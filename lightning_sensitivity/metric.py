@@ -95,7 +95,8 @@ class OutputSensitivity(Metric):
         assert isinstance(self.rows, list)
         if isinstance(noisy, Tensor) and noisy.numel() > 0:  # a `MetricCollection` passes labels by position
             is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
-            if not noisy.is_floating_point() or (is_first and noisy.any() and _are_flags(noisy) and not _are_flags(clean)):
+            are_labels = is_first and noisy.any() and _are_flags(noisy) and not _are_flags(clean)
+            if not noisy.is_floating_point() or are_labels:
                 raise TypeError(
                     f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. "
                     "Update a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., "

@@ -26,7 +26,7 @@ from lightning_sensitivity.expected.expectation import Expectation
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reading import kept
 from lightning_sensitivity.reference.observations import projection
-from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, unlabelled_loader
+from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, trainer, unlabelled_loader
 
 NEW = 50  # unseen samples, in batches of 16, 16, 16 and 2
 X, Y = labelled(150, seed=1).tensors
@@ -330,6 +330,19 @@ def test_batches_pass_through_the_hooks_of_a_module_in_eval_mode_without_a_trace
     assert torch.equal(batches[0][0], V) and torch.equal(torch.get_rng_state(), state) and not model.num_batches
     plain = compare({"plain": model.net} | three(), [2 * (V + 1)], training=[(2 * (X + 1), Y)])
     assert moved["hooks"].expected == moved["again"].expected == pytest.approx(plain["plain"].expected)
+
+
+def test_a_hook_that_needs_a_trainer_gets_one_from_you() -> None:
+    class Augmented(Linear):
+        def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+            return [batch[0] + self.trainer.training * torch.rand(1), *batch[1:]]
+
+    models = {"augmented": Augmented(), "other": linear(1)}
+    models["augmented"].load_state_dict(linear().state_dict())
+    with pytest.raises(MisconfigurationException, match=r"set `model.trainer = trainer` before: RuntimeError: .*Augm"):
+        compare(models, [[V]])
+    models["augmented"].trainer = trainer()
+    assert found(compare(models, [[V]])) == found(compare({"augmented": linear(), "other": linear(1)}, [[V]]))
 
 
 def test_the_order_of_samples_does_not_matter() -> None:

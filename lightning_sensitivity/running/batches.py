@@ -16,6 +16,7 @@ from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_sensitivity.compat import original_module
+from lightning_sensitivity.messages import refuse_on_error
 from lightning_sensitivity.running.isolation import isolated
 
 T = TypeVar("T")
@@ -110,6 +111,9 @@ def move_batch(model: nn.Module, batch: object) -> Any:
     """Copy a batch that came from no Trainer to the device of a model, by the hooks of a LightningModule.
 
     Numbers get the precision of the model, as a Trainer gives them with ``precision="bf16-true"``.
+
+    Raises:
+        MisconfigurationException: If a hook fails.
     """
     module, batch, device = original_module(model), clone_tensors(batch), device_of(model)
     if any(weight.dtype in _TRUE for weight in model.parameters()):
@@ -122,7 +126,8 @@ def move_batch(model: nn.Module, batch: object) -> Any:
         batch = module.transfer_batch_to_device(batch, device, 0)
         return module.on_after_batch_transfer(batch, 0)
 
-    with isolated(model) as run:
+    what = "A hook that changes batches failed; if it asks for `self.trainer`, set `model.trainer = trainer` before"
+    with refuse_on_error(what), isolated(model) as run:
         return run(transfer, batch)
 
 
