@@ -363,7 +363,7 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
         estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
             0.
         samples: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
-            highest probability. Each of several targets has a copy of its own.
+            highest probability.
         task: The task.
     """
     features = Features(possible_blocks(samples.seen)[0], samples.seen)
@@ -371,9 +371,7 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    has_targets = task.is_regression and samples.labels.shape[1] > 1  # many regressors take but one
-    is_by_column = task.is_by_column or has_targets or samples.labels.isnan().any()
-    fit = _fit_by_columns if is_by_column else _fit_folds
+    fit = _fit_by_columns if task.is_by_column or samples.labels.isnan().any() else _fit_folds
     with quiet():
         model, left_out = fit(model, matrix, labels, task, _folds_of(samples, are_all=True))
     learner = Learner(type(estimator).__name__, features, model, left_out, samples, task)

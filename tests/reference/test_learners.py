@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.base import RegressorMixin
-from sklearn.ensemble import GradientBoostingRegressor, RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import pairwise
 from sklearn.naive_bayes import GaussianNB
@@ -199,17 +198,12 @@ def test_of_few_samples_of_each_class_an_estimator_has_fewer_folds(num_classes: 
     assert found.left_out_.shape == (60, num_classes) and np.isfinite(found.predict_proba(x)).all()
 
 
-@pytest.mark.parametrize(
-    "model",
-    [LinearRegression(), GradientBoostingRegressor(n_estimators=5, random_state=0)],
-    ids=["of several targets", "of one target"],
-)
 @pytest.mark.parametrize("num_targets", [1, 2])
-def test_a_regressor_is_fitted_to_each_target(num_targets: int, model: RegressorMixin) -> None:
+def test_a_regressor_is_fitted_to_targets(num_targets: int) -> None:
     x, y, new = sample("regression", num_samples=40)
-    found = Reference("regression", model).fit(x, y[:, :num_targets])
-    expected = [model.fit(x.numpy(), target).predict(new.numpy()) for target in y.numpy().T[:num_targets]]
-    np.testing.assert_allclose(found.predict(new).reshape(len(new), -1).T, expected)
+    found = Reference("regression", LinearRegression()).fit(x, y[:, :num_targets])
+    expected = LinearRegression().fit(x.numpy(), y[:, :num_targets].numpy()).predict(new.numpy())
+    np.testing.assert_allclose(found.predict(new), expected[:, 0] if num_targets == 1 else expected)
 
 
 @pytest.mark.usefixtures("uncalibrated")
