@@ -169,7 +169,8 @@ class Monitor(Callback, ABC):
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            kept = self.reader.keep(pl_module, batch, batch_idx, samples.num_wanted, samples.max_bytes)
+            limits = samples.num_wanted, samples.max_bytes
+            kept = self.reader.keep(pl_module, batch, batch_idx, *limits, samples.has_rows)
             self.keep_labels(pl_module, batch, kept)
             samples.add(kept)
 

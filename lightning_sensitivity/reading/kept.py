@@ -35,6 +35,7 @@ class KeptBatch:
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
         is_truncated: Whether samples are missing for lack of memory.
+        has_rows: Whether rows of inputs are samples; None if it can't tell.
         labels: Its labels; None if it has none, or none are wanted.
     """
 
@@ -46,6 +47,7 @@ class KeptBatch:
     groups: Tensor | None = None
     indices: Tensor | None = None
     is_truncated: bool = False
+    has_rows: bool | None = None
     labels: Tensor | None = None
 
     @property
@@ -85,12 +87,14 @@ class KeptSamples:
         batches: The batches, in the order of the loader.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
+        has_rows: Whether rows of inputs are samples; None before a batch has told.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
         self.is_truncated = False
+        self.has_rows: bool | None = None
         self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
@@ -120,6 +124,7 @@ class KeptSamples:
         """Keep a batch, unless it is empty, and no others than are needed for the wanted number of samples."""
         if batch.size == 0:
             return
+        self.has_rows = batch.has_rows
         batch.cut(self._share)
         self.batches.append(batch)
         self.is_truncated |= batch.is_truncated
@@ -144,6 +149,7 @@ class KeptSamples:
             for batch in by_priority[:-1]:
                 if batch in self.batches and self._num_bytes > self.max_bytes:
                     self._drop(batch)
+            self._share = min(batch.size / batch.whole_size for batch in self.batches)  # a single one stays whole
             self.is_truncated |= self.size < min(size, self.num_wanted)
 
     def _drop(self, batch: KeptBatch) -> None:

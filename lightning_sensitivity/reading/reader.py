@@ -102,7 +102,6 @@ class BatchReader:
         self.unread: list[str] = []
         self._first_layout: Layout | None = None
         self._first_sight: Sight | None = None
-        self._has_rows: bool | None = None  # one for each sample; None before a validation batch was asked
 
     def check_encoder(self, model: nn.Module) -> None:
         """Refuse an encoder that is trained with the model."""
@@ -117,9 +116,8 @@ class BatchReader:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
         self._first_layout = self._first_layout or call.layout
-        is_unknown = self._first_layout.rows is None or self._has_rows is False
-        if is_unknown and self._is_like_first(call):
-            call.size = 0  # as of the first batch: here sizes are equal by chance
+        if self._first_layout.rows is None and self._is_like_first(call):
+            call.size = 0  # unknown, as of the first batch: here sizes are equal by chance
         return call
 
     def _is_like_first(self, call: ModelCall) -> bool:
@@ -253,7 +251,13 @@ class BatchReader:
     # Validation samples
 
     def keep(
-        self, model: nn.Module, batch: object, index: int, max_samples: float = math.inf, max_bytes: float = math.inf
+        self,
+        model: nn.Module,
+        batch: object,
+        index: int,
+        max_samples: float = math.inf,
+        max_bytes: float = math.inf,
+        has_rows: bool | None = True,
     ) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
@@ -263,14 +267,15 @@ class BatchReader:
             index: Its index in its loader.
             max_samples: How many samples to keep, evenly spaced, if their number is known.
             max_bytes: How many bytes its arguments may take, but for one sample.
+            has_rows: Whether rows of inputs are samples, else it is kept as a whole; None to find out.
 
         Raises:
             MisconfigurationException: If it can't be read.
         """
         whole = self.call(model, batch)
-        if self._has_rows is None and whole.size > 1:
-            self._has_rows = _has_rows(model, whole)
-            whole.size *= self._has_rows
+        if has_rows is None and whole.size > 1:
+            has_rows = _has_rows(model, whole)
+        whole.size *= has_rows is not False
         share = max_bytes / max(1, num_bytes(whole.arguments))
         num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
         most = min(max_samples, num_that_fit)
@@ -284,7 +289,8 @@ class BatchReader:
         size = whole.size or num_kept
         seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
         groups = None if self._groups is None else self.groups(model, batch, size, indices)
-        return KeptBatch(index, num_kept, size, call.copy_to_cpu(), seen, groups, indices, is_truncated)
+        kept_call = call.copy_to_cpu()
+        return KeptBatch(index, num_kept, size, kept_call, seen, groups, indices, is_truncated, has_rows)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.
@@ -342,7 +348,8 @@ def _has_rows(model: nn.Module, call: ModelCall) -> bool:
     """Return whether rows of inputs are samples, and no steps of time, of which each output needs all."""
     few = call.take(torch.arange(min(call.size, _NUM_TRIED)))
     with suppress(Exception), isolated(model) as run:  # a model may take batches of one size only
-        return len(run(few.take(torch.arange(few.size // 2)))) < len(run(few))
+        size = len(run(few))
+        return size == 1 or len(run(few.take(torch.arange(few.size // 2)))) < size
     return False
 
 

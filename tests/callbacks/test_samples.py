@@ -90,6 +90,18 @@ def test_of_steps_of_time_that_come_first_whole_batches_are_kept(num_steps: int,
     assert values[SENSITIVITY] == sensitivity(model, batches[:1])
 
 
+def test_rows_of_one_loader_or_fit_may_be_samples_and_those_of_another_steps_of_time() -> None:
+    class Both(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mean(0) if x.ndim == 3 else x)
+
+    model, monitor, (batches, val) = Both(), SensitivityMonitor(num_samples=25), time_first(100, 128)
+    loaders = [batches_of([64] * 3, is_stream=False)[1], val]
+    beside = helpers.validated(monitor, model, loaders)[f"{SENSITIVITY}/dataloader_idx_1"]
+    alone = helpers.validated(monitor, model, val)[SENSITIVITY]
+    assert alone == sensitivity(model, batches[:1]) and beside == pytest.approx(alone, rel=0.5)  # by other noise
+
+
 def test_a_model_for_batches_of_one_size_gets_whole_ones() -> None:
     class Fixed(Quiet):
         def forward(self, x: Tensor) -> Tensor:

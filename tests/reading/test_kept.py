@@ -106,6 +106,14 @@ def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept(
     assert len({batch.size for batch in samples.batches}) == 1  # each counts as much as another
 
 
+def test_large_samples_alone_in_their_batches_take_nothing_from_later_ones() -> None:
+    samples = KeptSamples(600, max_bytes=4 * 64 * 25)
+    for index, (size, width) in enumerate([(1, 64)] * 40 + [(64, 1)] * 60):
+        if samples.wants(index):
+            samples.add(KeptBatch(index, size, size, ModelCall(nn.Identity(), torch.zeros(size, width))))
+    assert samples.size > 200
+
+
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), max_bytes=st.integers(4, 200))
 @settings(max_examples=30, deadline=None)
 def test_batches_go_as_soon_as_they_take_too_many_bytes_but_the_last_one(sizes: list[int], max_bytes: int) -> None:
