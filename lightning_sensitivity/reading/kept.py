@@ -125,7 +125,8 @@ class KeptSamples:
         if batch.size == 0:
             return
         self.has_rows = batch.has_rows
-        batch.cut(self._share)
+        if self._share < 1:
+            batch.cut(self._share)
         self.batches.append(batch)
         self.is_truncated |= batch.is_truncated
         self.size += batch.size
