@@ -161,9 +161,9 @@ class KeptSamples:
 
     def _cut(self, num_wanted: float) -> None:
         """Keep the same share of each batch, for so many samples in all."""
-        self._share = max(0.0, num_wanted) / sum(batch.whole_size for batch in self.batches)
+        num_samples = sum(batch.whole_size for batch in self.batches)
         for batch in self.batches:
-            batch.cut(self._share)
+            batch.cut(num_wanted / num_samples)
         self.size = sum(batch.size for batch in self.batches)
         self._num_bytes = sum(batch.num_bytes for batch in self.batches)
 
