@@ -95,8 +95,7 @@ class OutputSensitivity(Metric):
         assert isinstance(self.rows, list)
         if isinstance(noisy, Tensor) and noisy.numel() > 0:  # a `MetricCollection` passes labels by position
             is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
-            are_labels = is_first and noisy.any() and _are_flags(noisy) and not _are_flags(clean)
-            if not noisy.is_floating_point() or are_labels:
+            if not noisy.is_floating_point() or (is_first and _are_labels(noisy, clean)):
                 raise TypeError(
                     f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. "
                     "Update a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., "
@@ -162,6 +161,6 @@ class OutputSensitivity(Metric):
         return state.to(self.device, wide_dtype(self.device))
 
 
-def _are_flags(x: Tensor) -> bool:
-    """Return whether all numbers are 0 or 1, as of labels."""
-    return bool((x == x.square()).all())
+def _are_labels(noisy: Tensor, clean: Tensor) -> bool:
+    """Return whether all numbers are 0 or 1, and not all 0, where clean outputs are others."""
+    return bool((noisy == noisy.square()).all() and noisy.any() and (clean != clean.square()).any())
