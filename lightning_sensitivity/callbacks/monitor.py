@@ -254,6 +254,7 @@ class Monitor(Callback, ABC):
         self.run.validation = Validation.MEASURED
         self.run.measured = [None] * len(self.run.samples)
         for samples in self.run.samples:
+            are_new = not samples.calls
             samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
@@ -271,7 +272,9 @@ class Monitor(Callback, ABC):
                         entry="samples",
                     )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
-                    self.check_model(run, samples.batches[0].call.to(pl_module.device))
+                    self.check_model(run, next(iter(samples.calls.values())).to(pl_module.device))
+                if are_new and samples.size > 0:
+                    samples.join(run, pl_module.device)
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 
     def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:

@@ -32,7 +32,6 @@ from lightning_sensitivity.running.isolation import RunIsolated, isolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 
 _OF_MEAN, _PER_OUTPUT, _ESTIMATE = "output_sensitivity", "per_output_sensitivity", "loss_estimate"
-_AT_ONCE = 2**15  # elements of clean outputs that are summed up together
 _PATIENCE = 1000  # of validations: more than most runs have
 _NUM_TRIED = 8  # samples on which noise is tried
 
@@ -202,21 +201,14 @@ class SensitivityMonitor(Monitor):
             power.add_(torch.tensor([[float(finite.square().sum()), finite.numel()]]))
             return self._noise(x, generator)
 
-        # Of small outputs, summing up takes as long as the passes: do it for several batches of one shape at once.
-        waiting: list[list[Tensor]] = []  # clean and noisy outputs of each batch
-        for batch in samples.batches:
-            call = batch.call.to(module.device)
+        for index, kept in samples.calls.items():
+            call = kept.to(module.device)
             clean = run(call)
-            key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
+            key = self.seed, module.global_rank, samples.dataloader_idx, index
             perturb = noise if self.loss_estimate else self._noise
-            outputs = [clean, *noisy_outputs(run, call, perturb, key, self.num_draws, at)]
-            is_other = len(waiting) > 0 and waiting[0][0].shape[1:] != clean.shape[1:]
-            if is_other or sum(each[0].numel() for each in waiting) >= _AT_ONCE:
-                rows.append(_rows_of(waiting))
-                waiting = []
-            waiting.append(outputs)
-        if waiting:
-            rows.append(_rows_of(waiting))
+            noisy = noisy_outputs(run, call, perturb, key, self.num_draws, at)
+            extremes = by_position(clean).flatten(1).aminmax(dim=1)
+            rows.append(torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu())
         return torch.cat(rows), power
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
@@ -254,10 +246,3 @@ def _most_validations(trainer: Trainer) -> float:
     in_epoch = trainer.num_training_batches / (trainer.val_check_batch or 1)
     in_epoch = 1.0 if math.isnan(in_epoch) else in_epoch / (trainer.check_val_every_n_epoch or 1)  # of a stream
     return _PATIENCE if num_epochs < 0 else min(_PATIENCE, num_epochs * in_epoch)
-
-
-def _rows_of(outputs: list[list[Tensor]]) -> Tensor:
-    """Give a row for each sample of some batches: the sums of its changes, and its lowest and highest output."""
-    clean, *noisy = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
-    extremes = by_position(clean).flatten(1).aminmax(dim=1)
-    return torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu()

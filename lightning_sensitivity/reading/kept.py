@@ -2,17 +2,19 @@
 
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import evenly_spaced, spaced_fraction
+from lightning_sensitivity.functional.tensors import are_close, evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
 from lightning_sensitivity.running.batches import has_samples, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
+from lightning_sensitivity.running.isolation import RunIsolated
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
@@ -20,6 +22,7 @@ _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 _NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
+_MAX_JOINED = 2**20  # bytes of batches that are run as one, and of their outputs
 
 
 @dataclass(eq=False)
@@ -85,6 +88,7 @@ class KeptSamples:
         num_wanted: How many samples to keep.
         max_bytes: How many bytes they may take.
         batches: The batches, in the order of the loader.
+        calls: The calls of the model on them, by their indices; or a single one on all, by the index of the first.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
         has_rows: Whether rows of inputs are samples; None before a batch has told.
@@ -96,6 +100,7 @@ class KeptSamples:
         self.is_truncated = False
         self.has_rows: bool | None = None
         self.batches: list[KeptBatch] = []
+        self.calls: dict[int, ModelCall] = {}
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
@@ -169,11 +174,32 @@ class KeptSamples:
 
     def complete(self) -> None:
         """Want no more batches, unless none has come, and of those that there are only as much as is wanted."""
-        if self.size > 0:
+        if self.size > 0 and not self.calls:
             self._threshold = 0.0
             if self.size > self.num_wanted:
                 self._cut(self.num_wanted)
             self.is_truncated &= self.size < self.num_wanted
+            self.calls = {batch.index: batch.call for batch in self.batches}
+
+    def join(self, run: RunIsolated, device: torch.device) -> None:
+        """Join all calls to a single one, if that is small, and the model gives the same outputs.
+
+        Args:
+            run: Calls a function that runs the model; from :func:`~lightning_sensitivity.running.isolated`.
+            device: The device of the model.
+        """
+        (index, first), *others = self.calls.items()
+        are_alike = first.form is not None and all(call.form == first.form for _, call in others)
+        if not others or not are_alike or self._num_bytes > _MAX_JOINED:
+            return
+        outputs = run(first.to(device))
+        joined = ModelCall.join([*self.calls.values()])
+        if joined.size / first.size * outputs.nbytes > _MAX_JOINED:
+            return
+        with suppress(Exception):  # a model may take batches of one size only, or a few samples
+            again = run(joined.to(device))[: len(outputs)]
+            if again.shape == outputs.shape and are_close(outputs, again):
+                self.calls = {index: joined}
 
 
 class KeptObservations:

@@ -1,7 +1,7 @@
 """Call any model on any batch by its layout, and select outputs and labels."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, resolved, take
+from lightning_sensitivity.running.batches import (
+    Place,
+    at,
+    clone_tensors,
+    entry,
+    is_floating,
+    resolved,
+    take,
+    tensors_in,
+)
 
 _MANY = 1000  # from which on integers are names, and no categories
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
@@ -123,6 +132,19 @@ class ModelCall:
         """Return the call on some of its samples."""
         new = self._with(apply_to_collection(self.arguments, Tensor, take, indices))
         new.size = len(indices)
+        return new
+
+    @property
+    def form(self) -> object:
+        """What calls share that can be joined: floating tensors, their types and shapes; None if they hold others."""
+        are_plain = self.size > 0 and all(type(x) is Tensor and is_floating(x) for x in self.arguments.values())
+        return [(name, x.dtype, x.shape[1:]) for (name,), x in tensors_in(self.arguments)] if are_plain else None
+
+    @staticmethod
+    def join(calls: "Sequence[ModelCall]") -> "ModelCall":
+        """Return one call on the samples of several of one form."""
+        new = calls[0]._with({name: torch.cat([each.arguments[name] for each in calls]) for name in calls[0].arguments})
+        new.size = sum(each.size for each in calls)
         return new
 
     def to(self, device: torch.device) -> "ModelCall":

@@ -27,6 +27,7 @@ from tests.helpers import (
     unlabelled_loader,
 )
 
+pytestmark = pytest.mark.usefixtures("batch_by_batch")
 SENSITIVITY = "val/output_sensitivity"
 
 

@@ -47,21 +47,68 @@ def test_the_values_are_those_of_a_plain_loop_over_batches_as_they_came(kind: An
     model, monitor = kind(), SensitivityMonitor(num_draws=num_draws, seed=3)
     batches = inputs(50).split(sizes)
     values = validated(monitor, model, DataLoader(batches, None))
+    if kind is Classifier:  # small batches are run as one, where samples do not interact
+        batches = (inputs(50),)
     changes = brute_force(model.eval(), batches, num_draws, seed=3)
     close(values, expected(changes))
 
 
-def test_it_does_not_matter_how_many_batches_are_summed_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def value() -> float:  # of batches whose outputs differ in shape
-        monitor = SensitivityMonitor(outputs=lambda y: y[:, :, None].expand(-1, -1, len(y)))
-        return validated(monitor, Linear(), DataLoader(inputs(50).split([16, 16, 3, 3, 12]), None))[OF_MEAN]
-
-    together = value()
-    for size in (1, 100, 2000):
-        monkeypatch.setattr("lightning_sensitivity.callbacks.sensitivity._AT_ONCE", size)
-        assert value() == pytest.approx(together, rel=1e-9)
+def ragged(x: Tensor) -> list[Tensor]:
+    return [x[i : i + 10, None].expand(-1, 2 + i % 3, -1) for i in range(0, 50, 10)]
 
 
+class Averaging(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(1))
+
+
+class OfOneSize(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(10, -1))
+
+
+class OfDict(Linear):
+    def forward(self, a: Any) -> Tensor:
+        return super().forward(a["b"])
+
+
+class OfFirst(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :12])
+
+
+JOINED: dict[str, tuple[bool, Any, Any, dict[str, Any]]] = {  # whether batches are run as one; model, batches, options
+    "rows of numbers": (True, Linear, lambda x: x.split(10), {}),
+    "of other sizes": (True, Linear, lambda x: x.split([20, 3, 27]), {}),
+    "noise at a layer": (True, Classifier, lambda x: x.split(10), {"at": "net.0"}),
+    "samples that interact": (False, Centred, lambda x: x.split(10), {}),
+    "of other lengths": (False, Averaging, ragged, {}),
+    "a model for batches of one size": (False, OfOneSize, lambda x: x.split(10), {}),
+    "a dict as argument": (False, OfDict, lambda x: [{"a": {"b": y}} for y in x.split(10)], {"at": "net"}),
+    "outputs of the shape of the batch": (False, Linear, lambda x: x.split(10),
+        {"outputs": lambda y: y[:, :, None].expand(-1, -1, len(y))}),
+    "large outputs": (False, Linear, lambda x: x.split(10), {"outputs": lambda y: y[:, :, None].expand(-1, -1, 2000)}),
+    "large inputs": (False, OfFirst, lambda x: x.repeat(1, 500).split(10), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_small_batches_are_run_as_one_where_the_model_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    is_one, kind, batches, options = JOINED[name]
+
+    def measured() -> tuple[float, set[int]]:
+        model, sizes = kind(), list[int]()
+        model.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
+        monitor = SensitivityMonitor(lambda x, generator: 1.1 * x, **options)
+        value = validated(monitor, model, DataLoader(batches(inputs(50)), None))[OF_MEAN]
+        return value, {*sizes[-2:]}  # of its last batch, clean and noisy
+
+    value, last = measured()
+    request.getfixturevalue("batch_by_batch")
+    assert value == pytest.approx(measured()[0], rel=1e-5) and (last == {50}) == is_one
+
+
+@pytest.mark.usefixtures("batch_by_batch")
 def test_noise_at_a_submodule_is_added_to_its_output() -> None:
     model = Classifier()
     head = model.eval().net[4]
@@ -70,6 +117,7 @@ def test_noise_at_a_submodule_is_added_to_its_output() -> None:
     close(values, expected(brute_force(head, hidden)))
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
@@ -109,6 +157,7 @@ class EverySecond(SensitivityMonitor):
         return trainer.current_epoch % 2 == 0
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 @pytest.mark.parametrize(("monitor", "step"), [(SensitivityMonitor(), 4), (EverySecond(), 8)])
 def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: Any, step: int, tmp_path: Path) -> None:
     model, logger = Classifier(), CSVLogger(tmp_path)
@@ -136,6 +185,7 @@ def test_nothing_is_measured_in_test_and_predict() -> None:
 # Which names
 
 
+@pytest.mark.usefixtures("batch_by_batch")
 def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:
