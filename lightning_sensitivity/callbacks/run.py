@@ -74,14 +74,11 @@ class Run:
     def __init__(self, monitor: str, prefix: str, is_debugging: bool = False) -> None:
         self.phase = Phase.BEFORE_FIRST_STEP
         self.begins_epoch = False
-        self.validation = Validation.SKIPPED
         self.first_step = FirstStep()
         self.missing = MissingValues()
         self.doubts = Doubts(self.warn)
-        self.samples: list[KeptSamples] = []
-        self.training: KeptObservations | None = None
-        self.measured: list[tuple[Tensor, ...] | None] = []
         self.logged: dict[str, float] = {}
+        self.free()
         self._monitor = monitor
         self._prefix = prefix
         self._is_debugging = is_debugging
@@ -96,9 +93,9 @@ class Run:
     def free(self) -> None:
         """Free the samples, and stop watching."""
         self.validation = Validation.SKIPPED
-        self.samples = []
-        self.training = None
-        self.measured = []
+        self.samples: list[KeptSamples] = []
+        self.training: KeptObservations | None = None
+        self.measured: list[tuple[Tensor, ...] | None] = []
         self.first_step.stop()
 
     # What is said
