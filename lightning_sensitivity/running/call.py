@@ -14,16 +14,7 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import (
-    Place,
-    at,
-    clone_tensors,
-    entry,
-    is_floating,
-    resolved,
-    take,
-    tensors_in,
-)
+from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, resolved, take
 
 _MANY = 1000  # from which on integers are names, and no categories
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
@@ -137,8 +128,9 @@ class ModelCall:
     @property
     def form(self) -> object:
         """What calls share that can be joined: floating tensors, their types and shapes; None if they hold others."""
-        are_plain = self.size > 0 and all(type(x) is Tensor and is_floating(x) for x in self.arguments.values())
-        return [(name, x.dtype, x.shape[1:]) for (name,), x in tensors_in(self.arguments)] if are_plain else None
+        plain = {name: x for name, x in self.arguments.items() if type(x) is Tensor and is_floating(x)}
+        can_join = self.size > 0 and len(plain) == len(self.arguments)
+        return [(name, x.dtype, x.shape[1:]) for name, x in plain.items()] if can_join else None
 
     @staticmethod
     def join(calls: "Sequence[ModelCall]") -> "ModelCall":
