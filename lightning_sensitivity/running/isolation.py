@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import ProxyTypes
 
 import numpy as np
@@ -173,22 +173,6 @@ _COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
 ]
 
 
-class _Copied(NamedTuple):
-    """An attribute or a buffer of which a run gets a copy.
-
-    Attributes:
-        holder: The dict that has it, of a module or an object.
-        name: Its name there.
-        value: The original.
-        make_copy: Makes the copy, of the name and the original.
-    """
-
-    holder: dict[str, Any]
-    name: str
-    value: object
-    make_copy: Callable[[str, Any], object]
-
-
 def _log_nothing(*args: object, **kwargs: object) -> None:
     """Log nothing, in the place of ``self.log``."""
 
@@ -203,7 +187,8 @@ class _State:
         # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module,
         # and the attributes of objects that it holds.
         self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self.copied: list[_Copied] = []
+        # Attributes and buffers: the dict that has one, its name there, the original, and what makes a copy.
+        self.copied: list[tuple[dict[str, Any], str, object, Callable[[str, Any], object]]] = []
         self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
         self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
         weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
@@ -242,10 +227,10 @@ class _State:
         for name, value in contents.items():
             if isinstance(value, Tensor):
                 if not isinstance(value, nn.Parameter):
-                    self.copied.append(_Copied(holder, name, value, self._clone))
+                    self.copied.append((holder, name, value, self._clone))
                 continue
             ways = [make_copy for kind, make_copy in _COPIES if isinstance(value, kind)]
-            self.copied += [_Copied(holder, name, value, make_copy) for make_copy in ways[:1]]
+            self.copied += [(holder, name, value, make_copy) for make_copy in ways[:1]]
             if isinstance(value, list | dict | tuple | deque):
                 items = value.values() if isinstance(value, dict) else value
                 tensors = [x for x in items if isinstance(x, Tensor) and id(x) not in self.registered]
