@@ -137,7 +137,6 @@ def try_values(
     outputs: Tensor,
     labels: Tensor,
     task: Task,
-    num_columns: int,
 ) -> bool:
     """Refuse a metric or a loss that fails on the labelled samples of a training batch, or gives no number of these.
 
@@ -148,7 +147,6 @@ def try_values(
         outputs: Outputs ``(N, ...)``.
         labels: Their labels, as `targets` returns them.
         task: The task.
-        num_columns: C.
 
     Returns:
         Whether outputs may be predictions of labels; not if the loss shows that they are, say, logarithms of rates.
@@ -157,9 +155,9 @@ def try_values(
     if not bool(counts.any()):
         return True
     x, y = in_32_bits(outputs)[counts], labels[counts]
-    # A metric gets drawn labels of all columns, also of those of which a batch knows none.
-    drawn = task.hard_labels(task.label_matrix(y, num_columns)).nan_to_num()
     p = task.predictions(task.output_matrix(x.cpu()))
+    # A metric gets drawn labels of all columns, also of those of which a batch knows none.
+    drawn = task.hard_labels(task.label_matrix(y, p.shape[1])).nan_to_num()
     for name, metric in metrics.items():
         what = f"`metrics[{name!r}]` fails on outputs {tuple(x.shape)}"
         with refuse_on_error(what, entry="metrics"), isolated(module) as run:

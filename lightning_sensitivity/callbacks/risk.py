@@ -291,7 +291,7 @@ class RiskMonitor(Monitor):
             num_columns = self.task.num_columns(shape)
             checks.check_class_shares(self._class_shares, self.task, num_columns)
             metrics = self._metrics_of(num_columns)
-            may_predict = checks.try_values(module, metrics, self.loss, outputs, labels, self.task, num_columns)
+            may_predict = checks.try_values(module, metrics, self.loss, outputs, labels, self.task)
             self._expectation = Expectation(
                 self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
             )
