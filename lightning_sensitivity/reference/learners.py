@@ -372,9 +372,15 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
     fit = _fit_by_columns if task.is_by_column or samples.labels.isnan().any() else _fit_folds
+    data = matrix, labels, task, _folds_of(samples, are_all=True)
     with quiet():
-        model, left_out = fit(model, matrix, labels, task, _folds_of(samples, are_all=True))
-    learner = Learner(type(estimator).__name__, features, model, left_out, samples, task)
+        try:
+            fitted, left_out = fit(model, *data)
+        except ValueError:  # such as of a support vector machine, which takes one target
+            if not task.is_regression or labels.shape[1] == 1 or fit is _fit_by_columns:
+                raise
+            fitted, left_out = _fit_by_columns(model, *data)
+    learner = Learner(type(estimator).__name__, features, fitted, left_out, samples, task)
     return learner, torch.arange(len(samples))
 
 

@@ -9,10 +9,12 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import pairwise
+from sklearn.multioutput import MultiOutputRegressor
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -204,6 +206,15 @@ def test_a_regressor_is_fitted_to_targets(num_targets: int) -> None:
     found = Reference("regression", LinearRegression()).fit(x, y[:, :num_targets])
     expected = LinearRegression().fit(x.numpy(), y[:, :num_targets].numpy()).predict(new.numpy())
     np.testing.assert_allclose(found.predict(new), expected[:, 0] if num_targets == 1 else expected)
+
+
+def test_several_targets_are_fitted_together_or_one_by_one_where_an_estimator_takes_one() -> None:
+    x, y, new = sample("regression", num_samples=40)
+    one, several = (Reference("regression", each).fit(x, y) for each in (SVR(), MultiOutputRegressor(SVR())))
+    np.testing.assert_allclose(one.predict(new), several.predict(new))
+    np.testing.assert_allclose(one.left_out_, several.left_out_)
+    with pytest.raises(ValueError, match="'C' parameter"):
+        Reference("regression", SVR(C=-1.0)).fit(x, y)
 
 
 @pytest.mark.usefixtures("uncalibrated")
