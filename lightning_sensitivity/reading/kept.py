@@ -9,10 +9,10 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
 
-from lightning_sensitivity.functional.tensors import are_close, evenly_spaced, spaced_fraction
+from lightning_sensitivity.functional.tensors import are_same, evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
-from lightning_sensitivity.running.batches import has_samples, take, tensors_in
+from lightning_sensitivity.running.batches import has_samples, is_floating, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import RunIsolated
 
@@ -22,7 +22,8 @@ _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 _NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
-_MAX_JOINED = 2**20  # bytes of batches that are run as one, and of their outputs
+_MOST_JOINED = 2000  # samples that are run as one batch
+_MAX_JOINED = 2**20  # bytes of these, and of their outputs
 
 
 @dataclass(eq=False)
@@ -184,22 +185,23 @@ class KeptSamples:
     def join(self, run: RunIsolated, device: torch.device) -> None:
         """Join all calls to a single one, if that is small, and the model gives the same outputs.
 
+        It is not tried on a GPU, where a pass that fails may end the run.
+
         Args:
             run: Calls a function that runs the model; from :func:`~lightning_sensitivity.running.isolated`.
             device: The device of the model.
         """
-        (index, first), *others = self.calls.items()
-        are_alike = first.form is not None and all(call.form == first.form for _, call in others)
-        if not others or not are_alike or self._num_bytes > _MAX_JOINED:
+        calls = [*self.calls.values()]
+        are_few = len(calls) > 1 and self.size <= _MOST_JOINED and self._num_bytes <= _MAX_JOINED
+        have_same_names = len({(*call.arguments,) for call in calls}) == 1
+        can_join = are_few and have_same_names and all(map(is_floating, calls[0].arguments.values()))
+        if not can_join or device.type != "cpu":
             return
-        outputs = run(first.to(device))
-        joined = ModelCall.join([*self.calls.values()])
-        if joined.size / first.size * outputs.nbytes > _MAX_JOINED:
-            return
-        with suppress(Exception):  # a model may take batches of one size only, or a few samples
-            again = run(joined.to(device))[: len(outputs)]
-            if again.shape == outputs.shape and are_close(outputs, again):
-                self.calls = {index: joined}
+        with suppress(Exception):  # shapes may differ, and a model may take batches of one size only, or a few samples
+            joined = ModelCall.join(calls)
+            outputs = torch.cat([run(call) for call in calls])
+            if outputs.nbytes <= _MAX_JOINED and are_same(outputs, run(joined)):
+                self.calls = {next(iter(self.calls)): joined}
 
 
 class KeptObservations:

@@ -125,16 +125,9 @@ class ModelCall:
         new.size = len(indices)
         return new
 
-    @property
-    def form(self) -> object:
-        """What calls share that can be joined: floating tensors, their types and shapes; None if they hold others."""
-        plain = {name: x for name, x in self.arguments.items() if type(x) is Tensor and is_floating(x)}
-        can_join = self.size > 0 and len(plain) == len(self.arguments)
-        return [(name, x.dtype, x.shape[1:]) for name, x in plain.items()] if can_join else None
-
     @staticmethod
     def join(calls: "Sequence[ModelCall]") -> "ModelCall":
-        """Return one call on the samples of several of one form."""
+        """Return one call on the samples of several, whose arguments are tensors of one shape for each sample."""
         new = calls[0]._with({name: torch.cat([each.arguments[name] for each in calls]) for name in calls[0].arguments})
         new.size = sum(each.size for each in calls)
         return new
