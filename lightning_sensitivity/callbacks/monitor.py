@@ -13,7 +13,7 @@ from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
-from lightning_sensitivity.reading.reader import BatchReader
+from lightning_sensitivity.reading.reader import BatchReader, few_outputs
 from lightning_sensitivity.running import isolated
 from lightning_sensitivity.running.batches import forget
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
@@ -290,10 +290,7 @@ class Monitor(Callback, ABC):
                 entry="state",
             )
         if len(outputs) < call.size:
-            raise Refused(
-                f"the inputs have {call.size} rows, and there are {len(outputs)} outputs: put samples first, "
-                "`inputs=lambda batch: batch[0].transpose(0, 1)`, and transpose them back in `forward`."
-            )
+            raise few_outputs(call.size, len(outputs))
         self.check_outputs(outputs, sigmoids.gave(again))
         return outputs
 

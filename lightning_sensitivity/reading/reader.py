@@ -270,7 +270,7 @@ class BatchReader:
             has_rows: Whether rows of inputs are samples, else it is kept as a whole; None to find out.
 
         Raises:
-            MisconfigurationException: If it can't be read.
+            MisconfigurationException: If it can't be read, or there is one output for several rows.
         """
         whole = self.call(model, batch)
         if has_rows is None and whole.size > 1:
@@ -345,12 +345,28 @@ class BatchReader:
 
 
 def _has_rows(model: nn.Module, call: ModelCall) -> bool:
-    """Return whether rows of inputs are samples, and no steps of time, of which each output needs all."""
+    """Return whether rows of inputs are samples, and no steps of time, of which each output needs all.
+
+    Raises:
+        MisconfigurationException: If there is one output for several rows, which may be either.
+    """
     few = call.take(torch.arange(min(call.size, _NUM_TRIED)))
+    size = 0
     with suppress(Exception), isolated(model) as run:  # a model may take batches of one size only
         size = len(run(few))
-        return size == 1 or len(run(few.take(torch.arange(few.size // 2)))) < size
+        if size > 1:
+            return len(run(few.take(torch.arange(few.size // 2)))) < size
+    if size == 1:
+        raise few_outputs(call.size, size)
     return False
+
+
+def few_outputs(num_rows: int, num_outputs: int) -> Refused:
+    """Say that there are fewer outputs than rows of inputs, and what to do about it."""
+    return Refused(
+        f"the inputs have {num_rows} rows, and there are {num_outputs} outputs: put samples first, `inputs=lambda "
+        "batch: batch[0].transpose(0, 1)`, and transpose them back in `forward`."
+    )
 
 
 def check_logits(outputs: Tensor, are_of_sigmoid: bool, task: Task) -> None:

@@ -103,6 +103,19 @@ def test_rows_of_one_loader_or_fit_may_be_samples_and_those_of_another_steps_of_
     assert alone == sensitivity(model, batches[:1]) and beside == pytest.approx(alone, rel=0.5)  # by other noise
 
 
+@pytest.mark.parametrize("num_samples", [1, 30])  # in one batch: all of one series, or one output for several
+def test_one_output_for_several_rows_is_refused_or_after_the_first_step_left_out(num_samples: int) -> None:
+    class OneOutput(Quiet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if self.training else x.mean(0, keepdim=x.ndim == 2))
+
+    batches = time_first(50, num_samples)[0] if num_samples == 1 else [*inputs(90).split(30)]
+    val, match = DataLoader(batches, None), "the inputs have (50|30) rows, and there are 1 outputs: put samples first"  # type: ignore[arg-type]
+    helpers.refused(SensitivityMonitor(), OneOutput(), None, val, match=match)
+    run, texts = helpers.fitted_and_said(SensitivityMonitor(), OneOutput(), val=val, num_sanity_val_steps=0)
+    assert SENSITIVITY not in helpers.logged(run) and any("put samples first" in text for text in texts)
+
+
 def test_a_model_for_batches_of_one_size_gets_whole_ones() -> None:
     class Fixed(Quiet):
         def forward(self, x: Tensor) -> Tensor:
