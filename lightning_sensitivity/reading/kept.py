@@ -4,15 +4,17 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_sensitivity.functional.tensors import are_same, evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
-from lightning_sensitivity.running.batches import has_samples, is_floating, take, tensors_in
+from lightning_sensitivity.running.batches import has_samples, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 from lightning_sensitivity.running.isolation import RunIsolated
 
@@ -22,8 +24,7 @@ _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 _NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
-_MOST_JOINED = 2000  # samples that are run as one batch
-_MAX_JOINED = 2**20  # bytes of these, and of their outputs
+_MAX_JOINED = 2**22  # bytes of batches that are run as one, and of each result in a pass: more leaves fast memory
 
 
 @dataclass(eq=False)
@@ -157,7 +158,7 @@ class KeptSamples:
                 if batch in self.batches and self._num_bytes > self.max_bytes:
                     self._drop(batch)
             self._share = min(batch.size / batch.whole_size for batch in self.batches)  # a single one stays whole
-            self.is_truncated |= self.size < min(size, self.num_wanted)
+            self.is_truncated |= self.size < size
 
     def _drop(self, batch: KeptBatch) -> None:
         self.batches.remove(batch)
@@ -183,7 +184,7 @@ class KeptSamples:
             self.calls = {batch.index: batch.call for batch in self.batches}
 
     def join(self, run: RunIsolated, device: torch.device) -> None:
-        """Join all calls to a single one, if that is small, and the model gives the same outputs.
+        """Join all calls to a single one, if a pass over that is small, and the model gives the same outputs.
 
         It is not tried on a GPU, where a pass that fails may end the run.
 
@@ -192,16 +193,31 @@ class KeptSamples:
             device: The device of the model.
         """
         calls = [*self.calls.values()]
-        are_few = len(calls) > 1 and self.size <= _MOST_JOINED and self._num_bytes <= _MAX_JOINED
         have_same_names = len({(*call.arguments,) for call in calls}) == 1
-        can_join = are_few and have_same_names and all(map(is_floating, calls[0].arguments.values()))
-        if not can_join or device.type != "cpu":
+        if len(calls) == 1 or not have_same_names or self._num_bytes > _MAX_JOINED or device.type != "cpu":
             return
         with suppress(Exception):  # shapes may differ, and a model may take batches of one size only, or a few samples
             joined = ModelCall.join(calls)
-            outputs = torch.cat([run(call) for call in calls])
-            if outputs.nbytes <= _MAX_JOINED and are_same(outputs, run(joined)):
+            with _LargestResult() as largest:
+                outputs = torch.cat([run(call) for call in calls])
+            if largest.num_bytes * len(calls) <= _MAX_JOINED and are_same(outputs, run(joined)):
                 self.calls = {next(iter(self.calls)): joined}
+
+
+class _LargestResult(TorchFunctionMode):
+    """A mode that notes how much memory the largest result takes of the functions of torch that are called inside.
+
+    Attributes:
+        num_bytes: Its memory.
+    """
+
+    num_bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        result = func(*args, **(kwargs or {}))
+        self.num_bytes = max(self.num_bytes, *(x.nbytes for _, x in tensors_in(result)), 0)
+        return result
 
 
 class KeptObservations:

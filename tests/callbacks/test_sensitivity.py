@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 
 import tests.helpers as helpers
@@ -84,6 +84,21 @@ class Scaled(Linear):
         return super().forward(x) * (1 if scale is None else scale)
 
 
+class Wide(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., None].expand(-1, -1, 2000).clone().mean(-1))
+
+
+class Remembering(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.recurrent = nn.GRU(1, 2000, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.recurrent(x[..., None])[0][..., 0]) - 9
+
+
 class OfIntegers(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
@@ -111,15 +126,16 @@ JOINED: dict[str, tuple[bool, Any, Any, dict[str, Any]]] = {  # whether batches 
     "an argument in some batches": (False, Scaled, lambda x: [
         {"x": y} | ({"scale": torch.ones(len(y), 1)} if place else {}) for place, y in enumerate(x.split(10))],
         {"at": "net"}),
-    "integers, which may be embedded": (False, OfIntegers, lambda x: (9 * x).long().split(10), {"at": "net"}),
-    "very many": (False, Linear, lambda x: x.repeat(41, 1).split(1000), {"num_samples": None}),
+    "integers": (True, OfIntegers, lambda x: (9 * x).long().split(10), {"at": "net"}),
+    "large results on the way": (False, Wide, lambda x: x.split(10), {}),
+    "a large state of a recurrent network": (False, Remembering, lambda x: x.split(10), {}),
     "of other lengths": (False, Averaging, ragged, {}),
     "a model for batches of one size": (False, OfOneSize, lambda x: x.split(10), {}),
     "a dict as argument": (False, OfDict, lambda x: [{"a": {"b": y}} for y in x.split(10)], {"at": "net"}),
     "outputs of the shape of the batch": (False, Linear, lambda x: x.split(10),
         {"outputs": lambda y: y[:, :, None].expand(-1, -1, len(y))}),
-    "large outputs": (False, Linear, lambda x: x.split(10), {"outputs": lambda y: y[:, :, None].expand(-1, -1, 2000)}),
-    "large inputs": (False, OfFirst, lambda x: x.repeat(1, 500).split(10), {}),
+    "large outputs": (False, Linear, lambda x: x.split(10), {"outputs": lambda y: y[:, :, None].repeat(1, 1, 6000)}),
+    "large inputs": (False, OfFirst, lambda x: x.repeat(1, 2000).split(10), {}),
 }  # fmt: skip
 
 

@@ -130,6 +130,12 @@ def test_memory_was_not_short_where_all_wanted_samples_are_kept() -> None:
     assert samples.size == 600 and not samples.is_truncated
 
 
+def test_memory_was_short_where_it_left_fewer_than_are_wanted() -> None:
+    sizes = [20 + 130 * (3 * index % 5) // 4 for index in range(60)]
+    samples = kept_rows(sizes, max_bytes=2 * 4 * 620)  # for all wanted, but for more on the way
+    assert samples.size < 600 and samples.is_truncated
+
+
 def test_fewer_samples_than_twenty_are_of_as_many_batches() -> None:
     assert [batch.size for batch in kept_rows([50] * 30, num_wanted=10).batches] == [1] * 10
 
