@@ -69,6 +69,11 @@ class Monitor(Callback, ABC):
         Values are nan if all outputs are; what could not be measured is left out.
         """
 
+    @property
+    def may_join(self) -> bool:
+        """Whether samples of several batches may be run as one, if the model gives the same outputs."""
+        return True
+
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
         return True
@@ -273,7 +278,7 @@ class Monitor(Callback, ABC):
                     )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, next(iter(samples.calls.values())).to(pl_module.device))
-                if are_new and samples.size > 0:
+                if are_new and samples.size > 0 and self.may_join:
                     samples.join(run, pl_module.device)
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 

@@ -123,6 +123,11 @@ class SensitivityMonitor(Monitor):
         names = [self._kind, f"{self._kind}_stderr", *[_ESTIMATE] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
+    @property
+    def may_join(self) -> bool:
+        """Whether noise is independent for each sample; a function of the user may look at a whole batch."""
+        return isinstance(self._noise, GaussianNoise)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule, and refuse callbacks that monitor the kind that is not logged."""
         if self.at is not None:

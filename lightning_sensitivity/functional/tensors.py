@@ -113,11 +113,14 @@ def are_close(first: Tensor, second: Tensor) -> bool:
 
 
 def are_same(first: Tensor, second: Tensor) -> bool:
-    """Check whether outputs ``(N, ...)`` differ by rounding alone, which is small beside what samples differ by."""
+    """Check whether outputs ``(N, ...)`` differ by rounding alone, which is small beside what samples differ by.
+
+    If those of all samples are equal, or some are not finite, nothing can be told.
+    """
     if first.shape != second.shape:
         return False
-    is_close = (first - second).abs() <= _ROUNDING_OF_PASS * first.std(0)  # nan if an output is not finite
-    return bool((is_close | (first == second)).all())
+    spread = first.std(0)
+    return bool((spread > 0).all() and ((first - second).abs() <= _ROUNDING_OF_PASS * spread).all())
 
 
 def as_tensor(values: Numbers) -> Tensor:

@@ -376,10 +376,13 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
     with quiet():
         try:
             fitted, left_out = fit(model, *data)
-        except ValueError:  # such as of a support vector machine, which takes one target
+        except ValueError as error:  # such as of a support vector machine, which takes one target
             if not task.is_regression or labels.shape[1] == 1 or fit is _fit_by_columns:
                 raise
-            fitted, left_out = _fit_by_columns(model, *data)
+            try:
+                fitted, left_out = _fit_by_columns(model, *data)
+            except Exception:  # then that was not the reason
+                raise error from None
     learner = Learner(type(estimator).__name__, features, fitted, left_out, samples, task)
     return learner, torch.arange(len(samples))
 

@@ -75,7 +75,7 @@ def failing_inputs() -> tuple[Options, Options]:
 
 
 def failing_noise() -> tuple[Options, Options]:
-    noise = failing(2, False)
+    noise = failing(5, False)
     return {"noise": lambda x, generator: 1.1 * noise(x)}, {}
 
 

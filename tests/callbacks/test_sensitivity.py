@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, StackDataset
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
+from lightning_sensitivity.running.perturbation import GaussianNoise
 from tests.helpers import Classifier, Linear, Quiet, brute_force, inputs, loader, unlabelled_loader, validated
 
 OF_MEAN, PER_OUTPUT = "val/output_sensitivity", "val/per_output_sensitivity"
@@ -65,6 +66,11 @@ class Averaging(Linear):
 class OfOneSize(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.view(10, -1))
+
+
+class Scaling(GaussianNoise):
+    def __call__(self, x: Tensor, generator: Any) -> Tensor:
+        return 1.1 * x
 
 
 class Causal(Linear):
@@ -120,6 +126,8 @@ JOINED: dict[str, tuple[bool, Any, Any, dict[str, Any]]] = {  # whether batches 
     "noise at a layer": (True, Classifier, lambda x: x.split(10), {"at": "net.0"}),
     "samples that interact": (False, Centred, lambda x: x.split(10), {}),
     "samples that depend on earlier ones": (False, Causal, lambda x: x.split(10), {}),
+    "a function as noise, which may look at a batch": (False, Linear, lambda x: x.split(10),
+        {"noise": lambda x, generator: x + x / x.norm()}),
     "no more than 40 samples": (False, OfFew, lambda x: x.split(10), {}),
     "a number for all samples": (False, Scaled, lambda x: [{"x": y, "scale": torch.tensor(2.0)} for y in x.split(10)],
         {"at": "net"}),
@@ -146,7 +154,7 @@ def test_small_batches_are_run_as_one_where_the_model_gives_the_same(name: str, 
     def measured() -> tuple[float, int]:
         model, sizes = kind(), list[int]()
         model.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
-        monitor = SensitivityMonitor(lambda x, generator: 1.1 * x, **options)
+        monitor = SensitivityMonitor(**{"noise": Scaling(1.0), **options})
         value = validated(monitor, model, DataLoader(batches(inputs(50)), None))[OF_MEAN]
         return value, sizes[-1]  # of the last pass
 

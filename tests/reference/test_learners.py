@@ -213,8 +213,9 @@ def test_several_targets_are_fitted_together_or_one_by_one_where_an_estimator_ta
     one, several = (Reference("regression", each).fit(x, y) for each in (SVR(), MultiOutputRegressor(SVR())))
     np.testing.assert_allclose(one.predict(new), several.predict(new))
     np.testing.assert_allclose(one.left_out_, several.left_out_)
-    with pytest.raises(ValueError, match="'C' parameter"):
-        Reference("regression", SVR(C=-1.0)).fit(x, y)
+    for estimator in (SVR(C=-1.0), MultiOutputRegressor(SVR(C=-1.0))):
+        with pytest.raises(ValueError, match="'C' parameter"):
+            Reference("regression", estimator).fit(x, y)
 
 
 @pytest.mark.usefixtures("uncalibrated")
