@@ -277,8 +277,8 @@ class Monitor(Callback, ABC):
                         entry="samples",
                     )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
-                    self.check_model(run, next(iter(samples.calls.values())).to(pl_module.device))
-                if are_new and samples.size > 0 and self.may_join:
+                    self.check_model(run, samples.batches[0].call.to(pl_module.device))
+                if are_new and samples.size > 0 and self.may_join and not trainer.sanity_checking:
                     samples.join(run, pl_module.device)
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 
