@@ -371,19 +371,12 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
     model = clone(estimator)
     unset = [name for name, value in model.get_params().items() if value is None]
     model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    fit = _fit_by_columns if task.is_by_column or samples.labels.isnan().any() else _fit_folds
-    data = matrix, labels, task, _folds_of(samples, are_all=True)
+    fit = _fit_targets if task.is_regression else _fit_folds
+    if task.is_by_column or samples.labels.isnan().any():
+        fit = _fit_by_columns
     with quiet():
-        try:
-            fitted, left_out = fit(model, *data)
-        except ValueError as error:  # such as of a support vector machine, which takes one target
-            if not task.is_regression or labels.shape[1] == 1 or fit is _fit_by_columns:
-                raise
-            try:
-                fitted, left_out = _fit_by_columns(model, *data)
-            except Exception:  # then that was not the reason
-                raise error from None
-    learner = Learner(type(estimator).__name__, features, fitted, left_out, samples, task)
+        model, left_out = fit(model, matrix, labels, task, _folds_of(samples, are_all=True))
+    learner = Learner(type(estimator).__name__, features, model, left_out, samples, task)
     return learner, torch.arange(len(samples))
 
 
@@ -398,6 +391,21 @@ def _fit_folds(
     cv = folds or kind(min(number, len(labels)), shuffle=True, random_state=0)
     left_out = cross_val_predict(model, matrix, labels, cv=cv, method=task.estimator_method)
     return model.fit(matrix, labels), left_out
+
+
+def _fit_targets(
+    model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
+) -> tuple[BaseEstimator, Array]:
+    """Fit a model to all targets of a regression together, or to each if it takes one, as a support vector machine."""
+    try:
+        return _fit_folds(model, matrix, labels, task, folds)
+    except ValueError as error:
+        if labels.shape[1] == 1:
+            raise
+        try:
+            return _fit_by_columns(model, matrix, labels, task, folds)
+        except Exception:  # then the number of targets was not the reason
+            raise error from None
 
 
 def _fit_by_columns(
