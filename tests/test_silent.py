@@ -255,7 +255,7 @@ CASES = {
         forward=counting),
     "forward that draws from NumPy": Case("!gives other outputs", "!gives other outputs",
         forward=lambda m, x: np.random.rand() * m.net(x)),
-    "forward that writes to a weight": Case("!writes to net.0.bias", "!writes to net.0.bias", forward=writing),
+    "forward that writes to a weight": Case("!writes to parameters", "!writes to parameters", forward=writing),
     # labels, which say nothing to S
     "-100": Case(None, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),
     "from 1": Case(None, "!`targets", y=lambda f: classes(f) + 1),

@@ -2,15 +2,10 @@
 
 import copy
 import inspect
-import math
 import random
-from abc import ABC
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FunctionType, ModuleType
 from typing import Any, Protocol, TypeVar
-from weakref import ProxyTypes
 
 import numpy as np
 import torch
@@ -19,17 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_sensitivity import compat
-from lightning_sensitivity.functional.tensors import wide_dtype
-from lightning_sensitivity.messages import Refused, describe_error
+from lightning_sensitivity.messages import Refused
 
 T = TypeVar("T")
 
-
-_LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed; an array of more is not copied
+_LARGE = 2**16  # elements of a tensor that is cloned again only where it has changed
 _OWN = frozenset(vars(LightningModule()))  # what each module has: parameters, buffers, hooks, the mode
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
-_WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OF_THREADS = {"lightning", "pytorch_lightning", "logging", "multiprocessing", "queue", "threading"}  # not to copy
+_COLLECTIONS = (list, dict, set, np.ndarray)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 class RunIsolated(Protocol):
@@ -45,15 +38,13 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
 
     Inside, the model is in eval mode, or in the modes that its own hook ``on_validation_model_eval`` sets,
     without gradients, and its ``self.log`` does nothing. Every run starts from the same buffers, attributes
-    and random state of torch: tensors, arrays and generators are cloned, and lists, dicts, sets and deques are
-    copied one level deep, also those that are attributes of an object that a module holds. A large tensor is
-    cloned once for all runs, and again only after a run that has written to the clone. After a run, the
-    originals are put back; hooks, too. The random streams of Python and NumPy are put back at the end. Compiled
-    code runs eagerly, so that our passes compile nothing.
+    and random state of torch: tensors, arrays and generators are cloned, and lists, dicts and sets are copied.
+    A large tensor is cloned once for all runs, and again only after a run that has written to the clone. After
+    a run, the originals are put back; hooks, too. The random streams of Python and NumPy are put back at the
+    end. Compiled code runs eagerly, so that our passes compile nothing.
 
-    What lies deeper, and what closures and globals hold, is neither copied nor put back. Nor are parameters,
-    tensors in collections, and iterators, but ``run`` raises MisconfigurationException if one was written to,
-    or advanced; of the ``data`` of parameters, the end of all runs tells by their norms.
+    What lies deeper, and what objects, closures and globals hold, is neither copied nor put back. Nor are
+    parameters, but ``run`` raises MisconfigurationException if one was written to.
 
     Args:
         model: The module.
@@ -69,27 +60,24 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
         if _has_scripts(each):
             raise Refused("Expected no scripted parts of a model: use Python modules.", "unsupported")
     state = _State(roots)
+    num_writes = state.count_writes()
 
     def run(function: Callable[..., T], *args: object) -> T:
         with torch.random.fork_rng(state.devices, device_type="cuda"):
             try:
                 state.put_copies()
                 result = function(*args)
-            except ValueError as error:
-                if "read-only" in str(error):
-                    raise _not_restored("writes to a large array") from error
-                raise
             finally:
                 state.restore()
-        state.check_writes()
+        if state.count_writes() != num_writes:
+            raise Refused(
+                "`forward` writes to parameters in eval mode, which is not restored: do so only `if self.training`.",
+                entry="state",
+            )
         return result
 
-    try:
-        with same_streams(state.devices), torch.no_grad(), compat.eager():
-            yield run
-    finally:
-        state.restore()  # a run whose own `restore` was interrupted
-    state.check_norms()
+    with same_streams(state.devices), torch.no_grad(), compat.eager():
+        yield run
 
 
 def call_plainly(function: Callable[..., T], *args: object) -> T:
@@ -129,135 +117,65 @@ def isolated_with(model: nn.Module, function: object) -> AbstractContextManager[
     return isolated(model, *(modules - {model}))
 
 
-# How a run gets a copy of a value
-
-
-class _Steps(ABC):  # noqa: B024
-    """An iterator of Python's own, such as a generator or an `itertools.count`, whose position can't be read."""
-
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        """Look at the class alone."""
-        is_own = other.__module__ in ("builtins", "itertools") and other not in ProxyTypes
-        return is_own and issubclass(other, Iterator)
-
-
-class _NoIterator(Iterator[Any]):
-    """A stand-in for an iterator, which nobody can put back."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __next__(self) -> Any:
-        """Refuse to go on."""
-        raise _not_restored(f"advances the iterator `{self._name}`")
-
-
-def _array(value: Any) -> object:
-    """Copy an array; a large one is not copied, but may be read."""
-    if value.size <= _LARGE:
-        return copy.copy(value)
-    view = value.view()
-    view.flags.writeable = False
-    return view
-
-
-# The first kind that fits counts, also of a subclass, such as a `Counter`; but iterators with attributes are objects.
-_COPIES: list[tuple[Any, Callable[[str, Any], object]]] = [
-    (torch.Generator, lambda name, value: value.clone_state()),
-    (random.SystemRandom, lambda name, value: value),  # without a state
-    ((random.Random, np.random.Generator, np.random.RandomState), lambda name, value: copy.deepcopy(value)),
-    (np.ndarray, lambda name, value: _array(value)),
-    (_Steps, lambda name, value: _NoIterator(name)),
-    ((list, dict, set, deque), lambda name, value: copy.copy(value)),
-]
-
-
 def _log_nothing(*args: object, **kwargs: object) -> None:
     """Log nothing, in the place of ``self.log``."""
-
-
-_SILENT = {"log": _log_nothing, "log_dict": _log_nothing}
 
 
 class _State:
     """The contents of modules: copies take their place before a run, and they are put back after it."""
 
     def __init__(self, roots: tuple[nn.Module, ...]) -> None:
-        # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module,
-        # and the attributes of objects that it holds.
+        self.weights = {weight for root in roots for weight in root.parameters()}
+        self.devices = sorted({weight.get_device() for weight in self.weights if weight.is_cuda})
+        # The dicts that a `forward` could change: attributes, buffers, parameters, modules and hooks of each module.
         self.originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        # Attributes and buffers: the dict that has one, its name there, the original, and what makes a copy.
-        self.copied: list[tuple[dict[str, Any], str, object, Callable[[str, Any], object]]] = []
-        self.clones: dict[int, tuple[Tensor, int | None]] = {}  # of tensors, and the writes to each so far
-        self.watched: list[tuple[str, Tensor, int | None]] = []  # tensors that are not copied, and the writes to each
-        weights = {parameter: name for root in roots for name, parameter in root.named_parameters()}
-        self.registered = set(map(id, weights))
-        self._watch((name, parameter) for parameter, name in weights.items())
+        self.copied: list[tuple[dict[str, Any], str, Any]] = []  # which dict has what to copy, and by which name
+        self.clones: dict[int, Tensor] = {}  # of large tensors, by their ids
         for module in {module: None for root in roots for module in root.modules()}:
             attributes = vars(module)
-            own = {name: value for name, value in attributes.items() if name not in _OWN}
-            held = [vars(value) for value in own.values() if _is_object(value)]
-            self._add(attributes, own)
-            self._add(module._buffers, module._buffers)
-            for each in held:
-                self._add(each, each)
-            dicts = [attributes, *(attributes[name] for name in _DICTS if name in attributes), *held]
+            dicts = [attributes, *(attributes[name] for name in _DICTS if name in attributes)]
             self.originals += [(each, dict(each)) for each in dicts]
+            own = [(attributes, name, value) for name, value in attributes.items() if name not in _OWN]
+            buffers = [(module._buffers, name, value) for name, value in module._buffers.items()]
+            kinds = (Tensor, *_COLLECTIONS, *_GENERATORS)
+            self.copied += [each for each in own + buffers if isinstance(each[2], kinds)]
         # Modes are set one by one, since modules may override `eval()`; a LightningModule is silent.
-        modes = {module: mode for root in roots for module, mode in _modes_of(root).items()}
         self.fixed: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for module, mode in modes.items():
+        for module, mode in {module: mode for root in roots for module, mode in _modes_of(root).items()}.items():
             is_lightning = callable(getattr(type(module), "log_dict", None))
-            self.fixed.append((vars(module), {"training": mode, **(_SILENT if is_lightning else {})}))
-        # A pass may neither change a gradient nor whether a parameter is trained.
-        self.trained = [(each, each.requires_grad, each.grad) for each in weights]
-        self._watch((f"the gradient of {name}", each.grad) for each, name in weights.items() if each.grad is not None)
-        self.devices = sorted({each.get_device() for each in weights if each.is_cuda})
-        dense = [x for x in weights if x.layout == torch.strided and not x.is_nested]
-        self.dense = {x: weights[x] for x in dense if x.dtype in _WITH_NORM}
-        self.norms = self._norms()
+            silent = {"log": _log_nothing, "log_dict": _log_nothing} if is_lightning else {}
+            self.fixed.append((vars(module), {"training": mode, **silent}))
 
-    def _watch(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Note tensors that a run has to leave alone."""
-        self.watched += [(name, x, _count_writes(x)) for name, x in tensors]
-
-    def _add(self, holder: dict[str, Any], contents: Mapping[str, object]) -> None:
-        """Note what a module or an object has that a run gets copies of, and tensors that it has to leave alone."""
-        for name, value in contents.items():
-            if isinstance(value, Tensor):
-                if not isinstance(value, nn.Parameter):
-                    self.copied.append((holder, name, value, self._clone))
-                continue
-            ways = [make_copy for kind, make_copy in _COPIES if isinstance(value, kind)]
-            self.copied += [(holder, name, value, make_copy) for make_copy in ways[:1]]
-            if isinstance(value, list | dict | tuple | deque):
-                items = value.values() if isinstance(value, dict) else value
-                tensors = [x for x in items if isinstance(x, Tensor) and id(x) not in self.registered]
-                self._watch((f"a tensor in `{name}`", x) for x in tensors)
+    def count_writes(self) -> int:
+        """Count the writes to parameters, but not those to their ``data``."""
+        return sum(weight._version for weight in self.weights if not weight.is_inference())
 
     def put_copies(self) -> None:
         """Put copies in the place of what a run may change."""
         torch.clear_autocast_cache()  # of 16-bit copies of weights, which may have changed since
         copies: dict[int, object] = {}  # what several places share stays shared
-        for holder, name, value, make_copy in self.copied:
+        for holder, name, value in self.copied:
             if id(value) not in copies:
-                try:
-                    copies[id(value)] = make_copy(name, value)
-                except Exception as error:
-                    reason = f"`{name}` of the model can't be copied for our passes: {describe_error(error)}"
-                    raise Refused(reason, entry="state") from error
+                copies[id(value)] = self._copy(value)
             holder[name] = copies[id(value)]
         for attributes, values in self.fixed:
             attributes.update(values)
 
-    def _clone(self, name: str, x: Tensor) -> Tensor:
+    def _copy(self, value: Any) -> object:
+        if isinstance(value, Tensor):
+            return self._clone(value)
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        return copy.copy(value) if isinstance(value, _COLLECTIONS) else copy.deepcopy(value)
+
+    def _clone(self, x: Tensor) -> Tensor:
         """Clone a tensor; a large one only if the last run has written to its clone."""
-        clone, writes = self.clones.get(id(x), (x, None))
-        if x.numel() <= _LARGE or writes is None or _count_writes(clone) != writes:
+        clone = self.clones.pop(id(x), None)
+        if clone is None or clone._version > 0:
             with torch.inference_mode(False):  # in which no writes are counted
                 clone = x.detach().clone()
-            self.clones[id(x)] = clone, _count_writes(clone)
+        if x.numel() > _LARGE:
+            self.clones[id(x)] = clone
         return clone
 
     def restore(self) -> None:
@@ -266,50 +184,7 @@ class _State:
             if list(items) != list(originals):  # new names, or another order of parameters and buffers
                 items.clear()
             items.update(originals)
-        for parameter, requires_grad, grad in self.trained:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
         torch.clear_autocast_cache()  # else torch 2.6 goes on with our copies, which have no gradients
-
-    def check_writes(self) -> None:
-        """Raise MisconfigurationException if a run has written to a parameter, or to what else is not copied."""
-        _refuse_writes([name for name, x, num_writes in self.watched if _count_writes(x) != num_writes])
-
-    def _norms(self) -> list[float]:
-        """Return the norms of parameters, since torch counts no writes to their ``data``."""
-        if not self.dense:
-            return []
-        norms = torch._foreach_norm([x.detach() for x in self.dense])
-        device = norms[0].device  # for which this waits once, and not once for each parameter
-        return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).tolist()
-
-    def check_norms(self) -> None:
-        """Raise MisconfigurationException if some run has changed the norm of a parameter."""
-        pairs = zip(self.dense.values(), self.norms, self._norms(), strict=True)
-        _refuse_writes([name for name, before, after in pairs if before != after and not math.isnan(before)])
-
-
-def _refuse_writes(names: list[str]) -> None:
-    if names:
-        raise _not_restored(f"writes to {', '.join(names[:3])}")
-
-
-def _not_restored(what: str) -> Refused:
-    return Refused(
-        f"`forward` {what} in eval mode, which is not restored: do so only `if self.training`, or in a hook, such as "
-        "`on_train_batch_end`.",
-        entry="state",
-    )
-
-
-def _is_object(value: Any) -> bool:
-    """Return whether a value is an object of a class of its own, whose attributes a run may change."""
-    if isinstance(value, (Tensor, *(kind for kind, _ in _COPIES), nn.Module, type, FunctionType, ModuleType)):
-        return False
-    package = type(value).__module__.split(".")[0]
-    return isinstance(getattr(value, "__dict__", None), dict) and package not in _OF_THREADS
 
 
 def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
@@ -325,8 +200,3 @@ def _modes_of(model: nn.Module) -> dict[nn.Module, bool]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-def _count_writes(tensor: Tensor) -> int | None:
-    """Count the writes to a tensor, but not those to its ``data``; None in inference mode, where torch counts none."""
-    return None if tensor.is_inference() else tensor._version

@@ -96,7 +96,7 @@ def test_a_forward_that_writes_to_a_parameter_is_refused_at_first_and_later_cost
         if epoch >= model.first_epoch:
             model.net.bias.detach().mul_(0.9)
 
-    problem = "`forward` writes to net.bias in eval mode, which is not restored: do so only `if self.training`"
+    problem = "`forward` writes to parameters in eval mode, which is not restored: do so only `if self.training`"
     for kind in (SensitivityMonitor, quick_risk):
         model = Acting(write)
         model.first_epoch = -1

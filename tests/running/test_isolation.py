@@ -1,14 +1,9 @@
 """A pass leaves no trace, copies next to nothing, and refuses to write to parameters."""
 
-import io
-import itertools
-import math
 import random
-import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,11 +31,9 @@ class Stateful(LightningModule):
         self.twice.register_buffer("memory", self.memory)
         self.bn, self.target = nn.BatchNorm1d(2).eval(), nn.Parameter(torch.zeros(2))
         self.hidden, self.of_graph = torch.zeros(2), 2 * self.target
-        self.items, self.names, self.queue, self.ids = [X.clone()], {"x": X}, deque([X.clone()], 2), {1}
+        self.items, self.names, self.ids = [X.clone()], {"x": X}, {1}
         self.alias, self.counts, self.generator = self.names, Counter("a"), torch.Generator().manual_seed(1)
-        self.array, self.object = np.zeros(2), SimpleNamespace(number=0, hidden=torch.zeros(2), items=[1])
-        self.random, self.numbers = random.Random(0), np.random.default_rng(0)
-        self.target.grad = torch.ones(2)
+        self.array, self.random, self.numbers = np.zeros(2), random.Random(0), np.random.default_rng(0)
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.change(self, x)
@@ -65,17 +58,11 @@ PUT_BACK: dict[str, Callable[[Any, Tensor], Any]] = {
     "the result of a graph": lambda m, x: m.of_graph.detach().add_(1),
     "a list": lambda m, x: torch.tensor(len([*m.items, m.items.append(x)])),
     "a dict": lambda m, x: m.names.pop("x") + m.names.setdefault("y", x),
-    "a deque": lambda m, x: torch.tensor(m.queue.append(x) or len(m.queue)),
     "a counter": lambda m, x: torch.tensor([m.counts["a"], m.counts.update("a")][0]),
     "an array": lambda m, x: torch.from_numpy(m.array + m.array.__iadd__(1)),
-    "the number of an object": lambda m, x: torch.tensor([m.object.number, vars(m.object).update(number=1)][0]),
-    "the tensor of an object": lambda m, x: m.object.hidden.add_(1).sum(),
-    "the list of an object": lambda m, x: torch.tensor(len([*m.object.items, m.object.items.append(x)])),
     "a generator": lambda m, x: torch.rand(2, generator=m.generator),
     "a generator of Python": lambda m, x: torch.tensor(m.random.random()),
     "a generator of NumPy": lambda m, x: torch.tensor(m.numbers.random()),
-    "gradients": lambda m, x: m.zero_grad(),
-    "what is trained": lambda m, x: m.requires_grad_(False),
     "a submodule that is created lazily": lambda m, x: created_once(m, "lazy", nn.Linear(2, 2)),
     "a parameter that is created lazily": lambda m, x: created_once(m, "scale", nn.Parameter(torch.ones(2))),
     "a hook": lambda m, x: m.bn(m.bn.register_forward_hook(lambda module, args, y: y + 1) and x),
@@ -91,11 +78,11 @@ def contents(value: Any) -> Any:
         return id(value), value.get_state().tolist()
     if isinstance(value, random.Random | np.random.Generator):
         return id(value), str(value.getstate() if isinstance(value, random.Random) else value.bit_generator.state)
-    if isinstance(value, SimpleNamespace | np.ndarray):
+    if isinstance(value, np.ndarray):
         return id(value), str(value)
     if isinstance(value, dict):
         return id(value), [(key, contents(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple | deque):
+    if isinstance(value, list | tuple):
         return id(value), [contents(item) for item in value if item is not value]
     return id(value)
 
@@ -103,8 +90,7 @@ def contents(value: Any) -> Any:
 def snapshot(model: Any) -> list[Any]:
     """All that modules have."""
     dicts = [each for m in model.modules() for each in (vars(m), m._buffers, m._parameters)]
-    trained = [(each.requires_grad, contents(each.grad)) for each in model.parameters()]
-    return [trained, *(sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts)]
+    return [sorted((name, str(contents(value))) for name, value in each.items()) for each in dicts]
 
 
 def interrupt() -> None:
@@ -206,105 +192,11 @@ def test_lazy_and_scripted_models_are_refused() -> None:
             pass
 
 
-REFUSED: dict[
-    str, tuple[Any, Callable[[Any], Any], str]
-] = {  # what a module holds, what a pass does with it, the message
-    "a tensor in a list": ([torch.zeros(1)], lambda held: held[0].add_(1), "writes to a tensor in `held`"),
-    "a tensor in a tuple": ((torch.zeros(1),), lambda held: held[0].add_(1), "writes to a tensor in `held`"),
-    "a tensor in a dict": ({0: torch.zeros(1)}, lambda held: held[0].add_(1), "writes to a tensor in `held`"),
-    "an iterator": (iter([1, 2]), next, "advances the iterator `held`"),
-    "a count": (itertools.count(), next, "advances the iterator `held`"),
-    "the count of an object": (
-        SimpleNamespace(n=itertools.count()),
-        lambda held: next(held.n),
-        "advances the iterator `n`",
-    ),
-    "a parameter in a list": (
-        [nn.Parameter(torch.zeros(1))],
-        lambda held: held[0].add_(1),
-        "writes to a tensor in `held`",
-    ),
-    "a large array": (np.zeros(2**17), lambda held: held.__iadd__(1), "writes to a large array"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_a_pass_that_can_not_be_undone_is_refused_by_name(what: str) -> None:
-    held, change, match = REFUSED[what]
-    model = nn.Linear(2, 2)
-    model.held = held
-    with isolated(model) as run:
-        run(model, X)
-        with pytest.raises(MisconfigurationException, match=f"`forward` {match} in eval"):
-            run(lambda: change(model.held))
-
-
-class Uncopyable(list[int]):
-    def __copy__(self) -> "Uncopyable":
-        raise TypeError("one alone")
-
-
-def test_what_can_not_be_copied_is_refused_by_name() -> None:
-    model = nn.Linear(2, 2)
-    model.held = Uncopyable()
-    with isolated(model) as run, pytest.raises(MisconfigurationException, match="`held` of the model can't be copied"):
-        run(model, X)
-
-
-class Parent:
-    scale = 2
-
-
-@pytest.mark.parametrize("held", [weakref.proxy(Parent), random.SystemRandom(), io.StringIO("text"), np.zeros(2**17)])
-def test_what_a_pass_only_reads_may_be_held(held: object) -> None:
-    model = nn.Linear(2, 2)
-    model.held = held
-    with isolated(model) as run:
-        assert run(lambda: getattr(model.held, "scale", 2)) == 2
-    assert model.held is held and getattr(getattr(held, "flags", None), "writeable", True)
-
-
-@pytest.mark.parametrize("module", ["lightning_modules", "queue_utils"])
-def test_objects_of_packages_that_are_called_like_those_of_threads_are_put_back(module: str) -> None:
-    model = nn.Linear(2, 2)
-    model.held = type("Counts", (), {"__module__": module})()
-    model.held.n = 0
-    with isolated(model) as run:
-        run(lambda: setattr(model.held, "n", 1))
-    assert model.held.n == 0
-
-
-def test_a_pass_that_writes_to_parameters_is_refused_by_name() -> None:
+def test_a_pass_that_writes_to_parameters_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model(X).sum().backward()
-    match = "`forward` writes to 0.weight, 0.bias, 1.weight in eval"
-    with pytest.raises(MisconfigurationException, match=match), isolated(model) as run:
+    with (
+        pytest.raises(MisconfigurationException, match="`forward` writes to parameters in eval"),
+        isolated(model) as run,
+    ):
         run(model, X)
-        run(lambda: [parameter.detach().zero_() for parameter in model.parameters()])
-    with pytest.raises(MisconfigurationException, match="the gradient of 0.weight in eval"), isolated(model) as run:
-        run(lambda: model[0].weight.grad.zero_())
-
-
-@pytest.mark.parametrize("is_replaced", [False, True])
-def test_a_pass_that_writes_to_the_data_of_parameters_is_refused_by_name(is_replaced: bool) -> None:
-    """Torch counts no such writes."""
-
-    def normalize(module: nn.Module, inputs: object) -> None:
-        if is_replaced:
-            module.weight.data = nn.functional.normalize(module.weight.data)
-        else:
-            module.weight.data.mul_(0.5)
-
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].register_forward_pre_hook(normalize)
-    match = "`forward` writes to 1.weight in eval"
-    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))  # whose weights have the same names
-    with pytest.raises(MisconfigurationException, match=match), isolated(other, model) as run:
-        run(model, X)
-
-
-def test_weights_that_are_nan_are_taken_for_what_they_were() -> None:
-    model = nn.Linear(2, 2)
-    nn.init.constant_(model.weight, math.nan)
-    with isolated(model) as run:
-        assert run(model, X).isnan().all()
+        run(lambda: model[1].weight.zero_())
