@@ -1,13 +1,13 @@
-"""Which epoch each rule keeps of a later training, and how many points of test accuracy that loses.
+"""Which epoch each rule keeps of a final training, and what that loses.
 
     python examples/studies/bounds/judge.py RUNS --choose  # the design half alone
-    python examples/studies/bounds/judge.py RUNS           # results.csv, a row for each pair
-    python examples/studies/tables.py                      # results.csv -> the pages
+    python examples/studies/bounds/judge.py RUNS           # results.csv.gz, a row for each pair
+    python examples/studies/tables.py                      # results.csv.gz -> the pages
 
-A rule knows what was measured in the earlier training, whose best epoch is that of its lowest validation loss on 300
-labels, and in the later one what needs no validation labels: sensitivity and the training loss. Frozen on the design
-half, before the check half was looked at: single outputs, k = 2, the epoch that passes; and where the earlier
-validation loss rises by less than 5 % till its end, no rule stops.
+A rule knows what was measured in the earlier training, with 300 labels for validation, and in the later one what needs
+no validation labels. All that it takes from the earlier one is of one epoch: the best by loss or accuracy, or the last
+that is within the curve's own noise of the best. If that is the last of all, no rule stops. Frozen on the design half,
+before the check half was looked at: that last epoch, by the loss, and (t / t*) (S / S*) > 1 with t in epochs.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from pairs import KINDS, NUM_LABELS, file_of, is_for_design, noise_of, pairs, re
 from lightning_sensitivity.functional import draw_labels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stopping"))
-from rules import Recorded, by_recipe
+from rules import Recorded, by_recipe, epochs_run, gain_curve
 
-TIMES = (1, 1.25, 1.5, 2, 3)  # k
-CURVES = {"single": "per_output", "mean": "sensitivity"}  # of single outputs, and of their mean
+PATIENCE = (3, 5, 10)  # with which a tuning run may have ended
+BY_PATIENCE = ("clocks", "clocks_15", "epochs", "bound")  # judged with such runs, too
+CONDITION = 0.05  # S alone stops nothing where the earlier validation loss rose by less at its end
 Curves = dict[str, np.ndarray]
 
 
 @cache
 def read(file: Path) -> Curves:
-    """Read what was measured in a training, and the loss of each epoch on 300 labels."""
+    """Read what was measured in a training, and loss and wrong answers of each epoch on 300 labels; low is good."""
     with np.load(file) as found:
         curves = dict(found)
-    few = Recorded({"unseen": curves["unseen"][:, :NUM_LABELS], "task": recorded(curves).found["task"]})
-    return curves | {"loss": few.losses_of("unseen", curves["y_unseen"][:NUM_LABELS])}
-
-
-def recorded(curves: Curves) -> Recorded:
-    task = "binary" if curves["unseen"].shape[2] == 1 else "multiclass"
-    return Recorded({"unseen": curves["unseen"], "task": np.array(task)})
+    few = Recorded({"unseen": curves["unseen"][:, :NUM_LABELS], "task": curves["task"]})
+    y = curves["y_unseen"][:NUM_LABELS]
+    curves["loss"] = few.losses_of("unseen", y)
+    if few.task != "regression":
+        curves["accuracy"] = -gain_curve("accuracy", few.predictions("unseen"), y)
+    return curves
 
 
 def first(condition: np.ndarray) -> int:
@@ -56,19 +56,47 @@ def passing(curve: np.ndarray, bound: float) -> int:
     return first(~(curve <= bound))
 
 
+def last_best(curve: np.ndarray, times: float = 1) -> int:
+    """Return the last epoch whose value is within the curve's own noise of the lowest."""
+    changes = np.diff(curve)
+    noise = 1.4826 * np.median(np.abs(changes - np.median(changes))) / np.sqrt(2)
+    return int(np.flatnonzero(curve <= curve.min() + times * noise)[-1])
+
+
+def stops(earlier: Curves, later: Curves, best: int, rise: float) -> dict[str, int]:
+    """Return where each rule stops the later training, by what was measured in one epoch of the earlier one."""
+    last = len(later["per_output"]) - 1
+    epochs = np.arange(1, last + 2) / (best + 1)
+    sensitivity = later["per_output"] / earlier["per_output"][best]
+    steps = epochs * float(later["steps"] / earlier["steps"])
+    return {
+        "clocks": passing(epochs * sensitivity, 1),
+        "clocks_15": passing(epochs * sensitivity, 1.5),
+        "clocks_steps": passing(steps * sensitivity, 1),
+        "epochs": first(epochs >= 1),
+        "epochs_15": first(epochs >= 1.5),
+        "steps": first(steps >= 0.999),
+        "train_loss": first(later["train_loss"] <= earlier["train_loss"][best]),
+        "bound": passing(sensitivity, 2) if rise >= CONDITION else last,
+    }
+
+
 def chosen(earlier: Curves, later: Curves) -> dict[str, int]:
-    """Return the epoch that each rule keeps of the later training."""
-    last, best = len(later["test_accuracy"]) - 1, int(earlier["loss"].argmin())
-    steps = round((best + 1) * float(earlier["steps"] / later["steps"])) - 1
-    found = {"never": last, "epoch": best, "steps": min(max(steps, 0), last)}
-    found["train_loss"] = first(later["train_loss"] <= earlier["train_loss"][best])
-    found["labels"] = int(later["loss"].argmin())
-    for name, key in CURVES.items():
-        for times in TIMES:
-            found[f"{name}_{100 * times:.0f}"] = passing(later[key], times * earlier[key][best])
-            is_passed = (later[key] > times * earlier[key][best]).any()
-            if name == "single":
-                found[f"before_{100 * times:.0f}"] = max(found[f"single_{100 * times:.0f}"] - int(is_passed), 0)
+    """Return the epoch that each rule keeps of the later training, by MONITOR_PATIENCE_PLACE_RULE."""
+    last = len(later["per_output"]) - 1
+    found = {"never": last}
+    for monitor in [each for each in ("loss", "accuracy") if each in earlier]:
+        found[f"{monitor}_labels"] = int(later[monitor].argmin())
+        for patience in (0, *PATIENCE):
+            whole = earlier[monitor]
+            number = epochs_run(whole, patience / len(whole)) if patience else len(whole)
+            curve, losses = whole[:number], earlier["loss"][:number]
+            places = {"best": int(curve.argmin()), "noise": last_best(curve), "wide": last_best(curve, 2)}
+            for place, best in places.items():
+                may_stop = place == "best" or best < number - 1
+                for rule, epoch in stops(earlier, later, best, losses[-1] / losses.min() - 1).items():
+                    if rule in BY_PATIENCE or not patience:
+                        found[f"{monitor}_{patience}_{place}_{rule}"] = epoch if may_stop else last
     return found
 
 
@@ -77,37 +105,34 @@ def by_reference(later: Curves, file: Path) -> int:
     with np.load(file) as found:
         q = torch.tensor(found["reference"])
     if not bool(q.isfinite().all()):
-        return len(later["test_accuracy"]) - 1
-    run = recorded(later)
-    hits = run.outputs("unseen").argmax(2)[:, None] == draw_labels(q, "multiclass")  # as `expected_metric` counts them
-    return by_recipe({"loss": run.losses("unseen", q), "accuracy": hits.double().mean((1, 2)).numpy()})
-
-
-def sets(runs: Path, *, only_design: bool) -> list[tuple[str, int]]:
-    """List the data sets all of whose trainings are there."""
-    found = [(kind, index) for kind, number in KINDS.items() for index in range(number)]
-    return [
-        (kind, index)
-        for kind, index in found
-        if (is_for_design(kind, index) or not only_design)
-        and all(file_of(runs, kind, index, each.name).exists() for each in trainings(noise_of(kind, index)))
-    ]
+        return len(later["per_output"]) - 1
+    run = Recorded(later)
+    curves = {"loss": run.losses("unseen", q)}
+    if run.task != "regression":  # as `expected_metric` counts them
+        hits = run.outputs("unseen").argmax(2)[:, None] == draw_labels(q, "multiclass")
+        curves["accuracy"] = hits.double().mean((1, 2)).numpy()
+    return by_recipe(curves)
 
 
 def judged(runs: Path, *, only_design: bool = False) -> pd.DataFrame:
-    """Return what each rule loses on each pair, in points, and by how much the earlier validation loss rose at last."""
+    """Return what each rule loses on each pair: points of accuracy, or percent of the squared error."""
     rows = []
-    for kind, index in sets(runs, only_design=only_design):
+    places = [(kind, index) for kind, number in KINDS.items() for index in range(number)]
+    for kind, index in [(kind, index) for kind, index in places if is_for_design(index) or not only_design]:
         of_name = {each.name: each for each in trainings(noise_of(kind, index))}
-        for change, (first, second) in pairs(noise_of(kind, index)).items():
-            earlier, later = (read(file_of(runs, kind, index, name)) for name in (first, second))
+        for change, names in pairs(noise_of(kind, index)).items():
+            files = [file_of(runs, kind, index, name) for name in names]
+            if not all(file.exists() for file in files):
+                continue
+            earlier, later = map(read, files)
             epochs = chosen(earlier, later)
-            reference = reference_file(runs, kind, index, of_name[second])
+            reference = reference_file(runs, kind, index, of_name[names[1]])
             if reference.exists():
                 epochs["recipe"] = by_reference(later, reference)
-            lost = 100 * (later["test_accuracy"].max() - later["test_accuracy"])
-            row = {"kind": kind, "table": f"{kind} {index}", "change": change, "is_design": is_for_design(kind, index)}
-            row["rise"] = round(float(earlier["loss"][-1] / earlier["loss"].min() - 1), 3)
+            errors, lowest = later["test_error"], later["test_error"].min()
+            lost = 100 * (errors / lowest - 1 if later["task"] == "regression" else errors - lowest)
+            table = f"{kind.removesuffix(' noisy')} {index}"
+            row = {"kind": kind, "table": table, "change": change, "is_design": is_for_design(index)}
             rows.append(row | {rule: round(float(lost[epoch]), 2) for rule, epoch in epochs.items()})
     return pd.DataFrame(rows)
 
@@ -121,12 +146,9 @@ def main() -> None:
     found = judged(arguments.runs, only_design=arguments.choose)
     if arguments.choose:
         print(f"{found['table'].nunique()} data sets, {len(found)} pairs")
-        by_change = found.groupby("change").mean(numeric_only=True).T
-        print(by_change.assign(all=found.mean(numeric_only=True)).round(2).to_string())
-        calm = found[found["rise"] < 0.05]
-        print(f"\nrise below 5 %, {len(calm)} pairs\n{calm.mean(numeric_only=True).round(2).to_string()}")
+        print(found.groupby("kind", sort=False).mean(numeric_only=True).T.round(2).to_string())
         return
-    found.to_csv(arguments.out / "results.csv", index=False)
+    found.to_csv(arguments.out / "results.csv.gz", index=False)
 
 
 if __name__ == "__main__":
