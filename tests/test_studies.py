@@ -190,25 +190,29 @@ def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: P
     monkeypatch.syspath_prepend(STUDIES / "bounds")  # whose modules import each other as scripts do
     _, bounds = run("studies/bounds/pairs.py", str(tmp_path), str(tmp_path), "--quick", "--all-references")
     run("studies/bounds/judge.py", str(tmp_path), "--out", str(tmp_path))
-    pairs = pd.read_csv(tmp_path / "results.csv")
+    pairs = pd.read_csv(tmp_path / "results.csv.gz")
     assert len(pairs) == pairs["change"].nunique() == 9 and (pairs.select_dtypes("number") >= 0).all(axis=None)
     dataset, training = replace(bounds["draw"]("digits", 0, tmp_path), epochs=1), bounds["trainings"](0)[0]
-    ((network, _, _),) = bounds["train"](dataset, training)
+    ((network, _),) = bounds["train"](dataset, training)
     model = Quiet()
     model.net = network
     values = validated(
-        SensitivityMonitor(noise=0.1), model, DataLoader(dataset.x[dataset.parts["earlier_unseen"]], 600)
+        SensitivityMonitor(noise=0.1, per_output=True),
+        model,
+        DataLoader(dataset.x[dataset.parts["earlier_unseen"]], 600),
     )
-    measured = bounds["measured"](dataset, training)["sensitivity"]
-    assert measured == pytest.approx([values["val/output_sensitivity"]], rel=1e-5)
+    measured = bounds["measured"](dataset, training)["per_output"]
+    assert measured == pytest.approx([values["val/per_output_sensitivity"]], rel=1e-5)
 
 
 @pytest.mark.long
-def test_a_bound_takes_the_epoch_that_passes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_stops_where_it_passes_and_counts_from_the_end_of_a_plateau(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(STUDIES / "bounds")
-    passing = importlib.import_module("judge").passing
-    cases = [([1, 2, 3, 2], 2, 2), ([1, 2, 3, 2], 3, 3), ([4, 1, 1, 1], 2, 0), ([1, 2, np.nan, 1], 2, 2)]
-    assert [passing(np.array(curve, float), bound) for curve, bound, _ in cases] == [epoch for *_, epoch in cases]
+    judge = importlib.import_module("judge")
+    cases = [([1, 2, 3, 2], 2), ([1, 2, 3, 2], 3), ([4, 1, 1, 1], 2), ([1, 2, np.nan, 1], 2)]
+    assert [judge.passing(np.array(curve, float), bound) for curve, bound in cases] == [2, 3, 0, 2]
+    curves = [[5, 3, 2, 2.1, 1.9, 2, 2.4, 9], [4, 3, 2, 1]]  # noise 0.31, and none
+    assert [judge.last_best(np.array(curve, float)) for curve in curves] == [5, 3]
 
 
 def test_the_refined_score_follows_accuracy_and_not_how_sure_a_network_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,16 @@
-"""What pages tell of a bound on sensitivity: chosen on the design half, told of the check half."""
+"""What pages tell of two clocks, by which a final run is stopped: chosen on the design half, told of the check half."""
 
 from pathlib import Path
 from typing import Any
 
 from summaries import Runs
 
-TIMES = {"1": "100", "1.25": "125", "1.5": "150", "2": "200", "3": "300"}  # k
-FORMS = {
-    "single outputs, the epoch that passes it": "single",
-    "single outputs, the epoch before": "before",
-    "the mean of the outputs, the epoch that passes it": "mean",
-}
-CALM = 0.05  # if the earlier validation loss rises by less till its end, there is nothing to stop for
 CHANGES = {
     "samples, seed": "samples, seed",
     "**all labels**": "all labels",
     "twice the samples": "samples x 2",
-    "more label noise": "more noise",
-    "less label noise": "less noise",
+    "more noise": "more noise",
+    "less noise": "less noise",
     "learning rate / 3": "rate div 3",
     "learning rate × 3": "rate x 3",
     "batch size × 4": "batch x 4",
@@ -27,48 +20,34 @@ KINDS = {
     "tables, MLPs": "tables",
     "digits, CNNs": "digits",
     "Fashion-MNIST, CNNs": "fashion",
-    "photos, ResNets": "photos",
+    "photos, ResNets and CNNs": "photos",
     "photos, augmented": "photos augmented",
+    "texts": "texts",
 }
+REGRESSIONS = {"regressions": "regressions", "regressions, noisy targets": "regressions noisy"}
+PLACES = {"single best": "best", "**end of the plateau**": "noise", "twice the noise": "wide"}
 
-
-def read() -> Runs:
-    """Read the pairs. Rules that an earlier run gives are there twice, also as ``calm_``, with the condition."""
-    frame = Runs.read(Path(__file__).with_name("results.csv")).frame
-    for rule in ["epoch", "steps", "train_loss", *(f"{form}_{k}" for form in FORMS.values() for k in TIMES.values())]:
-        frame[f"calm_{rule}"] = frame[rule].where(frame["rise"] >= CALM, frame["never"])
-    return Runs(frame)
-
-
-PAIRS = read()
+PAIRS = Runs.read(Path(__file__).with_name("results.csv.gz"))
 DESIGN, CHECK = PAIRS.where("is_design"), PAIRS.where("not is_design")
-
-
-# %% What is chosen on the design half alone: what is bounded, k, the epoch that is kept, and the condition
-def mean(rule: str) -> float:
-    """Give what a rule loses on the design half."""
-    return float(getattr(DESIGN, rule).mean)
-
-
-CHOSEN = min(
-    (mean(f"{calm}{form}_{TIMES[k]}"), calm, form, k)
-    for calm in ("", "calm_")
-    for form in FORMS.values()
-    for k in TIMES
-)
-_, IS_CALM, FORM, K = CHOSEN
-BOUND = f"{IS_CALM}{FORM}_{TIMES[K]}"
-
-# %% What is told. Where the condition holds, no rule of an earlier run stops.
+ARE_NUMBERS = "kind.str.startswith('regressions')"
+CLASS, NUMBER = CHECK.where(f"not {ARE_NUMBERS}"), CHECK.where(ARE_NUMBERS)
+RULE, EPOCHS = "loss_0_noise_clocks", "loss_0_best_epochs"  # the frozen one, and what people do
 RULES = {
     "never": "never",
-    "its epoch": f"{IS_CALM}epoch",
-    "its steps": f"{IS_CALM}steps",
-    "its training loss": f"{IS_CALM}train_loss",
-    f"**single outputs, k = {K}**": BOUND,
+    "its epochs": EPOCHS,
+    "1.5 × its epochs": "loss_0_best_epochs_15",
+    "its steps": "loss_0_best_steps",
+    "its training loss": "loss_0_best_train_loss",
+    "S alone, k = 2": "loss_0_best_bound",
+    "**two clocks**": RULE,
+    "factor 1.5": "loss_0_noise_clocks_15",
+    "in steps": "loss_0_noise_clocks_steps",
+    "single best": "loss_0_best_clocks",
+    "by accuracy": "accuracy_0_noise_clocks",
     "`RiskMonitor`": "recipe",
-    "300 labels": "labels",
+    "300 labels": "loss_labels",
 }
+ENDS = {"whole": 0, "patience 3": 3, "patience 5": 5, "patience 10": 10}
 
 
 def cell(runs: Runs, rule: str) -> str:
@@ -76,13 +55,26 @@ def cell(runs: Runs, rule: str) -> str:
     if runs.frame[rule].isna().all():
         return "–"
     found = getattr(runs, rule)
-    return f"{found:.1f}" + f" ({found.count})" * (found.count < runs.count)
+    return f"{found:.2f}" + f" ({found.count})" * (found.count < runs.count)
+
+
+def middle(runs: Runs, rule: str) -> str:
+    """Give the median over data sets of what a rule loses."""
+    return f"{getattr(runs, rule).means.median():.1f}" if runs.frame[rule].notna().any() else "–"
+
+
+def interval(runs: Runs, rule: str) -> str:
+    return f"{getattr(runs, rule).interval:.1f}" if runs.frame[rule].notna().any() else "–"
+
+
+def num_sets(runs: Runs) -> int:
+    return int(getattr(runs, RULE).tables)
 
 
 def against(runs: Runs, rule: str) -> str:
-    """Give by how much more the bound loses than a rule, with an interval over data sets."""
+    """Give by how much more the rule loses than another, with an interval over data sets."""
     found = runs.where(f"{rule}.notna()")
-    return f"{getattr(found, BOUND).minus[rule].interval:+.1f}" if found.count > 1 else "–"
+    return f"{getattr(found, RULE).minus[rule].interval:+.1f}" if found.count > 1 else "–"
 
 
 def rows(of: Runs, column: str, labels: dict[str, str]) -> dict[str, Runs]:
@@ -91,70 +83,91 @@ def rows(of: Runs, column: str, labels: dict[str, str]) -> dict[str, Runs]:
     return {f"{label} ({runs.count})": runs for label, runs in found.items() if runs.count}
 
 
-def table(corner: str, columns: list[str], of_rows: dict[str, list[str]]) -> str:
-    lines = [[corner, *columns], *([label, *cells] for label, cells in of_rows.items())]
-    head, *rest = (f"| {' | '.join(each)} |" for each in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rest])
+def table(corner: str, of_rows: dict[str, Runs], rules: dict[str, str], give: Any = cell) -> str:
+    cells = [[label, *(give(runs, rule) for rule in rules.values())] for label, runs in of_rows.items()]
+    head, *rest = (f"| {' | '.join(each)} |" for each in [[corner, *rules], *cells])
+    return "\n".join([head, "|---" * (len(rules) + 1) + "|", *rest])
 
 
-def by_rule(corner: str, of_rows: dict[str, Runs], rules: dict[str, str], give: Any = cell) -> str:
-    cells = {label: [give(runs, rule) for rule in rules.values()] for label, runs in of_rows.items()}
-    return table(corner, list(rules), cells)
-
-
-def chosen() -> str:
-    """Give what each bound loses on the design half, without the condition and with it."""
-    cells = {
-        label + with_it: [f"{mean(f'{calm}{form}_{k}'):.2f}" for k in TIMES.values()]
-        for calm, with_it in (("", ""), ("calm_", "; the condition"))
-        for label, form in FORMS.items()
-    }
-    return table(f"design half, {DESIGN.count} pairs: a bound on", [f"k = {times}" for times in TIMES], cells)
-
-
-LOST = "points of accuracy lost"
-DIFFERENCES = {f"the bound − {label}": rule for label, rule in RULES.items() if rule != BOUND}
-EPOCH, ALL = f"{IS_CALM}epoch", CHECK.where("change == 'all labels'")
+def of_kind(*kinds: str) -> Runs:
+    return CHECK.where(f"kind in {kinds}")
 
 
 def beside(runs: Runs) -> str:
-    """Give what the rivals of the bound lose, each with the difference of the bound from it."""
-    told = {"never stopping": "never", "its number of epochs": EPOCH, "its training loss": f"{IS_CALM}train_loss"}
+    """Give what never stopping and the tuned number of epochs lose, each with the difference of the rule from it."""
+    told = {"never stopping": "never", "the tuned number of epochs": EPOCHS}
     found = ", ".join(f"{label} {cell(runs, rule)} ({against(runs, rule)})" for label, rule in told.items())
     return found.replace("(", "(difference ", 1)
 
 
-def of_change(change: str, other: str) -> str:
-    return against(CHECK.where(f"change == '{change}'"), other)
+def by_end(place: str, rule: str, monitor: str) -> dict[str, str]:
+    return {label: f"{monitor}_{patience}_{place}_{rule}" for label, patience in ENDS.items()}
 
 
-PHOTOS, AUGMENTED = CHECK.where("kind == 'photos'"), CHECK.where("kind == 'photos augmented'")
-IN_WORDS = f"""
-**Yes, but it saves little**: where the validation loss of a tuning run rose by 5 % or more after its lowest value, stop
-when sensitivity passes {K} times its value there. After a final training on all labels, those of the tuning run's
-training and validation set together, that lost {cell(ALL, BOUND)} points of accuracy, {beside(ALL)}, and `RiskMonitor`
-{cell(ALL, "recipe")}. Over all {CHECK.count} pairs of runs, on {getattr(CHECK, BOUND).tables} data sets on which
-nothing was chosen, it lost {cell(CHECK, BOUND)}, {beside(CHECK)}, `RiskMonitor` {cell(CHECK, "recipe")}, and 300 more
-labels {cell(CHECK, "labels")}.
+def ended(corner: str, of: dict[str, Runs]) -> str:
+    """Give what the rule loses by how the tuning run ended."""
+    told = {"by loss": ("loss", "noise"), "by loss, single best": ("loss", "best")}
+    told |= {"by accuracy": ("accuracy", "noise"), "by accuracy, single best": ("accuracy", "best")}
+    tables = [
+        table(f"{corner}, {label}", of, by_end(place, "clocks", monitor)) for label, (monitor, place) in told.items()
+    ]
+    return "\n\n".join(tables)
 
-It is better than the number of epochs where the learning rate is a third ({of_change("rate div 3", EPOCH)}) or the
-batch size fourfold ({of_change("batch x 4", EPOCH)}), worse where only samples and seed differ
-({of_change("samples, seed", EPOCH)}) or more labels are wrong ({of_change("more noise", EPOCH)}), and about as good as
-the training loss, which knows nothing of unseen data. **Don't stop ResNets of photos by it**: there it lost
-{cell(PHOTOS, BOUND)}, never stopping {cell(PHOTOS, "never")}; with augmentation, {cell(AUGMENTED, BOUND)} and
-{cell(AUGMENTED, "never")}. If it may stop whether or not the loss had risen, it
-loses {cell(CHECK, BOUND.removeprefix("calm_"))}."""
+
+TABLES, PHOTOS, AUGMENTED, TEXTS = map(of_kind, ("tables", "photos", "photos augmented", "texts"))
+EXACT, NOISY = of_kind("regressions"), of_kind("regressions noisy")
+WORST = NUMBER.frame.loc[NUMBER.frame[RULE].idxmax()]
+OTHERS = NUMBER.where(f"{RULE} < {WORST[RULE]}")
 README = f"""
-It helps a little: by this rule, final runs on all labels lost {cell(ALL, BOUND)} points of accuracy, never stopping
-{cell(ALL, "never")}, the tuning run's number of epochs {cell(ALL, EPOCH)}. **Not for ResNets of photos**: over all
-changes, it lost {cell(PHOTOS, BOUND)}, never stopping {cell(PHOTOS, "never")}."""
+On tables, a final run that stops where `stop_progress` passes 1 lost {interval(TABLES, RULE)} points of accuracy, one
+that is never stopped {interval(TABLES, "never")}, one of the tuned number of epochs {interval(TABLES, EPOCHS)}. On
+regressions it lost {middle(NUMBER, RULE)} % of the squared error in the median, never stopping
+{middle(NUMBER, "never")}, the tuned number {middle(NUMBER, EPOCHS)}; but in the mean {cell(NUMBER, RULE)}, for one run
+of {NUMBER.count} was stopped at a spike of its first epochs (never {cell(NUMBER, "never")}, tuned number
+{cell(NUMBER, EPOCHS)}). **Not for photos**: it lost {interval(PHOTOS, RULE)} points, never stopping
+{interval(PHOTOS, "never")}."""
+GUIDE = f"""
+**On tables, yes.** The final run stops at the first epoch at which (t / t*) (S / S*) > 1: t is its number of epochs, S
+its sensitivity (of single outputs), and t*, S* are those of the tuning run's last epoch whose validation loss is within
+the curve's own noise of the lowest. If that is the tuning run's last epoch, nothing stops. On {num_sets(TABLES)} tables
+on which nothing was chosen, that lost {cell(TABLES, RULE)} points of accuracy, {beside(TABLES)}.
+
+On {num_sets(EXACT)} regressions, the median loss was {middle(EXACT, RULE)} % of the squared error (never
+{middle(EXACT, "never")}, the tuned epochs {middle(EXACT, EPOCHS)}), with noisy targets {middle(NOISY, RULE)} % (never
+{middle(NOISY, "never")}, epochs {middle(NOISY, EPOCHS)}). **The means say otherwise**: a run whose weights
+jumped in its second epoch, and recovered, was stopped there, at {WORST[RULE] / 100:.0f} times the lowest error. Over
+all regressions it lost {cell(NUMBER, RULE)} %, without that run {cell(OTHERS, RULE)} (never {cell(OTHERS, "never")},
+epochs {cell(OTHERS, EPOCHS)}).
+
+**Don't stop networks of photos by it**: {interval(PHOTOS, RULE)} points lost, never stopping
+{interval(PHOTOS, "never")}, by accuracy in place of the loss {interval(PHOTOS, "accuracy_0_noise_clocks")}; with
+augmentation {cell(AUGMENTED, RULE)} and {cell(AUGMENTED, "never")} ({num_sets(AUGMENTED)} data sets). After tuning runs
+that patience 3 ended, it is worse: {cell(PHOTOS, "loss_3_noise_clocks")} on photos,
+{cell(TABLES, "loss_3_noise_clocks")} on tables. Texts: {interval(TEXTS, RULE)}, never
+{interval(TEXTS, "never")}. `RiskMonitor`, which needs no tuning run,
+lost {cell(CLASS, "recipe")} over all classifications, this rule {cell(CLASS, RULE)}, never stopping
+{cell(CLASS, "never")}, 300 labels {cell(CLASS, "loss_labels")}."""
+CHOICE = {
+    f"{monitor}, {label}": f"{monitor}_0_{place}_clocks"
+    for monitor in ("loss", "accuracy")
+    for label, place in PLACES.items()
+}
+CHOICE |= {"loss, factor 1.5": "loss_0_noise_clocks_15", "loss, steps": "loss_0_noise_clocks_steps"}
+DESIGN_ROWS = rows(DESIGN.where(f"not {ARE_NUMBERS}"), "kind", KINDS)
+DESIGN_ROWS |= rows(DESIGN.where(ARE_NUMBERS), "kind", REGRESSIONS)
+CHECK_CLASSES, CHECK_NUMBERS = rows(CLASS, "kind", KINDS), rows(NUMBER, "kind", REGRESSIONS)
+DIFFERENCES = {"− never": "never", "− its epochs": EPOCHS, "− S alone": "loss_0_best_bound",
+               "− `RiskMonitor`": "recipe", "− 300 labels": "loss_labels"}  # fmt: skip
+LOST, PERCENT = "points of accuracy lost", "percent of squared error"
 NAMES: dict[str, Any] = {"check": CHECK}
 BLOCKS: dict[str, str] = {
-    "bounds: in words": IN_WORDS,
     "bounds: README": README,
-    "bounds: chosen": chosen(),
-    "bounds: in short": by_rule(LOST, rows(CHECK, "change", CHANGES), RULES),
-    "bounds: design half": by_rule(f"{LOST}, design half", rows(DESIGN, "change", CHANGES), RULES),
-    "bounds: kinds": by_rule(LOST, rows(CHECK, "kind", KINDS), RULES),
-    "bounds: differences": by_rule("check half", rows(CHECK, "change", CHANGES), DIFFERENCES, against),
+    "bounds: guide": GUIDE,
+    "bounds: chosen": table("design half", DESIGN_ROWS, CHOICE),
+    "bounds: kinds": table(LOST, CHECK_CLASSES, RULES),
+    "bounds: changes": table(LOST, rows(CLASS, "change", CHANGES), RULES),
+    "bounds: regressions": table(PERCENT, CHECK_NUMBERS, RULES),
+    "bounds: medians": table(f"{PERCENT}, median over data sets", CHECK_NUMBERS, RULES, middle),
+    "bounds: differences": table("two clocks", CHECK_CLASSES | CHECK_NUMBERS, DIFFERENCES, against),
+    "bounds: ends": ended(LOST, CHECK_CLASSES),
 }

@@ -130,6 +130,8 @@ def judged(runs: Path, *, only_design: bool = False) -> pd.DataFrame:
             if reference.exists():
                 epochs["recipe"] = by_reference(later, reference)
             errors, lowest = later["test_error"], later["test_error"].min()
+            if not np.isfinite(errors).all():  # a training that diverged
+                continue
             lost = 100 * (errors / lowest - 1 if later["task"] == "regression" else errors - lowest)
             table = f"{kind.removesuffix(' noisy')} {index}"
             row = {"kind": kind, "table": table, "change": change, "is_design": is_for_design(index)}
