@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.expected.doubts import PROBABILITIES, REASONS, Doubts
+from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
 from lightning_sensitivity.expected.record import Unseen
 from lightning_sensitivity.functional.expected import Loss, check_pairs
-from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities, without_ones
+from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, Shape, check_count, check_logits
 from lightning_sensitivity.reference.observations import Observations
@@ -210,8 +210,6 @@ def _run_all(
             outputs_of[name] = outputs = torch.cat(parts)
             is_flat = without_ones(outputs).ndim <= 2 or has_any_outputs
             check_argument("outputs", tuple(outputs.shape), is_flat, "one row for each sample, (N,) or (N, K)")
-            if reader.task.link != "identity" and may_be_probabilities(outputs):
-                warn("arguments", f"finds, of {name!r}, that {REASONS[PROBABILITIES]}")
     shapes = {name: tuple(each.shape) for name, each in outputs_of.items()}
     check_argument("models", shapes, len({*shapes.values()}) == 1, "models with outputs of the same shape")
     if not reader.has_features and len({*inputs.values()}) > 1:

@@ -223,8 +223,7 @@ class Monitor(Callback, ABC):
         self.run.free()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what only the end of a run tells, and free the samples."""
-        self.run.doubts.finish()
+        """Free the samples."""
         self.run.free()
 
     # Helpers

@@ -11,7 +11,6 @@ from lightning_sensitivity.callbacks.monitor import Monitor
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
-    SensitivityEstimate,
     diagnostics,
     loss_estimate,
     sensitivity_from_sums,
@@ -19,9 +18,7 @@ from lightning_sensitivity.functional.sensitivity import (
 )
 from lightning_sensitivity.functional.tensors import (
     are_probabilities,
-    by_position,
     evenly_spaced,
-    may_be_probabilities,
     num_outputs,
     wide_dtype,
 )
@@ -193,11 +190,10 @@ class SensitivityMonitor(Monitor):
         """Run the model on the kept samples of a loader, clean and with noise.
 
         Returns:
-            A row for each sample, by ``sensitivity_sums``, and its lowest and highest output, ``(N, 7)``; the
-            sum of squares of the perturbed elements, and their number, ``(1, 2)``, which is 0 if nobody needs
-            it.
+            A row for each sample, by ``sensitivity_sums``; the sum of squares of the perturbed elements, and their
+            number, ``(1, 2)``, which is 0 if nobody needs it.
         """
-        rows = [torch.zeros(0, NUM_COLUMNS + 2, dtype=wide_dtype(module.device))]
+        rows = [torch.zeros(0, NUM_COLUMNS, dtype=wide_dtype(module.device))]
         power = torch.zeros(1, 2)
         at = None if self.at is None else submodule(module, self.at)
 
@@ -212,16 +208,19 @@ class SensitivityMonitor(Monitor):
             key = self.seed, module.global_rank, samples.dataloader_idx, index
             perturb = noise if self.loss_estimate else self._noise
             noisy = noisy_outputs(run, call, perturb, key, self.num_draws, at)
-            extremes = by_position(clean).flatten(1).aminmax(dim=1)
-            rows.append(torch.cat([sensitivity_sums(clean, noisy), torch.stack(extremes, 1)], 1).cpu())
+            rows.append(sensitivity_sums(clean, noisy).cpu())
         return torch.cat(rows), power
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute the sensitivity of a loader over all processes."""
         device = trainer.strategy.root_device  # a process group may take logged values of no other
         of_samples, power = (each.to(device) for each in rows)
-        estimate = sensitivity_from_sums(of_samples[:, :NUM_COLUMNS], self.per_output)
-        self._warn_of_doubts(dataloader_idx, estimate, of_samples[:, NUM_COLUMNS:])
+        estimate = sensitivity_from_sums(of_samples, self.per_output)
+        messages = diagnostics(estimate, self.per_output)
+        if estimate.num_samples < 2 and not messages:
+            messages = {"failed": "there is no value, which needs at least two samples."}
+        for entry, message in messages.items():
+            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
             return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
@@ -233,16 +232,6 @@ class SensitivityMonitor(Monitor):
             power = square / count
             values[_ESTIMATE] = loss_estimate(estimate.value, power, self._noise.std, estimate.num_outputs)
         return values
-
-    def _warn_of_doubts(self, dataloader_idx: int, estimate: SensitivityEstimate, extremes: Tensor) -> None:
-        """Warn of what makes a value doubtful, or why there is none."""
-        messages = diagnostics(estimate, self.per_output)
-        if estimate.num_samples < 2 and not messages:
-            messages = {"failed": "there is no value, which needs at least two samples."}
-        for entry, message in messages.items():
-            self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
-        if dataloader_idx == 0 and not self.per_output and estimate.num_samples > 0:  # once in a validation
-            self.run.doubts.note_outputs(may_be_probabilities(extremes))
 
 
 def _most_validations(trainer: Trainer) -> float:

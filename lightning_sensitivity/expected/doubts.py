@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.messages import LOGITS
 from lightning_sensitivity.reference.observations import (
     Observations,
     farther_share,
@@ -18,15 +17,14 @@ from lightning_sensitivity.reference.observations import (
 
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
 _COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
-_SOME_VALIDATIONS = 3  # after which logits have left [0, 1], and a network is better than a constant prediction
+_SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the last score: below, a network is still learning
 _FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
-CONSTANT, PROBABILITIES = "worse than a constant", "probabilities"  # as a summary has them
+CONSTANT = "worse than a constant"  # as a summary has it
 REASONS = {
     CONSTANT: f"the network was worse than a constant prediction in {_SOME_VALIDATIONS} validations. If your step "
     "scales targets or takes logarithms, do the same in `targets=`.",
-    PROBABILITIES: f"all outputs lie in [0, 1]. If they are probabilities, set {LOGITS}.",
 }
 Warn: TypeAlias = Callable[..., None]  # by an entry of the page on troubleshooting, a message, and what is special
 
@@ -40,7 +38,6 @@ class Doubts:
 
     def __init__(self, warn: Warn) -> None:
         self.warn = warn
-        self._may_be_probabilities: list[bool] = []  # by validation
         self._is_worse_than_constant = False
         self._num_bad = 0  # validations in a row in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
@@ -48,14 +45,7 @@ class Doubts:
     @property
     def reasons(self) -> list[str]:
         """What makes all values doubtful, as a summary has it."""
-        are_probabilities = len(self._may_be_probabilities) > 0 and all(self._may_be_probabilities)
-        return [CONSTANT] * self._is_worse_than_constant + [PROBABILITIES] * are_probabilities
-
-    def note_outputs(self, may_be_probabilities: bool) -> None:
-        """Note whether outputs of a validation may be probabilities, and warn after some that all may be."""
-        self._may_be_probabilities.append(may_be_probabilities)
-        if len(self._may_be_probabilities) >= _SOME_VALIDATIONS:
-            self.finish()
+        return [CONSTANT] * self._is_worse_than_constant
 
     def note_score(self, score: float, by_mean: float) -> None:
         """Note the error of a regression, and that of a constant; warn if it stays worse, and does not improve."""
@@ -65,11 +55,6 @@ class Doubts:
         if self._num_bad == _SOME_VALIDATIONS:
             self._is_worse_than_constant = True
             self.warn("targets", f"finds that {REASONS[CONSTANT]}")
-
-    def finish(self) -> None:
-        """Warn of what only the end of a run, or some validations, can tell."""
-        if PROBABILITIES in self.reasons:
-            self.warn("arguments", f"finds that {REASONS[PROBABILITIES]}")
 
 
 def say_unused(shares: Sequence[float], num_labels: int) -> str:

@@ -28,7 +28,7 @@ from lightning_sensitivity.functional.expected import (
     one_draw,
 )
 from lightning_sensitivity.functional.tasks import Accuracy, AnyMetric, ClosedForm, Measured, Task, measure_mean
-from lightning_sensitivity.functional.tensors import in_32_bits, may_be_probabilities
+from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.observations import count_groups
 
 _ROUNDING = 1e-6  # of a number of labels
@@ -225,7 +225,6 @@ class Expectation:
 
     def _note(self, outputs: Tensor, is_finite: Tensor, unseen: Unseen | None) -> None:
         """Note what several validations tell of the outputs of a network."""
-        self._doubts.note_outputs(self._task.link != "identity" and may_be_probabilities(outputs[is_finite]))
         if unseen is None or not self._task.is_regression or not self.are_predictions:
             return
         rows = is_finite[unseen.indices]

@@ -13,7 +13,6 @@ Place = TypeVar("Place", float, Tensor)
 
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
-_MANY = 50  # samples; fewer may lie on one side of ½ by chance
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _ROUNDING_OF_PASS = 1e-4  # that of 32 bits, relative to the standard deviation of an output
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
@@ -71,15 +70,6 @@ def are_probabilities(outputs: Tensor) -> bool:
         return False
     sums = outputs.to(wide_dtype(outputs.device)).sum(1)
     return bool((sums - 1).abs().max() < _ROUNDING)
-
-
-def may_be_probabilities(outputs: Tensor) -> bool:
-    """Check whether outputs of a trained network lie in [0, 1], and differ; waits for the device."""
-    if outputs.numel() < _MIN_NUMBERS:
-        return False
-    lowest, highest = map(float, outputs.aminmax())
-    # A few logits of a small head may lie there, but then all are on the same side of ½.
-    return 0 <= lowest < highest <= 1 and (len(outputs) >= _MANY or lowest < 0.5 < highest)
 
 
 def number_units(groups: Tensor | None, number: int) -> Tensor:

@@ -420,8 +420,6 @@ def test_doubtful_values_are_said_once_for_each_loader() -> None:
     assert len(texts) == 1 and "on dataloader 0: 1 samples gave nan or inf" in texts[0]
     with helpers.said() as texts:
         validated(SensitivityMonitor(noise=lambda x, generator: x), Linear(), [loader(), loader(seed=1)])
-        # Only in the last batch of two samples do all outputs lie in [0, 1].
-        validated(SensitivityMonitor(outputs=lambda y: y.sigmoid() + (len(y) > 2)), Linear(), loader())
     assert [text.partition(": No output changed")[0][-12:] for text in texts] == ["dataloader 0", "dataloader 1"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, has_ended
-from lightning_sensitivity.expected.doubts import CONSTANT, PROBABILITIES
+from lightning_sensitivity.expected.doubts import CONSTANT
 from lightning_sensitivity.expected.record import Verdict
 from lightning_sensitivity.expected.summary import LEAKAGE, Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit, names_of
@@ -148,7 +148,7 @@ def test_it_says_if(what: str) -> None:
 
 
 DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict, what was said, doubts
-    "of the network": ({}, [CONSTANT, PROBABILITIES], [CONSTANT, PROBABILITIES]),
+    "of the network": ({}, [CONSTANT], [CONSTANT]),
     "of a reference that explains a table": ({"skill": 0.992}, [], [LEAKAGE]),
     "of one that explains features": ({"skill": 0.992, "features": "features"}, [CONSTANT], [CONSTANT, LEAKAGE]),
     "none of one that explains images": ({"skill": 0.992, "features": "patches"}, [], []),
@@ -159,7 +159,7 @@ DOUBTED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {  # a verdict
 def test_it_gives_no_advice_if_there_are_doubts(what: str) -> None:
     changes, said, doubts = DOUBTED[what]
     facts, line = summarize(*watched_in(trainer()), CURVES, validations(4), verdict(**changes), said)
-    sentences = {CONSTANT: "worse than a constant", PROBABILITIES: "lie in [0, 1]", LEAKAGE: "all but a hundredth"}
+    sentences = {CONSTANT: "worse than a constant", LEAKAGE: "all but a hundredth"}
     assert facts["doubts"] == doubts and REACH in line
     assert all((text in line) == (doubt in doubts) for doubt, text in sentences.items())
     assert all((advice in line) == (not doubts) for advice in ("consider it", "train for longer"))

@@ -245,26 +245,6 @@ class Sigmoid(Quiet):
         return binary_cross_entropy(self(batch[0])[:, 0], batch[1].float())
 
 
-class ByHand(Sigmoid):
-    """Its sigmoid is none of torch's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 1 / (1 + (-self.net(x)).exp())
-
-
-@pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
-@pytest.mark.parametrize("kind", [SensitivityMonitor, lambda: quick_risk("binary")])
-def test_a_sigmoid_in_forward_is_said_for_classes_of_any_share(kind: Any, share: float) -> None:
-    y = (X[:, 0] < share).float()
-    texts = said(kind(), ByHand(), of(X, y))
-    assert (
-        len(texts) == 1
-        and "finds that all outputs lie in [0, 1]. If they are probabilities, set `outputs=lambda p: p.logit(1e-6)`"
-        in texts[0]
-    )
-    assert said(kind(), ByHand(), of(X, y), max_epochs=0) == []
-
-
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 def test_outputs_of_torchs_sigmoid_are_refused_before_the_first_step(task: str) -> None:
     y = (X[:, :1] < 0.5).float()
@@ -362,12 +342,6 @@ def test_probabilities_by_a_sigmoid_of_torch_are_refused_but_not_where_a_softmax
     checked("multiclass", PROBABILITIES[name], num_samples, seed=0)
 
 
-def test_targets_from_0_to_1_in_a_regression_are_no_probabilities() -> None:
-    model = Sigmoid()
-    model.training_step = lambda batch, batch_idx: mse_loss(model(batch[0])[:, 0], batch[1])
-    assert said(quick_risk("regression"), model, of(X, X[:, :2].mean(1))) == []
-
-
 # Labels of the wrong kind
 
 
@@ -403,16 +377,6 @@ def test_outputs_of_which_most_are_no_class_are_said_to_be_features() -> None:
         assert [match in text for text in texts] == [True] * (number >= 100)
     assert say_unused([1 / 60] * 60 + [0.0] * 140, 100) == ""  # of 200 classes, most are not yet seen
     assert said(quick_risk(outputs=lambda features: features[:, :4]), Body()) == []
-
-
-def test_outputs_that_leave_0_to_1_in_one_validation_are_no_probabilities() -> None:
-    class Cosines(ByHand):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) - (0.0 if self.training or self.current_epoch != 1 else 0.5)
-
-    for kind in (SensitivityMonitor, lambda: quick_risk("binary")):
-        for val in (VAL, [VAL] * 3):  # of which each has samples of its own
-            assert said(kind(), Cosines(), of(X, (X[:, 0] < 0.5).float()), val, max_epochs=4) == []
 
 
 def test_mixup_for_some_batches_and_class_indices_for_others_make_one_reference() -> None:
