@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
-    BLOCKS,
     Estimate,
     Loss,
     combine,
@@ -21,11 +20,9 @@ from lightning_sensitivity.functional.expected import (
     equivalent_labels_of,
     estimate,
     is_area,
-    jackknife,
     label_draws,
     losses,
     metric_value,
-    one_draw,
 )
 from lightning_sensitivity.functional.tasks import Accuracy, AnyMetric, ClosedForm, Measured, Task, measure_mean
 from lightning_sensitivity.functional.tensors import in_32_bits
@@ -68,11 +65,6 @@ class Labelled(NamedTuple):
     draws: Tensor
     groups: Tensor | None
     size: int
-
-    def take(self, rows: Tensor) -> "Labelled":
-        """Return some of the samples."""
-        groups = None if self.groups is None else self.groups[rows]
-        return Labelled(self.outputs[rows], self.y[rows], self.draws[:, rows], groups, self.size)
 
     @property
     def tells_nothing(self) -> bool:
@@ -168,7 +160,7 @@ class Expectation:
             return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = as_outputs.to(outputs)
-        values = self._combined(outputs, self._are_finite(outputs), known, None)
+        values = self._combined(outputs, self._are_finite(outputs), known, ())
         of_reference = {f"reference_{name}": values[name] for name in self._names if name in values}
         self._reference_values[dataloader_idx] = of_reference
         return of_reference
@@ -259,21 +251,11 @@ class Expectation:
         """Count labels ``(N, C)``, those of all columns as one."""
         return math.ceil(float(self._task.known(labels).double().mean(1).sum()) - _ROUNDING)
 
-    def _combined(self, outputs: Tensor, is_finite: Tensor, known: Known, earlier: Sequence[Row] | None) -> Values:
-        """Compute each value by a reference and by labels, and combine both, by names that begin with its own.
-
-        The jackknife takes longer than all else. It is needed where values are compared with labels, and of the epoch
-        that may be chosen; there is none without earlier validations.
-        """
+    def _combined(self, outputs: Tensor, is_finite: Tensor, known: Known, earlier: Sequence[Row]) -> Values:
+        """Compute each value by a reference and by labels, and combine both, by names that begin with its own."""
         labelled = self._labelled(outputs, is_finite, known)
         expected, of_labels = map(self._estimates, labelled)
-        values = _joined(expected, of_labels, known.unseen, earlier or ())
-        is_lacking = any(math.isnan(each.variance) for each in (*expected.values(), *of_labels.values()))
-        may_be_chosen = earlier is not None and self._is_best(values, earlier)
-        if is_lacking and (may_be_chosen or (expected and of_labels)):
-            for some, estimates in zip(labelled, (expected, of_labels), strict=True):
-                estimates |= self._by_jackknife(some, estimates)
-            values = _joined(expected, of_labels, known.unseen, earlier or ())
+        values = _joined(expected, of_labels, known.unseen, earlier)
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that the outputs mask" if self._loss is None else f"gets {loss} from `loss`"
             self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.{self._say_range(labelled[0])}")
@@ -297,31 +279,6 @@ class Expectation:
             return {}
         measured = self._measure(labelled, self._names)
         return {name: estimate(each, labelled.size, labelled.groups) for name, each in measured.items()}
-
-    def _by_jackknife(self, labelled: Labelled | None, estimates: Estimates) -> Estimates:
-        """Return the estimates that have no variance with that which leaving out blocks of samples shows."""
-        names = [name for name, each in estimates.items() if math.isnan(each.variance)]
-        if labelled is None or not names:
-            return {}
-        draws = one_draw(labelled.draws, labelled.groups)
-        y = self._task.label_matrix(draws[0], labelled.y.shape[1]).where(~labelled.y.isnan(), math.nan)
-        one = labelled._replace(y=y, draws=draws)
-
-        def values_of(rows: Tensor) -> Values:
-            return {name: each.value for name, each in self._measure(one.take(rows), names).items()}
-
-        variances = jackknife(values_of, len(y), labelled.groups)
-        degrees = min(BLOCKS, count_groups(labelled.groups, len(y))) - 1
-        return {name: estimates[name]._replace(variance=each, degrees=degrees) for name, each in variances.items()}
-
-    def _is_best(self, values: Values, earlier: Sequence[Row]) -> bool:
-        """Return whether a value is better than in all earlier validations."""
-        signs = {EXPECTED + name: 1 if metric.higher_is_better else -1 for name, metric in self.metrics.items()}
-        return any(
-            all(sign * (values[name] - row[name]) > 0 for row in earlier if name in row)
-            for name, sign in (signs | {_LOSS: -1}).items()
-            if name in values
-        )
 
     def _measure(self, labelled: Labelled, names: Iterable[str]) -> dict[str, Measured]:
         """Compute the loss of the task or of the user, which may be nan, and metrics where these say something."""

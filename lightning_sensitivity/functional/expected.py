@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, median_high
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,7 +30,6 @@ _EQUIVALENT_LABELS = {
 }
 _FEWEST = 1.5  # groups, or positives, from which on these have a variance; sizes of groups differ, and draws have means
 _TRIED = 32  # samples on which a loss is tried
-BLOCKS = 10  # of samples, each of which is left out once
 _BEYOND_CHANCE = 2.0  # standard errors by which labels and a reference differ, from which on it counts for less
 QUANTILE = 1.645  # of the normal distribution, for an interval of 90 %
 
@@ -424,44 +423,3 @@ def estimate(measured: Measured, size: float, groups: Tensor | None) -> Estimate
     if fewest < _FEWEST:
         return Estimate(value, math.nan, size)
     return Estimate(value, variance * (1 - 1 / number) / (1 - 1 / fewest), size, fewest - 1)
-
-
-def one_draw(draws: Tensor, groups: Tensor | None = None) -> Tensor:
-    """Return one of several labels of each sample, taken at random, ``(1, N, ...)``: a sample as if it were labelled.
-
-    Args:
-        draws: Labels, ``(R, N, ...)``, in an order that goes from low to high.
-        groups: The number of the group of each, ``(N,)``, whose labels are alike; None without groups.
-    """
-    samples = torch.arange(draws.shape[1])
-    which = torch.randint(len(draws), samples.shape, generator=torch.Generator().manual_seed(0))
-    return draws[which[number_units(groups, len(samples))], samples][None]
-
-
-def jackknife(
-    measure: Callable[[Tensor], Mapping[str, float]], num_samples: int, groups: Tensor | None
-) -> dict[str, float]:
-    """Estimate the variance of values of labelled samples, by leaving out one of ten blocks of them after the other.
-
-    Samples of one group are in one block. The variance is that of any metric (Efron and Tibshirani, 1993), and has as
-    many degrees of freedom as there are blocks, less one.
-
-    Args:
-        measure: Computes values by name, of samples by their indices.
-        num_samples: N.
-        groups: The number of the group of each, ``(N,)``; None without groups.
-
-    Returns:
-        The variances by name, of the values that are there whichever block is left out.
-    """
-    units = number_units(groups, num_samples)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(torch.unique(units)), generator=generator)  # since data may have a period
-    blocks = order[units] % BLOCKS
-    numbers = torch.unique(blocks)
-    if len(numbers) < 2:  # without one nothing is left
-        return {}
-    without = [measure((blocks != block).nonzero()[:, 0]) for block in numbers]
-    names = set.intersection(*map(set, without))
-    values = {name: torch.tensor([each[name] for each in without]).double() for name in names}
-    return {name: (len(without) - 1) * float(each.var(correction=0)) for name, each in values.items()}

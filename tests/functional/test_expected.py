@@ -30,9 +30,7 @@ from lightning_sensitivity.functional.expected import (
     combine,
     equivalent_labels_of,
     estimate,
-    jackknife,
     metric_value,
-    one_draw,
     weight_beside,
 )
 from lightning_sensitivity.functional.tasks import TASKS, measure_mean
@@ -278,25 +276,18 @@ CLOSED = [(task, name) for task in ("multiclass", "binary", "multilabel") for na
 
 
 @pytest.mark.parametrize(("task", "name"), CLOSED)
-def test_a_closed_form_is_what_many_samples_show_and_what_the_jackknife_says(task: str, name: str) -> None:
+def test_a_closed_form_is_what_many_samples_show(task: str, name: str) -> None:
     metric, values = TASKS[task].default_metrics(4)[name], []
-    by_labels, by_draws, by_jackknife = list[float](), list[float](), list[float]()
+    by_labels, by_draws = list[float](), list[float]()
     for seed in range(80):
         p, q, y = labelled_sample(task, seed)
         found = estimate(metric.measure(p, y), 200, None)
         values.append(found.value)
         by_labels.append(found.variance)
         by_draws.append(estimate(metric.measure(p, draw_labels(q, task)), 200, None).variance)
-        if seed < 20:
-
-            def measured(rows: Tensor, p: Tensor = p, y: Tensor = y) -> dict[str, float]:
-                return {name: metric.measure(p[rows], y[:, rows]).value}
-
-            by_jackknife.append(jackknife(measured, 200, None)[name])
     truth = float(torch.tensor(values).var())
     means = [sum(each) / len(each) for each in (by_labels, by_draws)]
     assert means == pytest.approx([truth, truth], rel=0.35)  # 80 values tell it to a sixth
-    assert sum(by_jackknife) / 20 == pytest.approx(means[0], rel=0.35)
 
 
 @given(seed=st.integers(0, 999), size=st.integers(2, 40), num_values=st.integers(2, 50))
@@ -408,58 +399,6 @@ def test_seventy_labels_of_molecules_contradict_fingerprints_which_are_more_off_
     found = combine(of_reference, of_labels, 1000, equivalent_labels_of(sees, "loss"))
     assert found.is_contradicted == is_said
     assert found.value == pytest.approx(0.16, abs=0.03)  # the reference counts for less in any case
-
-
-# The jackknife
-
-
-@pytest.mark.parametrize("size", [1, 20])
-def test_the_variance_of_a_mean_is_that_of_its_independent_samples(size: int) -> None:
-    values = torch.randn(500, generator=generator()).repeat_interleave(size)
-    groups = None if size == 1 else torch.arange(500).repeat_interleave(size)
-    order = torch.randperm(len(values), generator=generator(1))
-    found = [
-        jackknife(lambda rows, each=each: {"mean": float(each[rows].mean())}, len(each), own)["mean"]
-        for each, own in ((values, groups), (values[order], None if groups is None else groups[order]))
-    ]
-    assert found[0] == pytest.approx(1 / 500, rel=0.5) and (size == 1 or found[1] == pytest.approx(found[0]))
-
-
-def test_that_of_any_metric_is_what_many_samples_show() -> None:
-    def area(y: Tensor, rows: Tensor) -> float:
-        return float(roc_auc_score(y[rows] > 0, (y + 2 * noise)[rows]))
-
-    areas, variances = [], []
-    for seed in range(60):
-        y, noise = torch.randn(2, 200, generator=generator(seed))
-        areas.append(area(y, torch.arange(200)))
-        variances.append(jackknife(lambda rows, y=y: {"area": area(y, rows)}, 200, None)["area"])
-    assert sum(variances) / 60 == pytest.approx(float(torch.tensor(areas).var()), rel=0.35)
-
-
-def test_it_leaves_out_what_can_not_always_be_measured() -> None:
-    assert jackknife(lambda rows: {"all": 1.0} | ({"some": 1.0} if rows[0] else {}), 40, None) == {"all": 0.0}
-    assert jackknife(lambda rows: {"all": 1.0}, 40, torch.zeros(40)) == {}
-
-
-@pytest.mark.parametrize("period", [2, 5, 10])
-def test_it_does_not_mind_the_period_of_a_loader(period: int) -> None:
-    values = (torch.arange(600) % period == 0).double()
-    found = jackknife(lambda rows: {"mean": float(values[rows].mean())}, 600, None)["mean"]
-    assert found == pytest.approx(float(values.var()) / 600, rel=0.7)
-
-
-@pytest.mark.parametrize(("size", "groups"), [(1, None), (30, torch.zeros(30))])
-def test_of_a_single_sample_or_group_nothing_is_measured_without_it(size: int, groups: Tensor | None) -> None:
-    assert jackknife(lambda rows: {"first": float(rows[0])}, size, groups) == {}
-
-
-def test_one_draw_is_a_label_of_each_sample_by_its_probabilities() -> None:
-    q = torch.rand(2000, 1, generator=generator())
-    one = one_draw(draw_labels(torch.cat([1 - q, q], 1)))
-    assert one.shape == (1, 2000) and torch.equal(one, one_draw(draw_labels(torch.cat([1 - q, q], 1))))
-    assert float(one.double().mean()) == pytest.approx(float(q.mean()), abs=0.03)
-    assert float((one[0] - q[:, 0]).square().mean()) == pytest.approx(float((q * (1 - q)).mean()), abs=0.01)
 
 
 # Both together
