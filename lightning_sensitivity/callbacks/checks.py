@@ -27,7 +27,6 @@ _REPEATED = 1e-5  # difference of a loss that is called again
 _ZERO = 1e-12  # up to which a loss is 0
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
-_ENDED = 0.01  # of the first learning rate
 _ROWS = 100  # of an input that are compared in the first step
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
@@ -105,16 +104,6 @@ def callbacks_that_monitor(trainer: Trainer) -> list[tuple[object, str]]:
 def without_loader(name: str) -> str:
     """Return a logged name without what Lightning adds if there are several loaders."""
     return name.partition("/dataloader_idx_")[0]
-
-
-def has_ended(trainer: Trainer) -> bool:
-    """Return whether a callback has stopped the run, or a schedule has ended, so that more epochs are of no use."""
-    # Of an earlier fit, the epoch stays.
-    was_stopped = trainer.should_stop and any(
-        getattr(owner, "stopped_epoch", 0) for owner, _ in callbacks_that_monitor(trainer)
-    )
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return was_stopped or any(0 < group.get("initial_lr", 0.0) >= group["lr"] / _ENDED for group in groups)
 
 
 def check_metrics(metrics: Mapping[str, Metric] | MetricCollection) -> dict[str, Metric]:

@@ -254,7 +254,7 @@ class RiskMonitor(Monitor):
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
             verdict = None if self._predicted is None else self._predicted.verdict
             told = self._curves(trainer), self.history, verdict, self.run.doubts.reasons
-            self.summary, line = summarize(checks.callbacks_that_monitor(trainer), checks.has_ended(trainer), *told)
+            self.summary, line = summarize([name for _, name in checks.callbacks_that_monitor(trainer)], *told)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
 

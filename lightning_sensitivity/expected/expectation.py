@@ -351,6 +351,4 @@ def _joined(
             values[f"{name}_stderr"] = combined.stderr
         if both:
             values[f"{name}_equivalent_labels"] = combined.equivalent_labels
-        if combined.is_contradicted:
-            values |= {f"{name}_by_reference": expected[name].value, f"{name}_by_labels": of_labels[name].value}
     return values

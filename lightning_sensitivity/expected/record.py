@@ -14,7 +14,6 @@ from lightning_sensitivity.functional.tasks import Task
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
 _OTHER = 0.5  # of a left-out score: equal data gives 0, a tenth of new labels .12, permuted ones 5.9
-_TOO_MUCH = 0.99  # skill, from which on a reference of a table may have seen the labels
 
 State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
@@ -75,12 +74,6 @@ class Verdict:
     is_whole_table: bool = True
     inputs_tell_nothing: bool = False
     blind_labels: list[int] = field(default_factory=list)
-
-    @property
-    def suggests_leakage(self) -> bool:
-        """Whether it explains so much of a table that labels may leak into its inputs."""
-        is_table = "columns" in self.features or self.features == "features"
-        return is_table and self.skill >= _TOO_MUCH
 
 
 @dataclass

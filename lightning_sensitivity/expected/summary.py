@@ -13,14 +13,8 @@ from lightning_sensitivity.messages import BLIND
 Summary: TypeAlias = dict[str, Any]  # numbers, names and flags, as ``json`` takes them: None for what is not known
 
 _SAID = 0.05  # share of labels that is worth a sentence
-_MEAN_IS_BETTER = 0.5  # standard errors by which a reference leads, from which on the mean of both is better; it from 1
 _LEARNERS = {"forest": "random forest", "ridge": "ridge regression on {}"}
 _WORDS = {"loss": "a loss of", "accuracy": "an accuracy of", "auroc": "an AUROC of"}
-LEAKAGE = "explains nearly all labels"
-_DOUBTS = REASONS | {  # what makes numbers doubtful, so that there is no advice
-    LEAKAGE: "the reference explains all but a hundredth of the labels. Check whether the label leaks into its inputs, "
-    "and leave it out by `inputs=` or `features=`.",
-}
 
 
 class Curve(NamedTuple):
@@ -32,8 +26,7 @@ class Curve(NamedTuple):
 
 
 def summarize(
-    watched: Sequence[tuple[object, str]],
-    has_ended: bool,
+    monitored: Iterable[str],
     curves: Mapping[str, Curve],
     history: Sequence[Row],
     verdict: Verdict | None,
@@ -42,8 +35,7 @@ def summarize(
     """Say which epoch is best by the value that is monitored, what chose it, and what is known of the labels.
 
     Args:
-        watched: The callbacks and schedulers that monitor a value, and its name, checkpoints first.
-        has_ended: Whether more epochs are of no use.
+        monitored: The names of values that callbacks and schedulers monitor, the first of ours chooses.
         curves: What each name that can be monitored stands for; if none is monitored, the first that tells
             epochs apart chooses.
         history: A row for each validation and loader.
@@ -53,28 +45,25 @@ def summarize(
     Returns:
         The summary, and the same in sentences.
     """
-    monitored = [name for _, name in watched if name in curves]
     telling = [name for name, curve in curves.items() if _choose(curve, history)[0]]
-    name = [*monitored, *telling, *curves][0]
+    name = [*(name for name in monitored if name in curves), *telling, *curves][0]
     curve = curves[name]
     best, curve_rows, finite, rows = _choose(curve, history)
     num_labels = int(best.get("num_labels", 0))
     chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
-    suggests_leakage = verdict is not None and verdict.suggests_leakage
     summary = {
         "monitored": name,
         "direction": "highest" if curve.is_highest else "lowest",
         "epoch": best.get("epoch"),
-        "checkpoint": _checkpoint_of(watched, name, best.get(curve.value)),
         "network": best.get(curve.value),
         "reference": best.get(f"reference_{curve.value}"),
         "chosen_by": " and ".join(chosen_by) or "nothing",
         "num_labels": num_labels,
         "is_tied": bool(curve_rows) and not best,
-        "is_improving": len(curve_rows) > 1 and best is rows[-1] and not has_ended,
+        "is_improving": len(curve_rows) > 1 and best is rows[-1],
         "num_validations": len(rows),
         "num_gaps": len(rows) - len(finite),
-        "doubts": [*doubts, *[LEAKAGE] * suggests_leakage],
+        "doubts": [*doubts],
         **{each: value for each, value in best.items() if EXPECTED in each},
         **({"learner": None, "is_trusted": False} if verdict is None else asdict(verdict)),
     }
@@ -97,17 +86,6 @@ def _choose(curve: Curve, history: Sequence[Row]) -> tuple[Row, list[Row], list[
     return best, curve_rows, finite, rows
 
 
-def _checkpoint_of(watched: Sequence[tuple[object, str]], name: str, value: float | None) -> str:
-    """Name the checkpoint that was saved for a value, if there is one."""
-    for callback, monitor in watched:
-        score = getattr(callback, "best_model_score", None)
-        if monitor != name or score is None or value is None:
-            continue
-        if math.isclose(score, value, rel_tol=1e-5, abs_tol=1e-9):
-            return str(getattr(callback, "best_model_path", ""))
-    return ""
-
-
 # The last line
 
 
@@ -122,20 +100,19 @@ def _line(s: Summary, value: str) -> str:
             f"About {s['unexplained']:.0%} of the training labels can't be explained: they are wrong, or not to be "
             "known from the inputs."
         )
-    if s["is_improving"] and not s["doubts"]:
-        sentences.append("It was still improving: train for longer.")
+    if s["is_improving"]:
+        sentences.append("It was still improving.")
     return " ".join(filter(None, sentences))
 
 
 def _of_best(s: Summary, value: str) -> list[str]:
     """Say what is known of the best epoch; what there is nothing to say of is empty."""
-    file = f", in the checkpoint {s['checkpoint']}" if s["checkpoint"] else ""
     blind, num_gaps = ", ".join(map(str, s.get("blind_labels", ()))), s["num_gaps"]
     nothing = "The inputs seem to tell nothing of the labels: no network is expected to beat the mean label."
     return [
-        f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}{file}.",
+        f"`{s['monitored']}` was {s['direction']} at epoch {s['epoch']}.",
         _what_chose(s),
-        *[f"This is doubtful: {_DOUBTS[each]}" for each in s["doubts"]],
+        *[f"This is doubtful: {REASONS[each]}" for each in s["doubts"]],
         nothing * bool(s.get("inputs_tell_nothing")),
         _rival(s, value),
         f"The reference has no skill on these labels: {blind}. Averages leave them out, but for your own."
@@ -182,25 +159,9 @@ def _rival(s: Summary, value: str) -> str:
     what, stderr = _WORDS.get(value, f"`{value}` ="), s.get(f"{EXPECTED}{value}_stderr")
     sure = "" if stderr is None else f" ± {_short(QUANTILE * stderr, 1)}"
     reached = f"{what} {_short(s['network'])}{sure}, the reference by itself {_short(s['reference'])}"
-    by_labels, by_reference = (s.get(f"{EXPECTED}{value}_by_{who}") for who in ("labels", "reference"))
-    if by_labels is not None and by_reference is not None:
-        both = f"by labels alone it is {_short(by_labels)}, by the reference alone {_short(by_reference)}"
-        advice = f". The labels contradict the reference beyond chance ({both}): trust the labels"
-    else:
-        advice = "" if stderr is None or s["doubts"] or s.get("inputs_tell_nothing") else _advice(s, stderr)
-    return f"There the network is expected to reach {reached}{advice}."
+    return f"There the network is expected to reach {reached}."
 
 
 def _short(number: float, digits: int = 3) -> str:
     """Round a number to some digits; below a million it has no exponent."""
     return f"{float(f'{number:.{digits}g}'):g}"
-
-
-def _advice(s: Summary, stderr: float) -> str:
-    """Say what to make of a reference that is expected to be better than the network."""
-    gain = s["reference"] - s["network"] if s["direction"] == "highest" else s["network"] - s["reference"]
-    if gain < _MEAN_IS_BETTER * stderr:
-        return ""
-    if not s.get("is_whole_table"):
-        return ". It can't tell which is better, since the network may know more than it sees"
-    return ": consider it, or the mean of both" if gain >= stderr else ": consider the mean of both"

@@ -291,13 +291,11 @@ class Combined(NamedTuple):
         value: The value.
         stderr: Its standard error, 1.645 of which are an interval of 90 %; nan if that is unknown.
         equivalent_labels: How many labels the reference counts as, beside labels, by this value alone.
-        is_contradicted: Whether labels contradict the reference.
     """
 
     value: float
     stderr: float
     equivalent_labels: float
-    is_contradicted: bool
 
 
 def equivalent_labels_of(sees: str, value: str) -> int:
@@ -336,10 +334,9 @@ def combine(
         earlier: How many labels it counted as in earlier validations.
         weight: How many it weighs as; by default the median of the last few counts.
     """
-    counts_now, least = float(WEIGHT), 0.0
+    counts_now = float(WEIGHT)
     if expected is not None and by_labels is not None:
         counts_now = weight_beside(expected, by_labels)
-        least = _least_weight(by_labels, 1 / num_calibrating + 1 / equivalent_labels)
         if not by_labels.variance > 0:  # of few labels, which tell nothing of their spread
             by_labels = by_labels._replace(variance=expected.of_label / by_labels.size, degrees=expected.degrees)
     if weight is None:
@@ -357,7 +354,7 @@ def combine(
     shares = weights / weights.sum()
     stderr = math.sqrt(float((shares**2 * variances).sum()))
     # There is no variance where samples say nothing of their spread.
-    return Combined(float((shares * values).sum()), stderr or math.nan, counts_now, weight <= least)
+    return Combined(float((shares * values).sum()), stderr or math.nan, counts_now)
 
 
 def weight_beside(expected: Estimate, by_labels: Estimate, least: float = _BEYOND_CHANCE) -> float:
@@ -375,18 +372,6 @@ def weight_beside(expected: Estimate, by_labels: Estimate, least: float = _BEYON
     if not difference > least**2 * chance:
         return WEIGHT
     return min(WEIGHT, max(1.0, float(of_label / (difference - chance))))
-
-
-def _least_weight(by_labels: Estimate, of_reference: float) -> float:
-    """Return the weight of a reference that differs from labels by as much as the errors of both admit.
-
-    Args:
-        by_labels: The value on labels.
-        of_reference: The variance of the reference, for one label of variance 1.
-    """
-    of_labels = 1 / by_labels.size
-    difference = _BEYOND_CHANCE**2 * _of_normal(by_labels.degrees) * (of_labels + of_reference)
-    return max(1.0, 1 / (difference - of_labels))
 
 
 def _of_normal(degrees: float) -> float:

@@ -152,22 +152,6 @@ def thresholds() -> list[str]:
     return found
 
 
-def said(label: str) -> list[str]:
-    """Say how often labels are said to contradict the reference, where that was judged."""
-    rows = GROUPS[label][~GROUPS[label]["is_design"]].dropna(subset="said_50")
-    lines = []
-    for value in ("accuracy", "loss"):
-        some = rows[rows["value_of"] == value]
-        if len(some):
-            lines.append(
-                line(
-                    f"{marked(label)} ({runs(some)}), {value}",
-                    *(f"{100 * some[f'said_{each}'].mean():.0f}" for each in COUNTS),
-                )
-            )
-    return lines
-
-
 def chosen(label: str) -> str:
     """Say what accuracy the epoch loses that is chosen by labels and a reference."""
     rows = GROUPS[label]
@@ -196,27 +180,6 @@ def advised(label: str, value: str) -> list[str]:
     return [line(f"{marked(label)}, {value}", *cells, by)]
 
 
-def share(rows: pd.DataFrame, gain: str, least: float) -> str:
-    some = rows.loc[rows["lead"] >= least, gain]
-    return f"{(some > 0).sum()} of {len(some)}" if len(some) else "–"
-
-
-def last_line(label: str) -> str:
-    """Say of a kind of data how often what the last line says was so."""
-    rows = GROUPS[label]
-    rows = rows[~rows["is_design"]]
-    holds = f"{held(rows, 'of_both')} %"
-    if label in SEE_ALL:
-        return line(
-            f"{marked(label)} ({runs(rows)})",
-            holds,
-            share(rows, "mean_gain", 0.5),
-            share(rows, "reference_gain", 1.0),
-            "–",
-        )
-    return line(f"{marked(label)} ({runs(rows)})", holds, "–", "–", share(rows, "reference_gain", 0.5))
-
-
 NAMES: dict[str, object] = {}
 TOLD = [label for label, rows in GROUPS.items() if not rows["is_design"].all()]
 BLOCKS = {
@@ -226,9 +189,6 @@ BLOCKS = {
     "sureness: numbers": table(
         ["design half", *(f"{each:,}" for each in TRIED), "check half"],
         chain(*(numbers(*each) for each in product(GROUPS, VALUES.values()))),
-    ),
-    "sureness: said": table(
-        ["labels are said to contradict, % of epochs", *map(str, COUNTS)], chain(*map(said, TOLD)),
     ),
     "sureness: labels": table(
         ["off, by", *(f"{count}: {rule}" for count in COUNTS for rule in ("labels", "+ 1,000", "**both**")),
@@ -247,10 +207,5 @@ BLOCKS = {
         ["reference ahead", "it is better", "the mean is", "by half an error: the mean is", "by a whole: it is",
          "by half: the mean gains"],
         chain(*(advised(*each) for each in product(TOLD, VALUES.values()))),
-    ),
-    "sureness: last line": table(
-        ["runs that no threshold was chosen on", "the interval holds the truth", "*the mean of both*: it was better",
-         "*consider it*: the reference was better", "*it can't tell*: the reference was better"],
-        map(last_line, TOLD),
     ),
 }  # fmt: skip

@@ -37,8 +37,6 @@ from lightning_sensitivity.functional.expected import (
     VALIDATIONS,
     WEIGHT,
     Estimate,
-    combine,
-    equivalent_labels_of,
     estimate,
     weight_beside,
 )
@@ -136,11 +134,10 @@ def advice(run: Judged, name: str, epoch: int) -> Row:
     }
 
 
-def beside_labels(run: Judged, name: str, sees: str) -> Row:
+def beside_labels(run: Judged, name: str) -> Row:
     """Return how far values by labels, by the reference and by both are off, and what their epoch loses.
 
-    They are off in the mean over all epochs; all is a mean over draws of labels. It also tells in how many of the
-    epochs labels are said to contradict the reference.
+    They are off in the mean over all epochs; all is a mean over draws of labels.
     """
     y, size, found = run.targets("unseen"), run.q["unseen"].shape[0], []
     sign, truth = (
@@ -156,7 +153,6 @@ def beside_labels(run: Judged, name: str, sees: str) -> Row:
         for _ in range(NUM_DRAWS if number < size else 1):
             rows, row = torch.randperm(size, generator=generator)[:number], {}
             known = [Estimate(float(each[rows].mean()), float(each[rows].var()) / number, number) for each in of_labels]
-            row[f"said_{count}"] = contradicted(expected, known, run.num_training, equivalent_labels_of(sees, name))
             for rule, weights in rules(expected, known).items():
                 values = np.array([
                     (number * second.value + weight * first.value) / (number + weight)
@@ -168,17 +164,6 @@ def beside_labels(run: Judged, name: str, sees: str) -> Row:
                     row[f"lost_{rule}_{count}"] = float((sign * truth).max() - sign * truth[lowest(-sign * values)])
             found.append(row)
     return pd.DataFrame(found).mean().to_dict()
-
-
-def contradicted(expected: list[Estimate], known: list[Estimate], num_training: int, equivalent: int) -> float:
-    """Return in how many of the epochs labels are said to contradict the reference, a share."""
-    counted: list[float] = []
-    said = []
-    for both in zip(expected, known, strict=True):
-        found = combine(*both, num_training, equivalent, counted)
-        counted.append(found.equivalent_labels)
-        said.append(found.is_contradicted)
-    return float(np.mean(said))
 
 
 def rules(expected: list[Estimate], known: list[Estimate]) -> dict[str, Weights]:
@@ -206,8 +191,7 @@ def rows_of(file: Path) -> Iterator[Row]:
         row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name, "version": ESTIMATES}
         row |= how_sure(run, name, epoch) | advice(run, name, epoch)
         if name != "auroc":
-            sees = "table" if pool in TABLES else "part" if judge == "inputs" else "features"
-            off = beside_labels(run, name, sees)
+            off = beside_labels(run, name)
             others = tuple(f"off_at_{least}" for least in THRESHOLDS[1:])  # are told of the design half alone
             row |= {key: each for key, each in off.items() if is_design or not key.startswith(others)}
         yield row
