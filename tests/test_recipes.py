@@ -212,6 +212,7 @@ SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], Prepare | None]] = {
     "sentence-transformers": (of_texts, sentence_transformers),
     "Sound": (of_waves, wave_encoder),
     "A whole script for a table": (dict, None),
+    "Your data": (of_images, None),
     "Images": (of_files, None),
     "Texts": (of_texts, None),
     "Other batches": (of_named_images, None),

@@ -1,8 +1,8 @@
-"""A two-class table with noisy labels: 300 rows of scikit-learn's breast cancer data, 25 % of the labels flipped.
+"""Choose an epoch without labels: 300 rows of scikit-learn's breast cancer data, 25 % of the labels flipped.
 
-    python examples/tables.py               # validated on new rows without labels; 20 seconds
-    python examples/tables.py --labels      # a fifth of the rows is held out, with its noisy labels
-    python examples/tables.py --regression  # progression of diabetes, a number, in place of two classes
+    python examples/choose_an_epoch.py               # validated on new rows without labels; 20 seconds
+    python examples/choose_an_epoch.py --labels      # a fifth of the rows is held out, with its noisy labels
+    python examples/choose_an_epoch.py --regression  # progression of diabetes, a number, in place of two classes
 
 Real tables have some columns of large numbers: standardize them. The labels are floats, 0 or 1, and the network has one
 output, so that the task is "binary". See docs/guide/data.md.
@@ -88,7 +88,7 @@ if args.regression:
 else:
     task, monitored, mode = "binary", "val/expected_accuracy", "max"
 risk = RiskMonitor(task, validation_labels=args.labels)
-checkpoint = ModelCheckpoint(monitor=monitored, mode=mode, dirpath="runs/tables", filename="{epoch}")
+checkpoint = ModelCheckpoint(monitor=monitored, mode=mode, dirpath="runs/choose_an_epoch", filename="{epoch}")
 expected: list[float] = []
 scores: list[float] = []
 trainer = Trainer(
