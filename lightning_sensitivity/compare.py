@@ -20,7 +20,7 @@ from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_task, link_to, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader, Shape, check_count, check_logits
 from lightning_sensitivity.reference.observations import Observations
-from lightning_sensitivity.running.batches import forget, move_batch
+from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.call import Function, Sigmoids
 from lightning_sensitivity.running.isolation import isolated, isolated_with
 
@@ -196,7 +196,6 @@ def _run_all(
     inputs: dict[str, object] = {}  # the names of the inputs of each model, or their number
     for name, model in models.items():
         parts = []
-        forget(model)
         with refuse_on_error(f"Model {name!r} can't be compared", "comparing-models"):
             with isolated(model) as run:
                 for batch in batches:

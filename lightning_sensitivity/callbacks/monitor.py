@@ -15,7 +15,6 @@ from lightning_sensitivity.messages import Refused, check_argument, check_bool, 
 from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, few_outputs
 from lightning_sensitivity.running import isolated
-from lightning_sensitivity.running.batches import forget
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
 
@@ -108,7 +107,6 @@ class Monitor(Callback, ABC):
         are_unique = len(names) == len({*names})
         check_argument("prefix", self.prefix, are_unique, "different in monitors that log the same names")
         self.run = Run(type(self).__name__, self.prefix, bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
-        forget(pl_module)
         if stage == "fit" and compat.has_workers(trainer):
             message = "keeps nothing of a fit in forked or spawned processes, which end with it. Set `strategy='ddp'`."
             self.run.warn("processes", message)

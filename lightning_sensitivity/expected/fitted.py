@@ -13,7 +13,7 @@ from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
 from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
 from lightning_sensitivity.reference.observations import Observations, count_groups
-from lightning_sensitivity.running.batches import forget, move_batch
+from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.isolation import isolated
 
 _FEW_SAMPLES = 30  # of training, of which probabilities are too high by a tenth
@@ -125,7 +125,6 @@ class FittedReference:
         Raises:
             ValueError: If there is no batch, or the reference can't read them.
         """
-        forget(network)
         outputs, seen = [], []
         for batch in dataloader:
             moved = move_batch(network, batch)

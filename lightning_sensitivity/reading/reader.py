@@ -116,7 +116,7 @@ class BatchReader:
             with isolated(model) as run:
                 call = run(ModelCall, model, batch, self._inputs, self._outputs, self.function)
         self._first_layout = self._first_layout or call.layout
-        if self._first_layout.rows is None and self._is_like_first(call):
+        if self._first_layout.size == 0 and self._is_like_first(call):
             call.size = 0  # unknown, as of the first batch: here sizes are equal by chance
         return call
 
@@ -126,8 +126,7 @@ class BatchReader:
 
     def _sight(self, call: ModelCall, size: int) -> Sight:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
-        sight = call.layout.sight if call.size == size else None
-        sight = sight or find_sight(call.inputs(), size)
+        sight = find_sight(call.inputs(), size)
         self._first_sight = first = self._first_sight or sight
         if sight is first or not self._is_like_first(call):
             return sight

@@ -2,13 +2,12 @@
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any, TypeGuard, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch.utilities import move_data_to_device
@@ -19,18 +18,12 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import refuse_on_error
 from lightning_sensitivity.running.isolation import isolated
 
-T = TypeVar("T")
-
 Place = tuple[Any, ...]  # where a value is in a batch: keys, one within the other
 # Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
 
 _MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
-
-_CONSTANTS = {str, int, float, bool, type(None)}
-_MAX_STRUCTURES = 100  # that are remembered of a model
-REMEMBERED: WeakKeyDictionary[nn.Module, dict[object, Any]] = WeakKeyDictionary()
 
 # Copies
 
@@ -171,53 +164,6 @@ def tensors_in(value: object, place: Place = ()) -> list[tuple[Place, Tensor]]:
 def code_of(place: Place, path: str = "batch") -> str:
     """Return the code that selects a place."""
     return path + "".join(f".{step}" if isinstance(step, Attribute) else f"[{step!r}]" for step in place)
-
-
-# Structure
-
-
-def resolved(rule: Callable[[nn.Module, Any], T], model: nn.Module, value: object) -> T:
-    """Return what a rule finds for a model and a value, once for all values of one structure.
-
-    Where a stream has ever new ones, such as lists of images of random sizes, no more are remembered.
-    """
-    remembered: dict[object, T] = REMEMBERED.setdefault(model, {})
-    key = rule, structure_of(value)
-    if key in remembered:
-        return remembered[key]
-    answer = rule(model, value)
-    if len(remembered) < _MAX_STRUCTURES:
-        remembered[key] = answer
-    return answer
-
-
-def forget(model: nn.Module) -> None:
-    """Forget what was resolved for a model, whose ``forward`` may be another one by now, as in a notebook."""
-    REMEMBERED.pop(model, None)
-
-
-def structure_of(value: object) -> object:
-    """Return all of a value that rules look at: types, names, ranks, and which sizes are 0, 1, 2 or equal."""
-    facts: list[object] = []
-    sizes: dict[int, int] = {}  # a number for each size
-    items: list[Any] = [value]
-    for item in items:  # which become more
-        facts.append(type(item))
-        if isinstance(item, Tensor):
-            facts += (item.dtype, item.layout, item.ndim)
-            for size in () if item.is_nested else item.shape:
-                facts.append(size if size < 3 else sizes.setdefault(size, -len(sizes) - 1))
-        elif isinstance(item, Mapping):
-            facts.append((*item,))
-            items += item.values()
-        elif isinstance(item, list | tuple):
-            facts.append(len(item))
-            items += item
-        elif type(item) not in _CONSTANTS:
-            held = {name: x for name in TARGET_NAMES if isinstance(x := entry(item, name), Tensor)}
-            facts.append((*held,))
-            items += held.values()
-    return (*facts,)
 
 
 # Tensors

@@ -14,7 +14,7 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, resolved, take
+from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, take
 
 _MANY = 1000  # from which on integers are names, and no categories
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
@@ -69,17 +69,19 @@ class ModelCall:
         outputs: Selector | None = None,
         function: Function | None = None,
     ) -> None:
-        value: object = batch
-        rule: Callable[[nn.Module, Any], rules.Layout] = rules.layout_of_batch
-        if inputs is not None or function is not None:
-            value = batch, () if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
-            rule = rules.layout_of_chosen if function is None else rules.layout_for_function
         self.model = model
         self._outputs = outputs
         self._function = function
-        self.layout = resolved(rule, model, value)
-        self.arguments = {name: at(value, place) for name, place in self.layout.places.items()}
-        self.size = 0 if self.layout.rows is None else len(at(self.arguments, self.layout.rows))
+        chosen: object = () if inputs is None else inputs(clone_tensors(batch))  # it may write to the batch
+        if function is not None:
+            found = rules.arguments_for_function(batch, chosen)
+        elif inputs is not None:
+            found = rules.chosen_arguments(model, chosen)
+        else:
+            found = rules.find_arguments(model, batch)
+        self.arguments = found.values
+        self.layout = rules.find_layout(model, batch, found, is_chosen=inputs is not None or function is not None)
+        self.size = self.layout.size
 
     def inputs(self) -> dict[str, object]:
         """Return the arguments, but for entries that are named like labels, also in a whole batch."""
@@ -102,7 +104,7 @@ class ModelCall:
         if perturb is not None:
             name = self.layout.perturbed
             if name is None:
-                raise rules.no_perturbed(self.model, self.layout, self.arguments, str(self))
+                raise rules.no_perturbed(self.layout, self.arguments, str(self))
             arguments[name] = apply_to_collection(
                 arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
@@ -189,7 +191,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        return labels_at(resolved(rules.find_labels, model, batch), model, batch)
+        return labels_at(rules.find_labels(model, batch), model, batch)
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):

@@ -63,30 +63,36 @@ class Input(NamedTuple):
 Sight: TypeAlias = tuple[list[Input], list[str]]
 
 
+class Arguments(NamedTuple):
+    """The arguments of a model.
+
+    Attributes:
+        by_name: Whether the model gets them by name, and not by position.
+        values: The arguments by their names in ``forward``; those of ``*args`` by numbers.
+    """
+
+    by_name: bool
+    values: dict[str, Any]
+
+
 class Layout(NamedTuple):
     """What a batch is to a model.
 
     Attributes:
         by_name: Whether the model gets its arguments by name, and not by position.
-        places: Where the arguments are, by their names in ``forward``; those of ``*args`` by numbers.
         inputs: Which of them are no labels, and which entries of each are left out.
         left_out: The names of others, and of entries beside inputs, if these are not those that labels have.
         perturbed: The argument to which noise is added; None if that is not clear.
-        rows: Where in the arguments a tensor has a row for each sample, if all tensors have one.
-        sight: What a reference sees; None if that depends on the number of samples.
+        size: The number of samples, if all tensors of the arguments have a row for each; else 0.
         labels: Where in the batch the labels are; None if that is not clear.
-        is_chosen: Whether a function of the user has chosen the arguments.
     """
 
     by_name: bool
-    places: Mapping[str, Place]
     inputs: Mapping[str, Sequence[str]]
     left_out: list[str]
     perturbed: str | None
-    rows: Place | None
-    sight: Sight | None
+    size: int
     labels: Place | None
-    is_chosen: bool
 
 
 def without(value: Any, names: Sequence[str]) -> Any:
@@ -129,81 +135,72 @@ def name_positions(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
 # Arguments
 
 
-def layout_of_batch(model: nn.Module, batch: Any) -> Layout:
-    """Find the arguments, the inputs and the labels of a whole batch; see ModelCall.
+def find_arguments(model: nn.Module, batch: Any) -> Arguments:
+    """Find the arguments of a model in a whole batch; see ModelCall.
 
     Raises:
         MisconfigurationException: If it is not clear how to call the model.
     """
     parameters, required = parameters_of(model), {*required_names(model)}
-    places: dict[Any, Place] = {}
+    values: dict[str, Any] = {}
     fields = getattr(type(batch), "_fields", ())  # of a named tuple
     if required and required <= {*fields}:
-        places = {name: (Attribute(name),) for name in fields if name in parameters}
+        values = {name: getattr(batch, name) for name in fields if name in parameters}
     elif isinstance(batch, Mapping):
-        places = {name: (name,) for name in batch if name in parameters or _takes_only_keywords(model)}
-    if places:
-        return _layout(model, batch, batch, True, places)
-    positions = _split(model, batch)[0] if is_sequence(batch) else [()]
+        takes_all = _takes_only_keywords(model)
+        values = {name: value for name, value in batch.items() if name in parameters or takes_all}
+    if values:
+        return Arguments(True, values)
+    positions = [batch]
     if isinstance(batch, Mapping):
         positions = [_only_argument(model, batch)]
-    return _layout(model, batch, batch, False, name_positions(model, positions))
+    elif is_sequence(batch):
+        positions = [at(batch, place) for place in _split(model, batch)[0]]
+    return Arguments(False, name_positions(model, positions))
 
 
-def layout_of_chosen(model: nn.Module, both: tuple[Any, Any]) -> Layout:
+def chosen_arguments(model: nn.Module, chosen: Any) -> Arguments:
     """Name the arguments that a function of the user has chosen: one, a tuple, or a dict of those named.
-
-    Args:
-        model: The module.
-        both: The batch, and what the function has chosen of it.
 
     Raises:
         MisconfigurationException: If ``forward`` has none of such a name.
     """
-    (batch, chosen), parameters = both, parameters_of(model)
+    parameters = parameters_of(model)
     unknown = [name for name in chosen if name not in parameters] if isinstance(chosen, Mapping) else []
     if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
         if unknown and _KEYWORDS not in _kinds(model):
             names = ", ".join(map(repr, unknown))
             raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
-        return _layout(model, batch, both, True, {name: (1, name) for name in chosen})
-    positions = [(1, step) for step in range(len(chosen))] if type(chosen) is tuple else [(1,)]
-    return _layout(model, batch, both, False, name_positions(model, positions))
+        return Arguments(True, {**chosen})
+    return Arguments(False, name_positions(model, chosen if type(chosen) is tuple else [chosen]))
 
 
-def layout_for_function(model: nn.Module, both: tuple[Any, Any]) -> Layout:
+def arguments_for_function(batch: object, chosen: Any) -> Arguments:
     """Name what a reference sees beside the batch, which a function takes in place of ``forward``."""
-    batch, chosen = both
-    places: dict[str, Place] = {"0": (1,)}
-    if isinstance(chosen, Mapping) or type(chosen) is tuple:
-        places = {str(step): (1, step) for step, _ in held_by(chosen)}
-    return _layout(model, batch, both, isinstance(chosen, Mapping), {BATCH: (0,), **places})
+    is_mapping = isinstance(chosen, Mapping)
+    parts = held_by(chosen) if is_mapping or type(chosen) is tuple else [(0, chosen)]
+    return Arguments(is_mapping, {BATCH: batch, **{str(step): value for step, value in parts}})
 
 
-def _layout(model: nn.Module, batch: object, value: object, by_name: bool, places: dict[str, Place]) -> Layout:
-    """Find what is seen of the arguments in a value, and the inputs, which are not named like labels."""
-    arguments = {name: at(value, place) for name, place in places.items()}
-    if BATCH in places:
-        inputs: dict[str, Sequence[str]] = {name: () for name in places if name != BATCH}
+def find_layout(model: nn.Module, batch: object, arguments: Arguments, is_chosen: bool) -> Layout:
+    """Find the labels in a batch, and what is seen of the arguments: the inputs, which are not named like labels."""
+    by_name, values = arguments
+    if BATCH in values:
+        inputs: dict[str, Sequence[str]] = {name: () for name in values if name != BATCH}
     else:
-        asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*places}
-        names = [name for name in places if name in asked or not is_like_targets(name)]
-        inputs = {name: labels_in(arguments[name]) for name in names}
-    named = {name: without(arguments[name], labels) for name, labels in inputs.items()}
-    rows = _find_rows(arguments)
-    is_chosen = value is not batch
-    floating = _floating(by_name, inputs, arguments)
+        asked = {*parameters_of(model)} - {*TARGET_NAMES} if by_name else {*values}
+        names = [name for name in values if name in asked or not is_like_targets(name)]
+        inputs = {name: labels_in(values[name]) for name in names}
+    named = {name: without(values[name], labels) for name, labels in inputs.items()}
+    floating = _floating(by_name, inputs, values)
     is_clear = len({name for name, _ in floating}) == 1 and (is_chosen or len(floating) == 1)
     return Layout(
         by_name=by_name,
-        places=places,
         inputs=inputs,
-        left_out=[] if BATCH in places else sorted(_names(arguments) - _names(named) - {*TARGET_NAMES}),
+        left_out=[] if BATCH in values else sorted(_names(values) - _names(named) - {*TARGET_NAMES}),
         perturbed=floating[0][0] if is_clear else None,
-        rows=rows,
-        sight=None if rows is None else find_sight(named, len(at(arguments, rows))),
+        size=_num_samples(values),
         labels=find_labels(model, batch),
-        is_chosen=is_chosen,
     )
 
 
@@ -222,18 +219,18 @@ def _names(named: Mapping[str, object]) -> set[str]:
     return {*named, *(name for value in named.values() if isinstance(value, Mapping) for name in value)}
 
 
-def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> Place:
+def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
     """Find the only tensor of a mapping, or all of it, whichever the only argument of ``forward`` takes."""
     required, beside = required_names(model), _beside_labels(batch)
     has_one = len(required) == 1
     annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
     if re.search("dict|mapping", annotation, re.IGNORECASE):
-        return ()
+        return batch
     takes_one = has_one or (not required and _ANY in _kinds(model))
     if takes_one and len(beside) == 1 and isinstance(batch[beside[0]], Tensor):
-        return (beside[0],)
+        return batch[beside[0]]
     if has_one and len(beside) > 1 and "Tensor" not in annotation:
-        return ()
+        return batch
     raise Refused(
         f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select "
         f"them: {inputs_hint(batch)}."
@@ -300,10 +297,10 @@ def no_labels(model: nn.Module, batch: object) -> Refused:
 # What a reference sees
 
 
-def _find_rows(arguments: Mapping[str, object]) -> Place | None:
-    """Find a tensor with a row for each sample, if all are dense and have one; None with lists and graphs."""
-    tensors = [(place, len(x)) for place, x in tensors_in(arguments) if x.ndim > 0] if _has_samples(arguments) else []
-    return tensors[0][0] if len({size for _, size in tensors}) == 1 and tensors[0][1] > 0 else None
+def _num_samples(arguments: Mapping[str, object]) -> int:
+    """Count the samples, if all tensors are dense and have a row for each; 0 with lists and graphs."""
+    sizes = {len(x) for _, x in tensors_in(arguments) if x.ndim > 0} if _has_samples(arguments) else set()
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _has_samples(value: object) -> bool:
@@ -459,22 +456,12 @@ def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[st
     return listed
 
 
-def no_perturbed(model: nn.Module, layout: Layout, arguments: Mapping[str, object], described: str) -> Refused:
-    """Say that it is not clear where noise belongs, and what to write."""
-    floating = _floating(layout.by_name, layout.inputs, arguments)
-    listed = ", ".join(f"`{place}`" for _, place in floating) or "none"
-    modules = original_module(model).named_modules()
-    layers = [(name, each) for name, each in modules if name and [*each.parameters(recurse=False)]]
-    layers.sort(key=lambda layer: not isinstance(layer[1], nn.Embedding))  # these come first
-    at_layer = repr(layers[0][0]) if layers else ""
-    hint = ""
-    if len(floating) > 1 and not layout.is_chosen:
-        selected = ", ".join(map(code_of, layout.places.values()))
-        hint = f"; of a tuple, the first one is perturbed, with all that it holds: `inputs=lambda batch: ({selected},)`"
+def no_perturbed(layout: Layout, arguments: Mapping[str, object], described: str) -> Refused:
+    """Say that it is not clear where noise belongs."""
+    listed = ", ".join(f"`{place}`" for _, place in _floating(layout.by_name, layout.inputs, arguments)) or "none"
     return Refused(
-        f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` "
-        f"({described}). Perturb the output of a submodule by `at={at_layer}`, or select an input by "
-        f"`inputs=`{hint}.",
+        f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({described}). "
+        "Perturb the output of a submodule by `at=`, or select an input by `inputs=`.",
         entry="noise",
     )
 

@@ -37,11 +37,6 @@ DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **
 OPTIONAL, OF_DICT = module(lambda self, x, mask=None: x), module(lambda self, batch: batch["a"] + batch["b"])
 
 
-EMBEDDED, GRAPHS = module(lambda self, x: x), module(lambda self, graph: graph.x)
-EMBEDDED.net = nn.ModuleDict({"first": nn.Linear(2, 2), "emb": nn.Embedding(30, 2)})
-GRAPHS.net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-
-
 def of_annotated(self: Any, x: dict[str, Tensor]) -> Tensor:
     return x["a"]
 
@@ -199,20 +194,13 @@ def test_which_inputs_outputs_and_labels_are_taken(what: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
-    "noise on one of two": (
-        lambda: call(TWO, {"x": X, "mask": X})(torch.clone),
-        r"got `x`, `mask` among.*\(batch\['x'\], batch\['mask'\],\)`",
-    ),
+    "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got `x`, `mask` among"),
     "noise on several entries": (
         lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
-        r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`.*`inputs=lambda batch: \(batch\[0\],\)`",
+        r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`",
     ),
-    "noise on one in a pair": (
-        lambda: call(TWO, (([X, X], IDS), IDS))(torch.clone),
-        r"got `x\[0\]`, `x\[1\]` among.*\(batch\[0\]\[0\], batch\[0\]\[1\],\)`",
-    ),
-    "noise on ids": (lambda: call(EMBEDDED, IDS)(torch.clone), r"got none.*`at='net\.emb'`"),
-    "noise on graphs": (lambda: call(GRAPHS, SimpleNamespace(x=X))(torch.clone), r"got none.*`at='net\.0'`"),
+    "noise on one in a pair": (lambda: call(TWO, (([X, X], IDS), IDS))(torch.clone), r"got `x\[0\]`, `x\[1\]` among"),
+    "noise on ids": (lambda: call(ONE, IDS)(torch.clone), "got none"),
     "outputs in entries of a tuple": (
         lambda: select_outputs(({"z": X}, {"px": X[:, :1]})),
         "which of several outputs are the logits, of .*`call=lambda module, batch: ...`",
