@@ -430,7 +430,7 @@ def broken(act: Callable[[Tensor], Any]) -> nn.Module:
     pytest.param(broken(lambda y: y / 0 * 0), "should be finite, but some are nan or inf", id="nan"),
     pytest.param(broken(lambda y: y.softmax(1)), r"are probabilities, .*`outputs=lambda p: p.log\(\)`", id="a softmax"),
     pytest.param(broken(lambda y: y[..., None].expand(-1, -1, 3)), r"one row for each sample", id="dense"),
-    pytest.param(broken(lambda y: (y[:, :2], y)), r"which of several.*`outputs=lambda out: out\[1\]`", id="features"),
+    pytest.param(broken(lambda y: (y[:, :2], y)), "which of several", id="features"),
     pytest.param(nn.Linear(3, 3), "RuntimeError: mat1", id="another input"),
 ])  # fmt: skip
 def test_a_model_that_fails_is_named(model: Any, message: str) -> None:

@@ -48,10 +48,9 @@ def check_run(monitor: str, trainer: Trainer, pl_module: LightningModule, stage:
     has_forward = has_call or _is_overridden("forward", pl_module)
     has_step = stage != "fit" or _is_overridden("validation_step", pl_module)
     has_loop = stage != "fit" or trainer.enable_validation
-    of_call = ": add one, or set `call=lambda module, batch: ...`" if monitor == "RiskMonitor" else ""
     needs = {
         "does not support sharded weights (FSDP, DeepSpeed); use DDP": not is_sharded,
-        f"needs a `forward` that returns the logits, and your module has none{of_call}": has_forward,
+        "needs a `forward` that returns the logits, and your module has none": has_forward,
         "needs a `validation_step`: `def validation_step(self, batch, batch_idx): pass` is enough": has_step,
         "needs a validation loop: pass `val_dataloaders`, and leave `limit_val_batches` above 0": has_loop,
     }

@@ -166,8 +166,6 @@ class Monitor(Callback, ABC):
         samples = self.run.samples[dataloader_idx]
         if not samples.wants(batch_idx):
             return
-        if self.run.phase is Phase.BEFORE_FIRST_STEP:
-            self.run.look_at(batch)
         with (
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),

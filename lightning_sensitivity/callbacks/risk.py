@@ -274,7 +274,6 @@ class RiskMonitor(Monitor):
 
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first batch of a run."""
-        self.run.look_at(batch)
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
             self.reader.check_encoder(module)
             call = self.reader.call(module, batch)

@@ -21,7 +21,6 @@ from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_mon
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
-from lightning_sensitivity.running.rules import inputs_hint
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
 _SMALLEST = 1e-3  # size of one by which the next ones improve, such as of a bound of 0
@@ -83,7 +82,6 @@ class Run:
         self._prefix = prefix
         self._is_debugging = is_debugging
         self._said: set[str] = set()
-        self._hint = ""  # how to select the inputs of the batch that is read
 
     @property
     def is_measured(self) -> bool:
@@ -99,10 +97,6 @@ class Run:
         self.first_step.stop()
 
     # What is said
-
-    def look_at(self, batch: object) -> None:
-        """Look at a batch that is read, so that a failure can name its entries."""
-        self._hint = inputs_hint(batch)
 
     def warn(self, entry: str, message: str, kind: str = "") -> None:
         """Warn in the first process, once.
@@ -152,12 +146,10 @@ class Run:
         """Say what failed, and what may help; Lightning's batch-size finder needs errors of memory as they are."""
         if is_oom_error(error):
             return error
-        reason = describe_error(error)
-        is_clear = isinstance(error, MisconfigurationException) or reason.startswith("Expected")
-        of_call = ", or `call=lambda module, batch: ...`" if self._monitor == "RiskMonitor" else ""
-        which = f"set {self._hint or '`inputs=`'}{of_call}"
-        advice = "" if is_clear else f" If `forward` takes other arguments, {which}."
-        return Refused(f"`{self._monitor}` {what}: {reason}{advice}", getattr(error, "entry", "arguments"))
+        is_clear = isinstance(error, MisconfigurationException)
+        advice = "" if is_clear else " If `forward` takes other arguments, set `inputs=`."
+        reason = f"`{self._monitor}` {what}: {describe_error(error)}{advice}"
+        return Refused(reason, getattr(error, "entry", "arguments"))
 
 
 class MissingValues:

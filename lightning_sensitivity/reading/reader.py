@@ -144,7 +144,7 @@ class BatchReader:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
         if self._targets is None:
-            selected = labels_at(call.layout.labels, call.model, batch)
+            selected = labels_at(call.layout.labels, batch)
         else:
             with isolated(call.model) as run:
                 selected = run(select_targets, call.model, batch, self._targets)

@@ -170,7 +170,10 @@ def select_outputs(result: object, outputs: Selector | None = None) -> Tensor:
         with refuse_on_error(f"`outputs` failed on {describe(result)}, which `forward` returned"):
             selected = outputs(result)
     if not is_floating(selected) or selected.ndim == 0:
-        raise rules.no_outputs(result, selected)
+        raise Refused(
+            f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, from "
+            f"{describe(result)}, which `forward` returned."
+        )
     return selected
 
 
@@ -191,7 +194,7 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        return labels_at(rules.find_labels(model, batch), model, batch)
+        return labels_at(rules.find_labels(model, batch), batch)
     with refuse_on_error(f"`targets` failed on {describe(batch)}"):
         selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
@@ -199,10 +202,10 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
     return selected
 
 
-def labels_at(place: Place | None, model: nn.Module, batch: Any) -> Tensor:
+def labels_at(place: Place | None, batch: Any) -> Tensor:
     """Return the labels of a batch, or refuse it if it is not clear where they are."""
     if place is None:
-        raise rules.no_labels(model, batch)
+        raise Refused(f"`targets` should return the labels from {describe(batch)}.")
     labels: Tensor = at(batch, place)
     return labels
 

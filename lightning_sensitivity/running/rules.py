@@ -28,7 +28,6 @@ from lightning_sensitivity.running.batches import (
 )
 
 _LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
-_MAX_NAMED = 3  # candidates that a message names
 
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
@@ -231,10 +230,7 @@ def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
         return batch[beside[0]]
     if has_one and len(beside) > 1 and "Tensor" not in annotation:
         return batch
-    raise Refused(
-        f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}. Select "
-        f"them: {inputs_hint(batch)}."
-    )
+    raise Refused(f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}.")
 
 
 def _beside_labels(batch: Mapping[str, object]) -> list[str]:
@@ -283,15 +279,6 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
     rest = _split(model, batch)[1]  # what follows the inputs
     has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (rest[1:] and _has_options(model))
     return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
-
-
-def no_labels(model: nn.Module, batch: object) -> Refused:
-    """Say that labels are needed, and what to write to select them, by name if there are such names."""
-    rest = (_split(model, batch)[1] if is_sequence(batch) else []) or [()]
-    candidates = [each for place in rest for each, _ in tensors_in(at(batch, place), place) if each]
-    named = [place for place in candidates if is_like_targets(place[-1])]
-    hint = _say("targets", [*map(code_of, named or candidates)])
-    return Refused(f"`targets` should return the labels{hint and f', such as {hint},'} from {describe(batch)}.")
 
 
 # What a reference sees
@@ -408,24 +395,11 @@ def find_outputs(result: Any) -> object:
     if isinstance(result, Mapping) or hasattr(result, "logits"):
         return entry(result, "logits")
     if len({x.shape[1] for _, x in tensors_in(result) if x.ndim == 2 and is_floating(x)}) > 1:
-        example = "if none, set `call=lambda module, batch: ...`"
-        if is_sequence(result) and any(map(is_floating, result)):
-            example = "such as `outputs=lambda out: out[1]`"
         raise Refused(
-            f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which "
-            f"`forward` returned: {example}."
+            f"`outputs` should say which of several outputs are the logits, of {describe(result)}, which `forward` "
+            "returned."
         )
     return first_of(result)
-
-
-def no_outputs(result: object, selected: object) -> Refused:
-    """Say that outputs are needed, and what to write, if there is one candidate."""
-    candidates = [code_of(place, "result") for place, x in tensors_in(result) if is_floating(x) and x.ndim > 0]
-    example = f": `outputs=lambda result: {candidates[0]}`" if len(candidates) == 1 else ""
-    return Refused(
-        f"`outputs` should select a floating tensor (N, K, ...) or (N,), got {describe(selected)}, "
-        f"from {describe(result)}, which `forward` returned{example}."
-    )
 
 
 def check_class_dimension(outputs: Tensor, arguments: object) -> None:
@@ -437,8 +411,8 @@ def check_class_dimension(outputs: Tensor, arguments: object) -> None:
     are_first = first in [shape[: len(first)] for shape in shapes]
     if are_first and last not in [shape[-len(last) :] for shape in shapes]:
         raise Refused(
-            f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are last, "
-            "`outputs=lambda y: y.movedim(-1, 1)`; if they are there, `outputs=lambda y: y`."
+            f"`outputs` should move the classes to dimension 1, got {[*outputs.shape]}; if they are there, "
+            "`outputs=lambda y: y`."
         )
 
 
@@ -464,23 +438,3 @@ def no_perturbed(layout: Layout, arguments: Mapping[str, object], described: str
         "Perturb the output of a submodule by `at=`, or select an input by `inputs=`.",
         entry="noise",
     )
-
-
-# Hints: what to write to select entries
-
-
-def inputs_hint(batch: object) -> str:
-    """Say how to select floating tensors of a mapping, or the whole; of another batch nothing."""
-    if not isinstance(batch, Mapping):
-        return ""
-    named = [(place, x) for place, x in tensors_in(batch) if place[-1] not in TARGET_NAMES]
-    hint = _say("inputs", [code_of(place) for place, x in named if x.ndim > 1 and is_floating(x) and not _is_empty(x)])
-    return "; ".join(filter(None, [hint, "for `forward(batch)`, `inputs=lambda batch: (batch,)`"]))
-
-
-def _say(selector: str, candidates: list[str]) -> str:
-    """Say what to write for a selector, by the code of its candidates; nothing without any."""
-    if not candidates:
-        return ""
-    others = "".join(f", or `{each}`" for each in candidates[1:_MAX_NAMED])
-    return f"`{selector}=lambda batch: {candidates[0]}`{others}"

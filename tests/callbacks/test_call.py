@@ -7,8 +7,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_sensitivity import SensitivityMonitor, compare_models
-from tests.helpers import Quiet, fitted, labelled, loader, quick_estimator, quick_risk, refused, unlabelled_loader
+from lightning_sensitivity import compare_models
+from tests.helpers import Quiet, fitted, labelled, loader, quick_estimator, quick_risk, unlabelled_loader
 
 
 class Headless(Quiet):
@@ -37,11 +37,6 @@ def test_a_module_without_forward_has_the_curve_that_it_has_with_one() -> None:
         means.append(risk.predict(model, [labelled(20).tensors]).mean)
     assert histories[0] == histories[1] and "expected_loss" in histories[0][-1]
     assert torch.equal(*means)
-
-
-def test_without_a_function_the_message_names_it() -> None:
-    assert "`call=lambda module, batch: ...`" in refused(quick_risk(), Headless())
-    assert "call=" not in refused(SensitivityMonitor(), Headless())
 
 
 def test_models_are_compared_by_a_function() -> None:

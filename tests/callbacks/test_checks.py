@@ -42,7 +42,7 @@ def said(*args: Any, **options: Any) -> list[str]:
 @pytest.mark.parametrize("kind", MONITORS)
 @pytest.mark.parametrize(("error", "match"), [
     (TypeError("of the user"), "TypeError: of the user. If `forward` takes other arguments, set `inputs=.*#arguments"),
-    (ValueError("of the user"), "of the user.( If| .More: docs)"),
+    (ValueError("of the user"), "of the user. If"),
     (MisconfigurationException("Do this."), "Do this. .More: docs"),
 ])  # fmt: skip
 def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
@@ -51,7 +51,6 @@ def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
     if kind is SensitivityMonitor and options:
         return  # without a sanity check it has no pass before the first step
     text = refused(kind(), failing(error), **options)
-    assert ("`call=lambda module, batch: ...`" in text) == (kind is RiskMonitor and "If `forward`" in text)
     what = "can't read the first training batch" if "RiskMonitor" in text and options else "could not .*"
     assert re.match(rf"`{kind.__name__}` {what}: {match}", text)
 
