@@ -21,12 +21,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run no small batches as one, so that each has the noise of its place in the loader."""
-    monkeypatch.setattr("lightning_sensitivity.reading.kept._MAX_JOINED", -1)
-
-
-@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, caplog: Any) -> Any:
     """Run an example, and give what it prints and its variables."""
 

@@ -319,7 +319,6 @@ ROWS = [(name, SensitivityMonitor) for name in CASES if CASES[name].s] + [(name,
 SIZES = (20, 17, 3), (11, 8)  # of training batches, and of validation batches
 
 
-@pytest.mark.usefixtures("batch_by_batch")
 @pytest.mark.parametrize(("name", "kind"), ROWS)
 def test_no_number_is_silently_wrong(name: str, kind: Any) -> None:
     case, plain = CASES[name], plain_risk if kind is quick_risk else plain_sensitivity

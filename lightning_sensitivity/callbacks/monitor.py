@@ -68,11 +68,6 @@ class Monitor(Callback, ABC):
         Values are nan if all outputs are; what could not be measured is left out.
         """
 
-    @property
-    def may_join(self) -> bool:
-        """Whether samples of several batches may be run as one, if the model gives the same outputs."""
-        return True
-
     def should_measure(self, trainer: Trainer) -> bool:
         """Decide whether to measure the current validation. Override it to measure at other times."""
         return True
@@ -254,7 +249,6 @@ class Monitor(Callback, ABC):
         self.run.validation = Validation.MEASURED
         self.run.measured = [None] * len(self.run.samples)
         for samples in self.run.samples:
-            are_new = not samples.calls
             samples.complete()
             if samples.is_truncated:
                 message = f"keeps only {samples.size} samples of a loader: more would take too much memory."
@@ -273,8 +267,6 @@ class Monitor(Callback, ABC):
                     )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
-                if are_new and samples.size > 0 and self.may_join and not trainer.sanity_checking:
-                    samples.join(run, pl_module.device)
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
 
     def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:

@@ -359,7 +359,7 @@ class RiskMonitor(Monitor):
             Its outputs ``(N, ...)``; labels ``(N, C)``, nan where a sample has none; and the number of the group of
             each sample, ``(N,)``, or ``(0,)`` without groups, on the CPU.
         """
-        outputs = [in_32_bits(run(call.to(module.device))).cpu() for call in samples.calls.values()]
+        outputs = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
         if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
             return tuple(outputs)
         num_columns = self._reference.num_columns

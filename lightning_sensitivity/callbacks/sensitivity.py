@@ -120,11 +120,6 @@ class SensitivityMonitor(Monitor):
         names = [self._kind, f"{self._kind}_stderr", *[_ESTIMATE] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
-    @property
-    def may_join(self) -> bool:
-        """Whether noise is independent for each sample; a function of the user may look at a whole batch."""
-        return isinstance(self._noise, GaussianNoise)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the name of the submodule, and refuse callbacks that monitor the kind that is not logged."""
         if self.at is not None:
@@ -202,10 +197,10 @@ class SensitivityMonitor(Monitor):
             power.add_(torch.tensor([[float(finite.square().sum()), finite.numel()]]))
             return self._noise(x, generator)
 
-        for index, kept in samples.calls.items():
-            call = kept.to(module.device)
+        for batch in samples.batches:
+            call = batch.call.to(module.device)
             clean = run(call)
-            key = self.seed, module.global_rank, samples.dataloader_idx, index
+            key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             perturb = noise if self.loss_estimate else self._noise
             noisy = noisy_outputs(run, call, perturb, key, self.num_draws, at)
             rows.append(sensitivity_sums(clean, noisy).cpu())

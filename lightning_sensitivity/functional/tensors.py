@@ -14,7 +14,6 @@ Place = TypeVar("Place", float, Tensor)
 _CHUNK = 2**15  # elements that are converted to double precision at a time
 _MIN_NUMBERS = 10  # fewer outputs may look like probabilities by chance
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-_ROUNDING_OF_PASS = 1e-4  # that of 32 bits, relative to the standard deviation of an output
 _ROUNDING = 1e-2  # error of sums of 16-bit probabilities, which autocast may have converted to 32 bits since
 
 
@@ -100,17 +99,6 @@ def are_close(first: Tensor, second: Tensor) -> bool:
     first, second = first.to(wide_dtype(first.device)), second.to(wide_dtype(second.device))
     scale = float(first[first.isfinite()].abs().mean().nan_to_num(0.0))
     return torch.allclose(first, second, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
-
-
-def are_same(first: Tensor, second: Tensor) -> bool:
-    """Check whether outputs ``(N, ...)`` differ by rounding alone, which is small beside what samples differ by.
-
-    If those of all samples are equal, or some are not finite, nothing can be told.
-    """
-    if first.shape != second.shape:
-        return False
-    spread = first.std(0)
-    return bool((spread > 0).all() and ((first - second).abs() <= _ROUNDING_OF_PASS * spread).all())
 
 
 def as_tensor(values: Numbers) -> Tensor:

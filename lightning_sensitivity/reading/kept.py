@@ -2,21 +2,17 @@
 
 import math
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from lightning_sensitivity.functional.tensors import are_same, evenly_spaced, spaced_fraction
+from lightning_sensitivity.functional.tensors import evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
 from lightning_sensitivity.reference.observations import Observations, max_samples, projection
 from lightning_sensitivity.running.batches import has_samples, take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
-from lightning_sensitivity.running.isolation import RunIsolated
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
@@ -24,7 +20,6 @@ _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 _NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
-_MAX_JOINED = 2**22  # bytes of batches that are run as one, and of each result in a pass: more leaves fast memory
 
 
 @dataclass(eq=False)
@@ -90,7 +85,6 @@ class KeptSamples:
         num_wanted: How many samples to keep.
         max_bytes: How many bytes they may take.
         batches: The batches, in the order of the loader.
-        calls: The calls of the model on them, by their indices; or a single one on all, by the index of the first.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
         has_rows: Whether rows of inputs are samples; None before a batch has told.
@@ -102,7 +96,6 @@ class KeptSamples:
         self.is_truncated = False
         self.has_rows: bool | None = None
         self.batches: list[KeptBatch] = []
-        self.calls: dict[int, ModelCall] = {}
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
@@ -176,48 +169,11 @@ class KeptSamples:
 
     def complete(self) -> None:
         """Want no more batches, unless none has come, and of those that there are only as much as is wanted."""
-        if self.size > 0 and not self.calls:
+        if self.size > 0 and self._threshold > 0:
             self._threshold = 0.0
             if self.size > self.num_wanted:
                 self._cut(self.num_wanted)
             self.is_truncated &= self.size < self.num_wanted
-            self.calls = {batch.index: batch.call for batch in self.batches}
-
-    def join(self, run: RunIsolated, device: torch.device) -> None:
-        """Join all calls to a single one, if a pass over that is small, and the model gives the same outputs.
-
-        It is not tried on a GPU, where a pass that fails may end the run.
-
-        Args:
-            run: Calls a function that runs the model; from :func:`~lightning_sensitivity.running.isolated`.
-            device: The device of the model.
-        """
-        calls = [*self.calls.values()]
-        have_same_names = len({(*call.arguments,) for call in calls}) == 1
-        if len(calls) == 1 or not have_same_names or self._num_bytes > _MAX_JOINED or device.type != "cpu":
-            return
-        with suppress(Exception):  # shapes may differ, and a model may take batches of one size only, or a few samples
-            joined = ModelCall.join(calls)
-            with _LargestResult() as largest:
-                outputs = torch.cat([run(call) for call in calls])
-            if largest.num_bytes * len(calls) <= _MAX_JOINED and are_same(outputs, run(joined)):
-                self.calls = {next(iter(self.calls)): joined}
-
-
-class _LargestResult(TorchFunctionMode):
-    """A mode that notes how much memory the largest result takes of the functions of torch that are called inside.
-
-    Attributes:
-        num_bytes: Its memory.
-    """
-
-    num_bytes = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch."""
-        result = func(*args, **(kwargs or {}))
-        self.num_bytes = max(self.num_bytes, *(x.nbytes for _, x in tensors_in(result)), 0)
-        return result
 
 
 class KeptObservations:

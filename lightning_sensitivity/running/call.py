@@ -1,7 +1,7 @@
 """Call any model on any batch by its layout, and select outputs and labels."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -125,13 +125,6 @@ class ModelCall:
         """Return the call on some of its samples."""
         new = self._with(apply_to_collection(self.arguments, Tensor, take, indices))
         new.size = len(indices)
-        return new
-
-    @staticmethod
-    def join(calls: "Sequence[ModelCall]") -> "ModelCall":
-        """Return one call on the samples of several, whose arguments are tensors of one shape for each sample."""
-        new = calls[0]._with({name: torch.cat([each.arguments[name] for each in calls]) for name in calls[0].arguments})
-        new.size = sum(each.size for each in calls)
         return new
 
     def to(self, device: torch.device) -> "ModelCall":

@@ -27,7 +27,6 @@ from tests.helpers import (
     unlabelled_loader,
 )
 
-pytestmark = pytest.mark.usefixtures("batch_by_batch")
 SENSITIVITY = "val/output_sensitivity"
 
 

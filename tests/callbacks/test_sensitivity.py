@@ -10,13 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, StackDataset
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.functional import loss_estimate
-from lightning_sensitivity.running.perturbation import GaussianNoise
 from tests.helpers import Classifier, Linear, Quiet, brute_force, inputs, loader, unlabelled_loader, validated
 
 OF_MEAN, PER_OUTPUT = "val/output_sensitivity", "val/per_output_sensitivity"
@@ -48,123 +47,10 @@ def test_the_values_are_those_of_a_plain_loop_over_batches_as_they_came(kind: An
     model, monitor = kind(), SensitivityMonitor(num_draws=num_draws, seed=3)
     batches = inputs(50).split(sizes)
     values = validated(monitor, model, DataLoader(batches, None))
-    if kind is Classifier:  # small batches are run as one, where samples do not interact
-        batches = (inputs(50),)
     changes = brute_force(model.eval(), batches, num_draws, seed=3)
     close(values, expected(changes))
 
 
-def ragged(x: Tensor) -> list[Tensor]:
-    return [x[i : i + 10, None].expand(-1, 2 + i % 3, -1) for i in range(0, 50, 10)]
-
-
-class Averaging(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mean(1))
-
-
-class OfOneSize(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.view(10, -1))
-
-
-class Scaling(GaussianNoise):
-    def __call__(self, x: Tensor, generator: Any) -> Tensor:
-        return 1.1 * x
-
-
-class Causal(Linear):
-    """A sample depends on those before it, as of a recurrent network that takes rows for steps of time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.01 * x.cumsum(0)) + 300.0
-
-
-class OfFew(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:40])
-
-
-class Scaled(Linear):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return super().forward(x) * (1 if scale is None else scale)
-
-
-class Wide(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[..., None].expand(-1, -1, 2000).clone().mean(-1))
-
-
-class Remembering(Linear):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.recurrent = nn.GRU(1, 2000, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.recurrent(x[..., None])[0][..., 0]) - 9
-
-
-class OfIntegers(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
-
-
-class OfDict(Linear):
-    def forward(self, a: Any) -> Tensor:
-        return super().forward(a["b"])
-
-
-class OfFirst(Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, :12])
-
-
-JOINED: dict[str, tuple[bool, Any, Any, dict[str, Any]]] = {  # whether batches are run as one; model, batches, options
-    "rows of numbers": (True, Linear, lambda x: x.split(10), {}),
-    "of other sizes": (True, Linear, lambda x: x.split([20, 3, 27]), {}),
-    "noise at a layer": (True, Classifier, lambda x: x.split(10), {"at": "net.0"}),
-    "samples that interact": (False, Centred, lambda x: x.split(10), {}),
-    "samples that depend on earlier ones": (False, Causal, lambda x: x.split(10), {}),
-    "a function as noise, which may look at a batch": (False, Linear, lambda x: x.split(10),
-        {"noise": lambda x, generator: x + x / x.norm()}),
-    "no more than 40 samples": (False, OfFew, lambda x: x.split(10), {}),
-    "a number for all samples": (False, Scaled, lambda x: [{"x": y, "scale": torch.tensor(2.0)} for y in x.split(10)],
-        {"at": "net"}),
-    "an argument in some batches": (False, Scaled, lambda x: [
-        {"x": y} | ({"scale": torch.ones(len(y), 1)} if place else {}) for place, y in enumerate(x.split(10))],
-        {"at": "net"}),
-    "integers": (True, OfIntegers, lambda x: (9 * x).long().split(10), {"at": "net"}),
-    "large results on the way": (False, Wide, lambda x: x.split(10), {}),
-    "a large state of a recurrent network": (False, Remembering, lambda x: x.split(10), {}),
-    "of other lengths": (False, Averaging, ragged, {}),
-    "a model for batches of one size": (False, OfOneSize, lambda x: x.split(10), {}),
-    "a dict as argument": (False, OfDict, lambda x: [{"a": {"b": y}} for y in x.split(10)], {"at": "net"}),
-    "outputs of the shape of the batch": (False, Linear, lambda x: x.split(10),
-        {"outputs": lambda y: y[:, :, None].expand(-1, -1, len(y))}),
-    "large outputs": (False, Linear, lambda x: x.split(10), {"outputs": lambda y: y[:, :, None].repeat(1, 1, 6000)}),
-    "large inputs": (False, OfFirst, lambda x: x.repeat(1, 2000).split(10), {}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", JOINED)
-def test_small_batches_are_run_as_one_where_the_model_gives_the_same(name: str, request: pytest.FixtureRequest) -> None:
-    is_one, kind, batches, options = JOINED[name]
-
-    def measured() -> tuple[float, int]:
-        model, sizes = kind(), list[int]()
-        model.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
-        monitor = SensitivityMonitor(**{"noise": Scaling(1.0), **options})
-        value = validated(monitor, model, DataLoader(batches(inputs(50)), None))[OF_MEAN]
-        return value, sizes[-1]  # of the last pass
-
-    value, last = measured()
-    request.getfixturevalue("batch_by_batch")
-    by_batch, last_by_batch = measured()
-    assert value == pytest.approx(by_batch, rel=1e-5) and (last > last_by_batch) == is_one
-
-
-@pytest.mark.usefixtures("batch_by_batch")
 def test_noise_at_a_submodule_is_added_to_its_output() -> None:
     model = Classifier()
     head = model.eval().net[4]
@@ -173,7 +59,6 @@ def test_noise_at_a_submodule_is_added_to_its_output() -> None:
     close(values, expected(brute_force(head, hidden)))
 
 
-@pytest.mark.usefixtures("batch_by_batch")
 def test_of_each_output_the_value_is_the_mean_square_of_its_changes() -> None:
     model, monitor = Linear(), SensitivityMonitor(per_output=True, outputs=lambda y: y[:, 0])
     changes = brute_force(lambda x: model(x)[:, 0], inputs(50).split(16))
@@ -213,7 +98,6 @@ class EverySecond(SensitivityMonitor):
         return trainer.current_epoch % 2 == 0
 
 
-@pytest.mark.usefixtures("batch_by_batch")
 @pytest.mark.parametrize(("monitor", "step"), [(SensitivityMonitor(), 4), (EverySecond(), 8)])
 def test_epochs_are_logged_and_before_training_by_validate_at_step_0(monitor: Any, step: int, tmp_path: Path) -> None:
     model, logger = Classifier(), CSVLogger(tmp_path)
@@ -241,7 +125,6 @@ def test_nothing_is_measured_in_test_and_predict() -> None:
 # Which names
 
 
-@pytest.mark.usefixtures("batch_by_batch")
 def test_several_loaders_one_of_them_empty() -> None:
     model, run = Classifier(), helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.warns(UserWarning) as caught:

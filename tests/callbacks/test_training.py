@@ -33,7 +33,6 @@ from tests.helpers import (
 )
 from tests.helpers import unlabelled_loader as unlabelled
 
-pytestmark = pytest.mark.usefixtures("batch_by_batch")
 NUM_TRAIN_BATCHES = 4
 
 
