@@ -12,7 +12,7 @@ from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, g
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
-from lightning_sensitivity.reading.kept import MAX_BYTES, KeptBatch, KeptSamples
+from lightning_sensitivity.reading.kept import MAX_BYTES, NUM_BATCHES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, few_outputs
 from lightning_sensitivity.running import isolated
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
@@ -165,8 +165,8 @@ class Monitor(Callback, ABC):
             self.run.report_failure("could not keep a validation batch", "It is left out."),
             trainer.precision_plugin.val_step_context(),
         ):
-            limits = samples.num_wanted, samples.max_bytes
-            kept = self.reader.keep(pl_module, batch, batch_idx, *limits, samples.has_rows)
+            max_bytes = samples.max_bytes / min(NUM_BATCHES, trainer.num_val_batches[dataloader_idx])
+            kept = self.reader.keep(pl_module, batch, batch_idx, samples.num_wanted, max_bytes, samples.has_rows)
             self.keep_labels(pl_module, batch, kept)
             samples.add(kept)
 

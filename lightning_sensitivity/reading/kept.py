@@ -19,7 +19,7 @@ MAX_BYTES = 2**29
 _MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
-_NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
+NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
 
 
 @dataclass(eq=False)
@@ -34,7 +34,6 @@ class KeptBatch:
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
-        is_truncated: Whether samples are missing for lack of memory.
         has_rows: Whether rows of inputs are samples; None if it can't tell.
         labels: Its labels; None if it has none, or none are wanted.
     """
@@ -46,7 +45,6 @@ class KeptBatch:
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
-    is_truncated: bool = False
     has_rows: bool | None = None
     labels: Tensor | None = None
 
@@ -58,7 +56,7 @@ class KeptBatch:
     def cut(self, share: float) -> None:
         """Keep a share of its samples, evenly spaced, if it is known what a sample is."""
         indices = torch.arange(self.call.size) if self.indices is None else self.indices
-        rows = evenly_spaced(indices, max(1, share * self.whole_size))
+        rows = evenly_spaced(indices, share * self.whole_size)
         if rows is not None:
             self.size, self.call, self.indices = len(rows), self.call.take(rows), indices[rows]
             held = self.seen, self.groups, self.labels
@@ -73,7 +71,7 @@ def num_bytes(value: object) -> int:
 class KeptSamples:
     """Evenly spaced batches of a loader, since data may be sorted: twenty or more, of which a share is kept.
 
-    If there are too many, the one with the highest priority number goes.
+    If there are too many, or they take too much memory, the one with the highest priority number goes.
 
     Args:
         num_wanted: How many samples to keep in this process; inf for all.
@@ -99,7 +97,6 @@ class KeptSamples:
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
         self._num_bytes = 0
-        self._share = 1.0  # of each batch, if more would not fit
         self._threshold = 1.0  # of priority numbers: 1 if all batches are wanted, 0 if none is
 
     def fingerprints(self) -> Tensor:
@@ -125,54 +122,31 @@ class KeptSamples:
         if batch.size == 0:
             return
         self.has_rows = batch.has_rows
-        if self._share < 1:
-            batch.cut(self._share)
         self.batches.append(batch)
-        self.is_truncated |= batch.is_truncated
         self.size += batch.size
         self._num_bytes += batch.num_bytes
-        if self.size > self.num_wanted or self._num_bytes > self.max_bytes:
-            self._drop_surplus()
-
-    def _drop_surplus(self) -> None:
-        """Drop the batches of the highest priority numbers that are not wanted, then what does not fit."""
-        by_priority = sorted(self.batches, key=lambda each: spaced_fraction(each.index), reverse=True)
-        num_left = sum(batch.whole_size for batch in by_priority)
-        for batch in by_priority:
-            num_left -= batch.whole_size
-            are_few = batch.call.size > 0 and len(self.batches) <= min(_NUM_BATCHES, self.num_wanted)
-            if num_left < self.num_wanted or are_few:
+        self.is_truncated |= batch.size < min(self.num_wanted, batch.whole_size)
+        while len(self.batches) > 1 and (self.size > self.num_wanted or self._num_bytes > self.max_bytes):
+            last = max(self.batches, key=lambda each: spaced_fraction(each.index))
+            fits = self._num_bytes <= self.max_bytes
+            are_few = last.call.size > 0 and len(self.batches) <= min(NUM_BATCHES, self.num_wanted)
+            if fits and (are_few or self.size - last.size < self.num_wanted):
                 break
-            self._drop(batch)
-        if self._num_bytes > self.max_bytes:
-            size = self.size
-            self._cut(self.size * self.max_bytes / self._num_bytes - len(self.batches))  # a sample is rounded up
-            for batch in by_priority[:-1]:
-                if batch in self.batches and self._num_bytes > self.max_bytes:
-                    self._drop(batch)
-            self._share = min(batch.size / batch.whole_size for batch in self.batches)  # a single one stays whole
-            self.is_truncated |= self.size < size
-
-    def _drop(self, batch: KeptBatch) -> None:
-        self.batches.remove(batch)
-        self.size -= batch.size
-        self._num_bytes -= batch.num_bytes
-        self._threshold = spaced_fraction(batch.index)
-
-    def _cut(self, num_wanted: float) -> None:
-        """Keep the same share of each batch, for so many samples in all."""
-        num_samples = sum(batch.whole_size for batch in self.batches)
-        for batch in self.batches:
-            batch.cut(num_wanted / num_samples)
-        self.size = sum(batch.size for batch in self.batches)
-        self._num_bytes = sum(batch.num_bytes for batch in self.batches)
+            self.batches.remove(last)
+            self.size -= last.size
+            self._num_bytes -= last.num_bytes
+            self.is_truncated |= not fits
+            self._threshold = spaced_fraction(last.index)
 
     def complete(self) -> None:
         """Want no more batches, unless none has come, and of those that there are only as much as is wanted."""
         if self.size > 0 and self._threshold > 0:
             self._threshold = 0.0
             if self.size > self.num_wanted:
-                self._cut(self.num_wanted)
+                share = self.num_wanted / sum(batch.whole_size for batch in self.batches)
+                for batch in self.batches:
+                    batch.cut(share)
+                self.size = sum(batch.size for batch in self.batches)
             self.is_truncated &= self.size < self.num_wanted
 
 

@@ -275,12 +275,9 @@ class BatchReader:
         if has_rows is None and whole.size > 1:
             has_rows = _has_rows(model, whole)
         whole.size *= has_rows is not False
-        share = max_bytes / max(1, num_bytes(whole.arguments))
-        num_that_fit = whole.size if share >= 1 else max(1, int(share * whole.size))
-        most = min(max_samples, num_that_fit)
-        indices = evenly_spaced(torch.arange(whole.size), most) if most < whole.size else None
+        share = min(1.0, max_bytes / max(1, num_bytes(whole.arguments)))
+        indices = evenly_spaced(torch.arange(whole.size), min(max_samples, max(1, int(share * whole.size))))
         call = whole if indices is None else whole.take(indices)
-        is_truncated = num_that_fit < min(max_samples, whole.size)
         num_kept = call.size
         if num_kept == 0:  # then the outputs tell
             with isolated(model) as run:
@@ -288,8 +285,7 @@ class BatchReader:
         size = whole.size or num_kept
         seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
         groups = None if self._groups is None else self.groups(model, batch, size, indices)
-        kept_call = call.copy_to_cpu()
-        return KeptBatch(index, num_kept, size, kept_call, seen, groups, indices, is_truncated, has_rows)
+        return KeptBatch(index, num_kept, size, call.copy_to_cpu(), seen, groups, indices, has_rows)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.

@@ -59,7 +59,7 @@ def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoa
 def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
     num_samples: int | None, sizes: list[int], is_stream: bool, chosen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "_NUM_BATCHES", 1)  # else a share of twenty is kept
+    monkeypatch.setattr(kept, "NUM_BATCHES", 1)  # else a share of twenty is kept
     model, (batches, val) = Quiet(), batches_of(sizes, is_stream)
     values = helpers.validated(SensitivityMonitor(num_samples=num_samples), model, val)
     # They have the noise of their place in the loader.

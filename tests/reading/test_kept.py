@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_sensitivity.reading import kept as kept_module
-from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, KeptSamples
+from lightning_sensitivity.reading.kept import NUM_BATCHES, KeptBatch, KeptObservations, KeptSamples
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.observations import Observations
 from lightning_sensitivity.running import ModelCall
 from tests.helpers import Watch
@@ -28,6 +29,7 @@ def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> Ke
     for index, size in enumerate(sizes):
         if samples.wants(index):
             samples.add(KeptBatch(index, size, size, CALL, seen={"columns": torch.full((size, 1), float(index))}))
+    samples.complete()
     return samples
 
 
@@ -93,17 +95,12 @@ def test_of_batches_of_two_sizes_each_sample_is_kept_as_often() -> None:
     assert {batch.whole_size for batch in samples.batches} == {50, 500} and max(shares) - min(shares) < 1 / 50
 
 
-@pytest.mark.parametrize(("sizes", "most", "num_batches"), [
-    ([256] * 50, 300, 20),
-    ([32] * 63, 100, 20),
-    ([8] * 300, 200, 91),  # some of whose later ones come after the others were cut
-])  # fmt: skip
-def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept(
-    sizes: list[int], most: int, num_batches: int
-) -> None:
-    samples = kept_rows(sizes, max_bytes=2 * 4 * most)
-    assert 0.7 * most < samples.size <= most and len(samples.batches) == num_batches and samples.is_truncated
-    assert len({batch.size for batch in samples.batches}) == 1  # each counts as much as another
+def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept() -> None:
+    samples, max_bytes = KeptSamples(600, max_bytes=4 * 300), 4 * 300 / NUM_BATCHES
+    for index in filter(samples.wants, range(50)):
+        samples.add(BatchReader().keep(nn.Identity(), torch.zeros(256, 1), index, 600, max_bytes, has_rows=True))
+    samples.complete()
+    assert [batch.size for batch in samples.batches] == [15] * 20 and samples.is_truncated
 
 
 def test_large_samples_alone_in_their_batches_take_nothing_from_later_ones() -> None:
