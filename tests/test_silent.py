@@ -131,7 +131,7 @@ DEFAULT: dict[str, Any] = {"reference": None}  # its own learners, where a quick
 CASES = {
     # forms of batches
     "tuple": Case(),
-    "labels first": Case(r="!class indices integers", batch=lambda x, y: (y, x), step=part(1),
+    "labels first": Case(r="!should fit the outputs", batch=lambda x, y: (y, x), step=part(1),
         options={"inputs": lambda b: b[1]}),
     "dict of an input and labels": Case(batch=lambda x, y: {"z": x, "label": y}, step=part("z"),
         seen=lambda b: b["z"]),
@@ -258,8 +258,8 @@ CASES = {
     "-100": Case(None, y=lambda f: classes(f).masked_fill(is_upper(f), -100)),
     "from 1": Case(None, "!`targets", y=lambda f: classes(f) + 1),
     "(N, 1)": Case(None, y=lambda f: classes(f)[:, None]),
-    "floating": Case(None, "!`targets=", y=lambda f: classes(f).float()),
-    "one-hot": Case(None, "!Make one-hot labels floating: `targets=", y=lambda f: one_hot(classes(f), 4)),
+    "floating": Case(None, "!one label per output", y=lambda f: classes(f).float()),
+    "one-hot": Case(None, "!make one-hot labels floating", y=lambda f: one_hot(classes(f), 4)),
     "soft": Case(None, y=lambda f: 0.9 * one_hot(classes(f), 4) + 0.025),
     "0 and 1": Case(None, "!task='binary'", y=lambda f: is_upper(f).long(), num_outputs=1),
     "0.0 and 1.0, task=": Case(None, y=lambda f: is_upper(f).float(), **BINARY),

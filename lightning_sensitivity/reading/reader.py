@@ -15,7 +15,7 @@ from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, enc
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
-from lightning_sensitivity.running.batches import clone_tensors, code_of, take, tensors_in
+from lightning_sensitivity.running.batches import clone_tensors, take
 from lightning_sensitivity.running.call import (
     Function,
     ModelCall,
@@ -154,9 +154,7 @@ class BatchReader:
         try:
             self.task.check(torch.zeros(1).expand(labels.shape[:1] + output_shape), labels)
         except Exception as error:
-            code = next((code_of(place) for place, x in tensors_in(batch) if x is selected), "batch[...]")
-            reason = describe_error(error).replace("batch[1]", code)
-            raise Refused(f"`targets` should fit the outputs: {reason}", "task") from error
+            raise Refused(f"`targets` should fit the outputs: {describe_error(error)}", "task") from error
         return labels
 
     def check_samples(self, batch: object, call: ModelCall, labels: Tensor, need_reference: bool = True) -> None:

@@ -474,7 +474,7 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "names for one output": ("`y` to be numbers for task='binary', .*: leave `task` out", (X, [*"ababab"], "binary")),
     "classes as floats": ("integers or names of classes .*float64. Set task='binary'", (X, Y.double())),
     "labels of nan": ("from 0 to 1, .* got nan", (X, NAN)),
-    "a binary matrix": ("one label per output.* Leave `task` out", (X, X, "binary")),
+    "a binary matrix": ("one label per output", (X, X, "binary")),
     "several classes at once": ("soft labels that sum to 1", (X, torch.ones(6, 3))),
     "ignored labels": ("a label in `y` that is not -100", (X, 0 * Y - 100)),
     "a constant target": (r"All targets in `y` are 2.5: there is nothing to learn", (X, [2.5] * 6, "regression")),

@@ -232,8 +232,7 @@ class Binary(Multiclass):
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise ValueError if outputs and labels do not fit the task."""
         if num_outputs(outputs) != 1:
-            of_classes = "With an output for each class, leave `task` out: `targets=lambda batch: batch[1].long()`"
-            advice = _SEVERAL if targets.shape == outputs.shape else of_classes
+            advice = _SEVERAL if targets.shape == outputs.shape else "With an output for each class, leave `task` out"
             got = describe_both(outputs, targets)
             raise ValueError(f"Expected one output, (N,) or (N, 1), but got {got}. {advice}")
         if targets.is_floating_point() and targets.shape == (len(outputs), 2):
@@ -271,66 +270,41 @@ def are_ignored(targets: Tensor) -> Tensor:
     return (targets if targets.is_floating_point() else targets.long()) == IGNORED
 
 
-def check_probabilities(outputs: Tensor, targets: Tensor, advice: str = "") -> None:
+def check_probabilities(outputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless there is a label from 0 to 1 for each output, or -100."""
-    check_sizes(outputs, targets, "label", advice or "Leave `task` out if labels are class indices")
+    check_sizes(outputs, targets, "label")
     is_valid = (targets >= 0) & (targets <= 1)
     is_valid |= are_ignored(targets)
     if not bool(is_valid.all()):
-        expected = f"Expected labels from 0 to 1, or {IGNORED} to be ignored"
-        if bool(targets.isnan().any()):
-            in_monitor = f"in a monitor by `targets=lambda batch: batch[1].nan_to_num({IGNORED})`"
-            raise ValueError(f"{expected}, but got nan. Set it to {IGNORED}, {in_monitor}")
-        lowest, highest = float(targets.min()), float(targets.max())
-        has_two = lowest == -1 and bool((targets != 0).all())
-        to_zero = ". Map -1 to 0: `targets=lambda batch: (batch[1] + 1) / 2`"
-        mapping = to_zero if has_two else _ignoring(targets, ~is_valid)
-        raise ValueError(f"{expected}, but got {lowest:g} to {highest:g}{mapping}")
+        got = f"{float(targets.min()):g} to {float(targets.max()):g}"
+        raise ValueError(f"Expected labels from 0 to 1, or {IGNORED} to be ignored, but got {got}")
 
 
-def check_sizes(outputs: Tensor, targets: Tensor, what: str, advice: str = "") -> None:
+def check_sizes(outputs: Tensor, targets: Tensor, what: str) -> None:
     """Raise ValueError unless there is a label, or what they are called, for each output."""
     if without_single_output(outputs).shape != without_single_output(without_ones(targets)).shape:
-        advice = f". {advice}" if advice else ""
-        raise ValueError(f"Expected one {what} per output, but got {describe_both(outputs, targets)}{advice}")
+        raise ValueError(f"Expected one {what} per output, but got {describe_both(outputs, targets)}")
 
 
 def _check_indices(outputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless labels are indices of the classes, or -100."""
     if targets.shape == outputs.shape:
-        advice = "Make one-hot labels floating: `targets=lambda batch: batch[1].float()`"
-        raise ValueError(f"Labels are {targets.dtype} for each output. {advice}. {_SEVERAL}")
+        raise ValueError(f"Labels are {targets.dtype} for each output: make one-hot labels floating. {_SEVERAL}")
     if targets.shape != outputs.shape[:1] or targets.dtype == torch.bool:
         raise ValueError(f"Expected class indices (N,) for outputs (N, K), but got {describe_both(outputs, targets)}")
     targets, num_classes = targets.long(), num_outputs(outputs)  # comparisons in 8 bits wrap around
     is_valid = ((targets >= 0) & (targets < num_classes)) | (targets == IGNORED)
     if not bool(is_valid.all()):
-        begins_at_1 = ". If classes begin at 1, set `targets=lambda batch: batch[1] - 1`"
-        is_one_too_high = int(targets.max()) == num_classes and bool((targets != 0).all())
-        raise ValueError(
-            f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {int(targets.min())} to "
-            f"{int(targets.max())}. Map them, in a monitor by `targets=`, and another `ignore_index` to {IGNORED}"
-            f"{begins_at_1 if is_one_too_high else _ignoring(targets, ~is_valid)}"
-        )
+        got = f"{int(targets.min())} to {int(targets.max())}"
+        raise ValueError(f"Expected labels from 0 to {num_classes - 1}, or {IGNORED} to be ignored, but got {got}")
 
 
 def _check_soft_labels(outputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless labels are probabilities of classes that sum to 1, or -100."""
-    check_probabilities(outputs, targets, "Make class indices integers: `targets=lambda batch: batch[1].long()`")
+    check_probabilities(outputs, targets)
     sums_to_one = (targets.float().sum(1) - 1).abs() < 1e-2  # of 16 bits
     if not bool((sums_to_one | are_ignored(targets).any(1)).all()):
         raise ValueError(f"Expected soft labels that sum to 1, but got other sums. {_SEVERAL}")
-
-
-def _ignoring(targets: Tensor, is_odd: Tensor) -> str:
-    """Say what to write to ignore the labels that do not fit, if they all have one value."""
-    values = torch.unique(targets[is_odd]).tolist()
-    if len(values) != 1:
-        return ""
-    labels = "batch[1]" if targets.is_floating_point() else "batch[1].long()"
-    odd = f"{values[0]:.15g}"
-    how = f"`targets=lambda batch: {labels}.where(batch[1] != {odd}, {IGNORED})`"
-    return f". If {odd} means that there is none, set {how}"
 
 
 def describe_both(outputs: Tensor, targets: Tensor) -> str:
