@@ -181,13 +181,6 @@ CASES = {
         step=lambda m, b, noise: m(noise(b["x"]), b["mask"]), seen=lambda b: torch.cat([b["x"], b["mask"]], 1)),
     "object": Case("!`inputs=", "!the reference can read nothing of", batch=lambda x, y: SimpleNamespace(x=x, y=y),
         forward=lambda m, b: m.net(b.x), step=lambda m, b, noise: m(SimpleNamespace(x=noise(b.x), y=b.y))),
-    "object that forward writes into": Case(None, batch=lambda x, y: SimpleNamespace(x=x, y=y),
-        forward=lambda m, b: m.net(b.x.mul_(0.5)), step=lambda m, b, noise: m(SimpleNamespace(x=b.x.clone(), y=b.y)),
-        options={"inputs": lambda b: b}, r_options={"features": lambda b: b.x}, seen=lambda b: b.x),
-    "objects within, that forward writes into": Case(None, batch=lambda x, y: (SimpleNamespace(all={"x": [x]}), y),
-        forward=lambda m, b: m.net(b.all["x"][0].mul_(0.5)), step=lambda m, b, noise: m(SimpleNamespace(
-        all={"x": [b[0].all["x"][0].clone()]})), r_options={"features": lambda b: b[0].all["x"][0]},
-        seen=lambda b: b[0].all["x"][0]),
     "nested, inputs=": Case(batch=lambda x, y: Pair(Pair(x, ({"b": [2 * x]}, (9 * x).long(), "name")), y),
         options={"inputs": lambda b: b.x}, forward=lambda m, pair: m.net(pair.x + pair.y[0]["b"][0] + pair.y[1]),
         step=lambda m, b, noise: m(Pair(noise(b.x.x), ({"b": [noise(b.x.y[0]["b"][0])]}, *b.x.y[1:]))),

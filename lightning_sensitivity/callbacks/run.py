@@ -1,7 +1,6 @@
 """A run: where it is, what is said of it, and what other callbacks get in place of values that a validation lacks."""
 
 import math
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -126,10 +125,6 @@ class Run:
             if self.phase is Phase.BEFORE_FIRST_STEP:
                 raise self._as_error(what, error) from error
             entry = getattr(error, "entry", "failed")
-            if is_oom_error(error):
-                entry = "out-of-memory"
-                traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
-                garbage_collection_cuda()
             if self._is_new(what):  # in the process where it happens
                 warnings.warn(self._text(entry, f"{what}: {describe_error(error)} {consequence}"), stacklevel=3)
 

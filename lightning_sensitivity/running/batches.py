@@ -1,12 +1,9 @@
 """What a batch of any kind holds, and where; to choose, copy and move its tensors."""
 
-import copy
 from abc import ABC
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import is_dataclass
 from functools import partial
-from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
@@ -22,66 +19,27 @@ Place = tuple[Any, ...]  # where a value is in a batch: keys, one within the oth
 # Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
 
-_MAX_DEPTH = 2  # of objects that are copied; what lies deeper is no batch
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 
 # Copies
 
 
 class _Cloneable(ABC):  # noqa: B024
-    """A tensor, or an object whose class can copy it like one: a graph of PyTorch Geometric, an array, a table."""
+    """A tensor, or an object whose class can clone it like one, such as a graph of PyTorch Geometric."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         """Look at the class alone, since attributes of an object may be items, as in an `AttrDict`."""
-        is_array = hasattr(other, "__array__") and callable(getattr(other, "copy", None))
-        return is_array or callable(getattr(other, "clone", None))
+        return callable(getattr(other, "clone", None))
 
 
-class _Holder(ABC):  # noqa: B024
-    """An object of a class of its own, whose attributes may hold tensors."""
-
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        """Leave out collections and what is no data."""
-        no_holders = (_Cloneable, Mapping, list, tuple, set, str, type, FunctionType, nn.Module)
-        return other.__dictoffset__ != 0 and not is_dataclass(other) and not issubclass(other, no_holders)
+def clone_tensors(value: Any) -> Any:
+    """Clone what can be cloned in a value and its collections; all else is shared."""
+    return apply_to_collection(value, _Cloneable, _clone, allow_frozen=True)
 
 
-def clone_tensors(value: Any, depth: int = _MAX_DEPTH) -> Any:
-    """Clone what can be cloned in a value and its collections, and of objects that can't what they hold.
-
-    Objects without tensors and arrays are shared, not copied.
-
-    Args:
-        value: A batch, or a part of one.
-        depth: How many objects, one within the other, are copied.
-    """
-    if type(value) is Tensor:  # by far the most
-        return value.detach().clone()
-    return apply_to_collection(value, (_Cloneable, _Holder), _copied, depth, allow_frozen=True)
-
-
-def _copied(item: Any, depth: int) -> Any:
-    if isinstance(item, Tensor):
-        return item.detach().clone()
-    if not isinstance(item, _Holder):
-        return item.clone() if hasattr(type(item), "clone") else item.copy()
-    held = {name: each for name, each in vars(item).items() if _holds_tensors(each, depth - 1)}
-    if depth == 0 or not held:
-        return item
-    new = copy.copy(item)
-    vars(new).update({name: clone_tensors(each, depth - 1) for name, each in held.items()})
-    return new
-
-
-def _holds_tensors(value: object, depth: int) -> bool:
-    """Return whether there is something to clone in a value, or in an object within so many others."""
-    if held := held_by(value):
-        return any(_holds_tensors(item, depth) for _, item in held)
-    if isinstance(value, _Holder):
-        return depth > 0 and any(_holds_tensors(item, depth - 1) for item in vars(value).values())
-    return isinstance(value, _Cloneable)
+def _clone(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else item.clone()
 
 
 def take(tensor: Tensor, indices: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from tests.helpers import Linear, fitted, fitted_and_said, loader, logged, quick
 
 BLIND = "|sees too little|worse than a constant"  # of fewer samples
 KEPT, TRAINED = "could not keep a validation batch: .*of the user", "could not keep a training batch: .*"
-NO_MEMORY = "could not measure the samples of dataloader 0: OutOfMemoryError.*out of memory.*#out-of-memory,"
+NO_MEMORY = "could not measure the samples of dataloader 0: OutOfMemoryError.*out of memory.*#failed,"
 Options = dict[str, Any]
 
 

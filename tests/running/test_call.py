@@ -4,8 +4,6 @@ from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -63,32 +61,18 @@ def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
     assert len(tensors_in(batch)) == 4 and not any(values.any() for _, values in tensors_in(batch))
 
 
-HELD: dict[str, tuple[Any, Any]] = {  # how a batch holds something, and how a model takes it
-    "in a dict": (lambda values: {"x": values}, lambda batch: batch["x"]),
-    "in a list of an object": (lambda values: SimpleNamespace(x=[values]), lambda batch: batch.x[0]),
-    "by itself": (lambda values: values, lambda batch: batch),
-}
+class Graph:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def clone(self) -> "Graph":
+        return Graph(self.x.clone())
 
 
-@pytest.mark.parametrize("name", HELD)
-@pytest.mark.parametrize("values", [np.zeros(3), pd.Series(np.zeros(3)), pd.DataFrame(np.zeros((3, 2)))])
-def test_nothing_writes_into_arrays_and_tables_of_a_batch(values: Any, name: str) -> None:
-    hold, take = HELD[name]
-
-    def write(self: Any, batch: Any) -> Tensor:
-        found = take(batch)
-        found[:] = found + 1
-        return torch.tensor(np.asarray(found))
-
-    forward = ModelCall(module(write), hold(values), lambda batch: (batch,))
-    assert torch.equal(forward(), forward()) and forward().all() and not np.asarray(values).any()
-
-
-def test_objects_that_cannot_be_copied_are_shared_and_what_others_hold_is_cloned() -> None:
-    batch = {"x": X, "meta": [Lock(), SimpleNamespace(x=X)]}
-    forward = ModelCall(module(lambda self, x, meta: meta[1].x.add_(x) if meta[0] is batch["meta"][0] else None), batch)
-    assert torch.equal(forward.copy_to_cpu()(), X)
-    assert torch.equal(call(ONE, batch, lambda batch: batch["x"])(), X)
+def test_objects_are_cloned_if_they_can_be_and_else_shared() -> None:
+    batch = {"x": X, "graphs": [Graph(X)], "lock": Lock()}
+    forward = ModelCall(module(lambda self, x, graphs, lock: graphs[0].x.add_(lock is batch["lock"])), batch)
+    assert torch.equal(forward.copy_to_cpu()(), X + 1) and not X.any()
 
 
 def test_a_call_that_is_kept_has_tensors_of_its_own_on_the_device() -> None:
