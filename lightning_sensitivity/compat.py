@@ -8,15 +8,12 @@ Lightning is imported inside the functions that use it, so that the metrics do n
 
 from __future__ import annotations
 
-import inspect
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from lightning_utilities import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE as AxType
 from torchmetrics.utilities.plot import _PLOT_OUT_TYPE as PlotType
@@ -25,17 +22,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = ["AxType", "PlotType"]
-
-# Random states
-
-
-def random_streams() -> object:
-    """Collect the states of all random streams as plain values, which can be compared."""
-    from lightning.fabric.utilities.seed import _collect_rng_states
-
-    states = _collect_rng_states(include_cuda=True)  # if it has been used
-    return apply_to_collection(states, (Tensor, np.ndarray), lambda state: state.tolist())
-
 
 # torchmetrics
 
@@ -51,11 +37,8 @@ def stay_alone(metric: Metric) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether calls of a module are compiled, or one of its functions, such as ``forward``."""
-    is_wrapped = original_module(module) is not module or vars(module).get("_compiler_ctx") is not None
-    functions = filter(inspect.isfunction, vars(module).values())
-    has_compiled = any("_torchdynamo_orig_callable" in vars(function) for function in functions)
-    return is_wrapped or has_compiled or module._compiled_call_impl is not None
+    """Return whether calls of a module are compiled, by its ``compile()``, or as a Trainer does with a compiled one."""
+    return module._compiled_call_impl is not None or vars(module).get("_compiler_ctx") is not None
 
 
 def original_module(module: nn.Module) -> Any:

@@ -14,7 +14,7 @@ from lightning_sensitivity import compat
 from lightning_sensitivity.expected.record import EXPECTED
 from lightning_sensitivity.functional.expected import Loss, check_pairs, mean_loss, metric_value
 from lightning_sensitivity.functional.tasks import AnyMetric, Task
-from lightning_sensitivity.functional.tensors import are_close, in_32_bits
+from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.messages import Refused, check_argument, refuse_on_error
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running.batches import is_dense, tensors_in
@@ -27,7 +27,7 @@ _REPEATED = 1e-5  # difference of a loss that is called again
 _ZERO = 1e-12  # up to which a loss is 0
 _STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
-_ROWS = 100  # of an input that are compared in the first step
+_SCALED, _SHIFTED = 1.5, 0.5  # factor between standard deviations, and the part of one between means, of inputs
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -212,7 +212,8 @@ def check_class_shares(class_shares: object, task: Task, num_classes: int | None
     check_argument("class_shares", class_shares, has_shares, f"None for {task.name!r}")
 
 
-Inputs = dict[str, list[tuple[str, Tensor]]]  # the shape of each tensor, and its first rows, by name of the argument
+# The shape, the mean and the standard deviation of each tensor, by name of the argument.
+Inputs = dict[str, list[tuple[torch.Size, float, float]]]
 
 
 class FirstStep:
@@ -220,7 +221,6 @@ class FirstStep:
 
     def __init__(self) -> None:
         self._ours: Inputs = {}
-        self._streams: object = None  # of random numbers, before the step
         self._problem: str | None = None
         self._hook = ExitStack()
 
@@ -234,7 +234,6 @@ class FirstStep:
             return
         with suppress(Exception):  # training batches may be of another kind than validation batches
             self._ours = _inputs(reader.call(module, batch).arguments)
-            self._streams = compat.random_streams()
             self._hook.enter_context(module.register_forward_pre_hook(self._compare, with_kwargs=True))
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -243,36 +242,38 @@ class FirstStep:
             return
         self._hook.close()
         with suppress(Exception):  # a step must not fail because of a hint
-            arguments = name_positions(module, args) | kwargs
-            has_drawn = compat.random_streams() != self._streams
-            self._problem = _difference(self._ours, _inputs(arguments), has_drawn)
+            self._problem = _difference(self._ours, _inputs(name_positions(module, args) | kwargs))
 
     def stop(self) -> str | None:
         """Stop watching, and say how the step changes inputs, if it does."""
         self._hook.close()
-        self._ours, problem, self._problem = {}, self._problem, None
+        problem, self._problem = self._problem, None
         return problem
 
 
 def _inputs(arguments: Mapping[str, object]) -> Inputs:
-    """Note the dense tensors of arguments that are not named like labels, also in mappings."""
-    noted: Inputs = {}
+    """Describe the dense tensors of arguments that are not named like labels, also in mappings."""
+    described: Inputs = {}
     for name, value in without(arguments, labels_in(arguments)).items():
-        tensors = [x.detach() for _, x in tensors_in(without(value, labels_in(value))) if is_dense(x)]
-        noted[name] = [(str(tuple(x.shape)), (x[:_ROWS] if x.ndim else x).clone()) for x in tensors]
-    return {name: tensors for name, tensors in noted.items() if tensors}
+        for _, x in tensors_in(without(value, labels_in(value))):
+            if is_dense(x):
+                finite = x[x.isfinite()].float()
+                numbers = float(finite.mean()), float(finite.std(correction=0))
+                described.setdefault(name, []).append((x.shape, *numbers))
+    return described
 
 
-def _difference(ours: Inputs, theirs: Inputs, has_drawn: bool) -> str | None:
-    """Say how what the step sends differs from what we send; values may if it has drawn random numbers."""
+def _difference(ours: Inputs, theirs: Inputs) -> str | None:
+    """Say how what the step sends differs from what we send, by more than most augmentations change."""
     for name in sorted(ours.keys() ^ theirs.keys()):
         where = "in the step, and not from us" if name in theirs else "from us, and not in the step"
         return f"`forward` gets `{name}` {where}"
     for name, got in theirs.items():
-        sent = ours[name][: len(got)]  # of several, such as two views, a step may send one after the other
-        step, us = (", ".join(shape for shape, _ in tensors) for tensors in (got, sent))
-        if step != us:
-            return f"`forward` gets an input of shape {step} in the step, and {us} from us"
-        if not has_drawn and not all(are_close(x, y) for (_, x), (_, y) in zip(sent, got, strict=True)):
-            return "`forward` gets other values in the step, though it draws no random numbers"
+        # Of several tensors, such as two views, a step may send one after the other.
+        for (shape, mean, std), (our_shape, our_mean, our_std) in zip(got, ours[name], strict=False):
+            if shape != our_shape:
+                return f"`forward` gets an input of shape {(*shape,)} in the step, and {(*our_shape,)} from us"
+            less, more = sorted([std, our_std])
+            if more > _SCALED * less or abs(mean - our_mean) > _SHIFTED * more:
+                return f"`forward` gets {mean:.3g} ± {std:.3g} in the step, and {our_mean:.3g} ± {our_std:.3g} from us"
     return None

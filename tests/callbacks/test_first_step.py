@@ -1,11 +1,10 @@
 """The first training step is watched: the network should get in it what we send."""
 
 import io
-import random
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
@@ -58,20 +57,22 @@ def masked(m: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return cross_entropy(m(x, mask=mask), y)
 
 
-VALUES = "`forward` gets other values in the step, though it draws no random numbers"
+def told(std: str) -> str:
+    """A pattern of what is said of inputs that are scaled in the step: without that they are 0.5 ± 0.29."""
+    return rf"`forward` gets \S+ ± {std}\d* in the step, and 0\.4\d+ ± 0\.2\d+ from us"
+
+
+SCALED, SHAPE = told(r"2\.[89]"), r"`forward` gets an input of shape \(32, 12\) in the step, and \(16, 12\) from us"
 CASES = {
     "plain": Case(plain),
     "recomputed": Case(lambda m, x, y: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False).sum()),
-    "repeated": Case(lambda m, x, y: cross_entropy(m(x.repeat(2, 1)), y.repeat(2)),
-        "`forward` gets an input of shape (32, 12) in the step, and (16, 12) from us"),
-    "normalized": Case(scaled, VALUES),
+    "repeated": Case(lambda m, x, y: cross_entropy(m(x.repeat(2, 1)), y.repeat(2)), SHAPE),
+    "normalized": Case(scaled, SCALED),
     "normalized, said by inputs=": Case(scaled, None, options={"inputs": lambda batch: (batch[0] - 0.5) / 0.1}),
-    "in another order": Case(lambda m, x, y: cross_entropy(m(x.flip(0)), y.flip(0)), VALUES),
+    "from -1 to 1": Case(lambda m, x, y: plain(m, 2 * x - 1, y), told(r"0\.5")),
     "rounded": Case(lambda m, x, y: plain(m, x.bfloat16().float(), y)),
-    "augmented": Case(lambda m, x, y: plain(m, x + torch.randn_like(x), y)),
-    "augmented by Python": Case(lambda m, x, y: plain(m, x * random.random(), y)),
-    "augmented by NumPy": Case(lambda m, x, y: plain(m, x * np.random.rand(), y)),
-    "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), VALUES),
+    "augmented": Case(lambda m, x, y: plain(m, x.lerp(x.flip(0), torch.rand(())) + 0.1 * torch.randn_like(x), y)),
+    "written to": Case(lambda m, x, y: plain(m, x.mul_(3), y), told(r"0\.8")),
     "normalized in a second call": Case(lambda m, x, y: plain(m, x, y) + scaled(m, x, y)),
     "saved": Case(saving),
     "forward itself, or a part of it": Case(lambda m, x, y: cross_entropy(m.forward(x), y) + m.net(-x).sum()),
@@ -88,9 +89,9 @@ def said(module: Any, monitors: Any, **options: Any) -> list[str]:
 def test_a_step_that_does_not_compute_what_is_measured_is_said_once(name: str) -> None:
     case = CASES[name]
     texts = said(Stepping(case.step), SensitivityMonitor(**(case.options or {})))
-    starts = [f"`SensitivityMonitor` (val/*) may not measure what your step computes: {case.said}."] * bool(case.said)
-    assert len(texts) == len(starts), texts
-    assert all(text.startswith(start) and ADVICE in text for text, start in zip(texts, starts, strict=True))
+    assert len(texts) == bool(case.said), texts
+    start = r"`SensitivityMonitor` \(val/\*\) may not measure what your step computes: "
+    assert all(re.match(f"{start}{case.said}\\.", text) and ADVICE in text for text in texts), texts
 
 
 class Masked(Stepping):
@@ -106,7 +107,8 @@ MASKS: dict[str, tuple[Step, Any, str | None]] = {
     "a mask that the step leaves out": (
         lambda m, x, y, mask: plain(m, x, y), lambda batch: (batch[0], batch[2]),
         "`forward` gets `mask` from us, and not in the step"),
-    "another mask": (lambda m, x, y, mask: masked(m, x, y, 1 - mask), lambda batch: (batch[0], batch[2]), VALUES),
+    "another mask": (lambda m, x, y, mask: masked(m, x, y, 1 - mask), lambda batch: (batch[0], batch[2]),
+        "`forward` gets 0.333 ± 0.471 in the step, and 0.667 ± 0.471 from us"),
 }  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_all_that_forward_gets_is_compared(name: str) -> None:
 def test_passes_of_another_monitor_are_not_the_steps_and_each_says_it() -> None:
     for step, count in ((plain, 0), (scaled, 2)):
         texts = said(Stepping(step), [SensitivityMonitor(), quick_risk()])
-        assert len(texts) == count and all(VALUES in text for text in texts)
+        assert len(texts) == count and all(re.search(SCALED, text) for text in texts)
 
 
 def test_only_the_first_step_is_watched_and_nothing_stays_also_when_it_raises() -> None:
@@ -153,7 +155,7 @@ def test_a_call_by_which_lightning_runs_a_step_is_not_one_of_the_network() -> No
     model, (x, y), watch = Stepping(scaled), next(iter(loader(16))), FirstStep()
     watch.start(model, (x, y), BatchReader())
     _ForwardRedirection()(Wrapper(model), model, "training_step", (x, y), 0)
-    assert watch.stop() == VALUES
+    assert re.match(SCALED, watch.stop() or "")
 
 
 def test_compiled_code_is_compiled_as_often_as_without_a_monitor() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
-from lightning_sensitivity.compat import random_streams
+from lightning_sensitivity.running.isolation import same_streams
 from tests.helpers import (
     Classifier,
     Linear,
@@ -74,18 +74,24 @@ def test_ctrl_c_leaves_everything_as_it_was(num_passes: int) -> None:
     assert all(monitor.run.samples == [] for monitor in monitors)
 
 
+def streams() -> str:
+    """The next number of each random stream, which stays the next one."""
+    with same_streams():
+        return str((torch.rand(1), np.random.rand()))
+
+
 def test_ctrl_c_in_the_reference_leaves_random_streams_as_they_were() -> None:
     seen = list[Any]()
 
     class Stopped(GaussianNB):
         def fit(self, x: Any, y: Any) -> Any:
-            seen.append(random_streams())
+            seen.append(streams())
             np.random.rand(7), torch.rand(7)
             raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
         fitted(quick_risk(reference=Stopped()), Quiet(), val=unlabelled_loader(), num_sanity_val_steps=0)
-    assert len(seen) == 1 and random_streams() == seen[0]
+    assert len(seen) == 1 and streams() == seen[0]
 
 
 # What is checked before a run
