@@ -494,7 +494,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("training without labels", {"training": [X]}, "`training` gives no reference.*`targets` should return the labels"),
     (
         "labels among inputs",
-        {"training": [(X.index_copy(1, Y[:1], 2.0 * Y[:, None]), Y)]},
+        {"training": [(X.index_copy(1, Y[:1], 1.0 * Y[:, None]), Y)]},
         "labels are among the inputs",
     ),
     (

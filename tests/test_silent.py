@@ -149,7 +149,7 @@ CASES = {
         step=lambda m, b, noise: m(b),
         seen=lambda b: torch.cat([b["z"], b["scale"]], 1)),
     "dict with labels that the network does not read": Case(None, "!among the inputs, in `b\\['answer'\\]`",
-        batch=lambda x, y: {"z": x, "answer": 1 + 2 * y, "y": y}, forward=lambda m, b: m.net(b["z"]),
+        batch=lambda x, y: {"z": x, "answer": 1 * y, "y": y}, forward=lambda m, b: m.net(b["z"]),
         step=lambda m, b, noise: m(b), seen=lambda b: b["z"]),
     "dict with a name like labels": Case(None, "?can't show the reference all of `decoder_target`",
         batch=lambda x, y: {"z": x, "decoder_target": 1 + 2 * y, "y": y},

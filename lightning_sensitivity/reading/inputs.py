@@ -1,6 +1,5 @@
 """What a reference sees of the inputs of a model by an encoder, and whether labels are among them."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -19,9 +18,7 @@ from lightning_sensitivity.running.isolation import isolated
 MAX_ENCODED = 3000
 _PART = 64  # samples that are encoded at a time, for lack of memory
 
-_FEWEST = 8  # labels that do not equal an input by chance
-_CHANCE = math.log(1e4)  # one in so many columns has the values of labels in their order by chance
-_ROUNDING = 1e-7  # of a correlation, in single precision
+_FEWEST, _COMPARED = 16, 64  # samples whose labels equal no input by chance, and how many are compared
 
 
 # An encoder: a network of the user that makes features of the inputs
@@ -81,7 +78,7 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
 
 
 def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tensor) -> str | None:
-    """Find the first input that has a column of the labels of a batch, up to scale and shift.
+    """Find the first input that has a column of the labels of a batch.
 
     Labels of two values are not looked for, since a good flag may equal them in a batch.
 
@@ -93,24 +90,15 @@ def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tens
     Returns:
         The code that selects it; None if there is none.
     """
-    y = labels[counts].double()[:, None].flatten(1)
-    if len(y) < _FEWEST:
-        return None
-    orders = torch.zeros(y.shape[1])  # in which labels may come, their logarithms
-    for index, column in enumerate(y.T):
-        counts_of_values = torch.unique(column, return_counts=True)[1].double()
-        if len(counts_of_values) != 2:
-            orders[index] = math.lgamma(len(column) + 1) - float(torch.lgamma(counts_of_values + 1).sum())
+    rows = counts.nonzero()[:_COMPARED, 0]
+    answers = {column for column in _columns(labels, rows) if len({*column}) > 2}
     for place, x in tensors_in(inputs):
-        if has_samples(x, len(counts)):
-            columns = x.detach().cpu()[counts].double()[:, None].flatten(1)
-            is_held = ((_standard(columns).T @ _standard(y)).abs() > 1 - _ROUNDING).any(0)
-            if bool((is_held & (orders > _CHANCE + math.log(max(1, columns.shape[1])))).any()):
-                return code_of(place[1:], place[0])
+        can_hold = len(rows) >= _FEWEST and has_samples(x, len(counts))
+        if can_hold and not answers.isdisjoint(_columns(x.detach().cpu(), rows)):
+            return code_of(place[1:], place[0])
     return None
 
 
-def _standard(columns: Tensor) -> Tensor:
-    """Shift and scale columns to a mean of 0 and a norm of 1; constant ones, and those with nan, to 0."""
-    centred = columns - columns.mean(0)
-    return (centred / centred.square().sum(0).sqrt().clamp(min=1e-30)).nan_to_num(0.0)
+def _columns(x: Tensor, rows: Tensor) -> list[tuple[float, ...]]:
+    """List the columns of some rows of a tensor, in single precision."""
+    return [(*column,) for column in x[rows].float()[:, None].flatten(1).T.tolist()]
