@@ -20,16 +20,7 @@ from lightning_sensitivity.callbacks.run import agree, is_fitting
 from lightning_sensitivity.callbacks.run_reference import RunReference, Stage
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.expected.expectation import Expectation, Known
-from lightning_sensitivity.expected.record import (
-    EXPECTED,
-    History,
-    Predicted,
-    Predictions,
-    Values,
-    of_state,
-    plot_history,
-    state_of,
-)
+from lightning_sensitivity.expected.record import EXPECTED, KEYS, History, Predictions, Values, plot_history
 from lightning_sensitivity.expected.summary import Curve, summarize, why_blind
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import AnyMetric
@@ -114,11 +105,9 @@ class RiskMonitor(Monitor):
         self._own_metrics = None if metrics is None else checks.check_metrics(metrics)
         self._estimator = reference
         self._class_shares = class_shares
-        self._predicted: Predicted | None = None  # by the reference, also that of an earlier part of this fit
         # Of the last fit, from its first training batch on:
         self._reference: RunReference | None = None
         self._expectation: Expectation | None = None
-        self._model_id = 0  # of the model of the last fit
         self._has_data_hooks = False  # of a data module, which the batches of `predict` do not go through
 
     @property
@@ -158,10 +147,9 @@ class RiskMonitor(Monitor):
             )
             self.run.warn("arguments", message)
         # Shares that were estimated are those of all samples that the reference has predicted in the fit, if it has.
-        unseen = {} if self._predicted is None else self._predicted.unseen
         shares = torch.from_numpy(fitted.model.shares_)
-        if unseen:
-            shares = torch.cat([each.q for each in unseen.values()]).double().mean(0)
+        if self._reference is not None and (unseen := self._reference.unseen):
+            shares = torch.cat([each.q for each in unseen.values()]).mean(0)
         return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
 
     def plot(self) -> PlotType:
@@ -184,17 +172,15 @@ class RiskMonitor(Monitor):
         if stage != "fit":
             return
         has_begun = trainer.global_step > 0 or trainer.current_epoch > 0  # raw optimizers count no steps
-        goes_on = has_begun and self._model_id == id(pl_module)  # of which a Trainer holds the last one
-        self._model_id = id(pl_module)
         self._has_data_hooks = compat.has_transfer_hooks(trainer.datamodule)  # type: ignore[attr-defined]
         self._reference = None
         self._expectation = None
-        self._restore(self.history if goes_on else [], self._predicted if goes_on else None)
+        self._restore(self.history if has_begun else [])
         self.summary = {}
 
-    def _restore(self, history: History, predicted: Predicted | None) -> None:
-        """Go on with what is known of an earlier part of this fit."""
-        self.history, self._predicted, names = history, predicted, {*self.names}
+    def _restore(self, history: History) -> None:
+        """Go on with the history of an earlier part of this fit."""
+        self.history, names = history, {*self.names}
         for row in history:
             values = {name: value for name, value in row.items() if name in names and value is not None}
             self.run.missing.remember(row["dataloader_idx"], values)
@@ -209,22 +195,14 @@ class RiskMonitor(Monitor):
     # Not `state_dict`, of which Lightning refuses two with one key before we can name the argument.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the history, and what the reference predicts of the kept samples, with which a resumed fit goes on."""
-        checkpoint["callbacks"][self.state_key] = state_of(self.history, self._predicted)
+        """Save the history, with which a resumed fit goes on."""
+        checkpoint["callbacks"][self.state_key] = {"history": [dict(row) for row in self.history]}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore what was saved, if anything, in a fit."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        self._restore([], None)
-        try:
-            if self.state_key in checkpoint["callbacks"]:
-                self._restore(*of_state(checkpoint["callbacks"][self.state_key]))
-        except Exception:  # whatever is there
-            message = (
-                "leaves its state in the checkpoint alone: another version may have saved it. So this fit begins anew."
-            )
-            self.run.warn("checkpoint", message)
+        """Restore the history in a fit, but for what another version has saved."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            saved = checkpoint["callbacks"].get(self.state_key, {})
+            self._restore([dict(row) for row in saved.get("history", ()) if row.keys() >= KEYS])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which epoch to choose, and what is known of the labels."""
@@ -252,7 +230,7 @@ class RiskMonitor(Monitor):
             self.run.warn("samples", message)
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
-            verdict = None if self._predicted is None else self._predicted.verdict
+            verdict = None if self._reference is None else self._reference.verdict
             told = self._curves(trainer), self.history, verdict, self.run.doubts.reasons
             self.summary, line = summarize([name for _, name in checks.callbacks_that_monitor(trainer)], *told)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
@@ -340,7 +318,7 @@ class RiskMonitor(Monitor):
         reference = self._reference
         if not agree(trainer, reference is not None) or reference is None:
             return False
-        return reference.can_be_made(trainer) or reference.stage is Stage.OVER or self._predicted is not None
+        return reference.can_be_made(trainer) or reference.stage is Stage.OVER
 
     def keep_labels(self, module: LightningModule, batch: object, kept: KeptBatch) -> None:
         """Keep the labels of a validation batch, if they are wanted."""
@@ -375,21 +353,20 @@ class RiskMonitor(Monitor):
     def prepare(self, trainer: Trainer) -> None:
         """Make the reference in the first validation that can have values; every process comes here."""
         assert self._reference is not None
-        self._predicted = self._reference.prepare(trainer, self.run.samples, self._predicted)
+        self._reference.prepare(trainer, self.run.samples)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
         """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
-        assert self._expectation is not None
+        assert self._expectation is not None and self._reference is not None
         outputs, labels, numbers = rows
-        unseen = None if self._predicted is None else self._predicted.unseen.get(dataloader_idx)
         if self.validation_labels and bool(labels.isnan().all()):
             message = (
                 f"found no label in the batches of dataloader {dataloader_idx}, so labels are not used. If they have "
                 "some, set `targets=`."
             )
             self.run.warn("labels", message, kind="none")
-        fingerprint = 0.0 if self._predicted is None else self._predicted.fingerprint(dataloader_idx)
-        known = Known(labels, numbers if self.reader.has_groups else None, unseen, fingerprint)
+        unseen = self._reference.unseen.get(dataloader_idx)
+        known = Known(labels, numbers if self.reader.has_groups else None, unseen)
         # Losses and metrics of the user may be parts of the module, or draw numbers.
         has_own = self.loss is not None or self._own_metrics is not None
         isolation = isolated_with(trainer.lightning_module, self.loss) if has_own else nullcontext(call_plainly)
@@ -398,12 +375,12 @@ class RiskMonitor(Monitor):
             if values:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
                     values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
-        if not values and self._predicted is not None and not self._predicted.verdict.is_trusted:
-            verdict = self._predicted.verdict
+        verdict = self._reference.verdict
+        if not values and verdict is not None and not verdict.is_trusted:
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")
         return values
 
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        self.history.append({**row, "reference": None, "num_labels": 0, "curve": None, **values})
+        self.history.append({**row, "reference": None, "num_labels": 0, **values})

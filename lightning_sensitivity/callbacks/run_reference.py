@@ -1,20 +1,16 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
 import math
-import re
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import chain
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
-from lightning_sensitivity.callbacks.run import Run, agree, gather_objects, gather_tensors
+from lightning_sensitivity.callbacks.run import Run, agree, gather_objects
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
-from lightning_sensitivity.expected.record import Predicted, Unseen
+from lightning_sensitivity.expected.record import Unseen, Verdict
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference.observations import Observations
@@ -28,12 +24,10 @@ class _Part:
     Attributes:
         training: Training samples; None if there are none.
         unseen: Validation samples, by loader; None where they can't be read.
-        fingerprints: Those of validation samples, by loader; none where there are none to be had.
     """
 
     training: Observations | None
     unseen: dict[int, Observations | None]
-    fingerprints: dict[int, Tensor]
 
 
 class Stage(Enum):
@@ -54,9 +48,6 @@ class RunReference:
     reference is made once: when that epoch is over, or enough samples have come; if no sample has a label, after
     a later epoch. It depends on the samples alone. The first process fits it, and sends what it predicts.
 
-    A resumed fit goes on with the predictions of the checkpoint while the kept validation samples are the
-    same; its reference is made again beside these.
-
     Attributes:
         reader: Reads batches, and their labels.
         run: Keeps the training samples of this process, and says what is doubtful.
@@ -67,7 +58,8 @@ class RunReference:
         stage: Where it is on its way.
         was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
-        is_compared: Whether what a checkpoint holds was compared with the kept samples.
+        verdict: What is known of it; None before.
+        unseen: What it predicts for the kept samples, by loader; empty before, and if it may not choose.
     """
 
     reader: BatchReader
@@ -79,19 +71,13 @@ class RunReference:
     stage: Stage = Stage.WAITING
     was_tried: bool = False
     fitted: FittedReference | None = None
-    is_compared: bool = False
+    verdict: Verdict | None = None
+    unseen: dict[int, Unseen] = field(default_factory=dict)
 
     @property
     def num_columns(self) -> int:
         """C of its predictions and of label matrices."""
         return self.reader.task.num_columns(self.output_shape)
-
-    @property
-    def _settings(self) -> str:
-        """What it was told, but for addresses of objects."""
-        reader = self.reader
-        told = reader.task.name, self.estimator, self.class_shares, reader.has_groups, reader.has_features
-        return re.sub(" at 0x[0-9a-f]+", "", str(told))
 
     # Keep training samples
 
@@ -121,45 +107,15 @@ class RunReference:
         is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
         return agree(trainer, is_whole or (self.run.training is not None and self.run.training.are_enough()))
 
-    def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
-        """Make the reference, once that is possible, and predict the kept samples; every process must call it.
-
-        Args:
-            trainer: The Trainer.
-            kept: The validation samples of this process, by loader.
-            predicted: What is predicted by now, also by an earlier part of this fit; None if there is none.
-
-        Returns:
-            What is predicted of these samples by now.
-        """
-        if predicted is not None and not self.is_compared:
-            predicted = self._matched(trainer, kept, predicted)
-        self.is_compared = True
-        return self._make(trainer, kept, predicted) if self.can_be_made(trainer) else predicted
-
-    def _matched(self, trainer: Trainer, kept: Sequence[KeptSamples], saved: Predicted) -> Predicted | None:
-        """Return the predictions of a checkpoint, if the kept samples are the same."""
-        of_process = _fingerprints(kept)
-        fingerprints: dict[int, Tensor] = {}
-        if agree(trainer, of_process.keys() == saved.fingerprints.keys()):
-            fingerprints = {index: gather_tensors(trainer, of_process[index]) for index in sorted(of_process)}
-        matched = None
-        with suppress(Exception):  # of a damaged checkpoint, which no run should end by
-            matched = saved.matched(fingerprints, self.num_columns, self._settings)
-        if matched is None and saved.fingerprints:  # without these nobody can tell
-            message = (
-                "keeps other validation samples than the checkpoint knows, or has other settings, such as "
-                "`class_shares=`, and so makes a new reference after a whole epoch. Until then, callbacks that monitor "
-                "its values get the last ones again, and count them against their patience. Validate on the same "
-                "samples, as many as before: `num_samples=`, which with `validation_labels=True` is at least 2,000."
-            )
-            self.run.warn("checkpoint", message, kind="samples")
-        return matched
-
     # Join what all processes have kept, fit the reference, predict, and send the predictions
 
-    def _make(self, trainer: Trainer, kept: Sequence[KeptSamples], predicted: Predicted | None) -> Predicted | None:
-        """Make the reference; without any label, try again after a later epoch."""
+    def prepare(self, trainer: Trainer, kept: Sequence[KeptSamples]) -> None:
+        """Make the reference, once that is possible, and predict the kept samples; every process must call it.
+
+        Without any label, it is tried again after a later epoch.
+        """
+        if not self.can_be_made(trainer):
+            return
         self.was_tried = True
         failure = "has no reference", "If it can't read inputs, set `features=`; if it finds no labels, set `targets=`."
         of_process: _Part | None = None
@@ -171,18 +127,10 @@ class RunReference:
             # An estimator may draw from the global streams of random numbers, also before it fails.
             with same_streams(), self.run.report_failure(*failure):
                 training = self._fit([part.training for part in parts if part.training is not None])
-                new = self._predict_all(parts, training)
-                if predicted is not None and predicted.differs(new, self.reader.task):
-                    message = (
-                        "goes on with what the reference of an earlier part of this fit predicts, but a new one has "
-                        "learned other labels, or sees other inputs. To be judged by that, begin a new fit."
-                    )
-                    self.run.warn("checkpoint", message, kind="reference")
-                predicted = predicted or new
-        is_over, predicted = trainer.strategy.broadcast((is_over, predicted))
+                self._predict_all(parts, training)
+        is_over, self.verdict, self.unseen = trainer.strategy.broadcast((is_over, self.verdict, self.unseen))
         self.stage = Stage.OVER if is_over else Stage.WAITING
         self.run.training = None
-        return predicted
 
     def _join(self, kept: Sequence[KeptSamples]) -> _Part:
         """Join the samples that this process has kept."""
@@ -194,7 +142,7 @@ class RunReference:
                 unseen[index] = None
                 with self.run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
                     unseen[index] = self.reader.join(samples.batches)
-        return _Part(training, unseen, _fingerprints(kept))
+        return _Part(training, unseen)
 
     def _fit(self, parts: Sequence[Observations]) -> Observations:
         """Fit the reference to the training samples of all processes, and return these."""
@@ -210,20 +158,16 @@ class RunReference:
             self.run.warn("features", message, kind="unread")
         return training
 
-    def _predict_all(self, parts: Sequence[_Part], training: Observations) -> Predicted:
+    def _predict_all(self, parts: Sequence[_Part], training: Observations) -> None:
         """Predict the kept samples of each loader, if it may choose; it leaves out those that can't be read."""
         assert self.fitted is not None
-        verdict = self.fitted.verdict
-        unseen: dict[int, Unseen] = {}
-        for index in sorted({*chain(*(part.unseen for part in parts))}) if verdict.is_trusted else ():
+        self.verdict = self.fitted.verdict
+        for index in sorted({*chain(*(part.unseen for part in parts))}) if self.verdict.is_trusted else ():
             of_loader = [part.unseen[index] for part in parts if index in part.unseen]
             can_read = [each for each in of_loader if each is not None]
             if len(can_read) == len(of_loader):  # else it has been said where it happened
                 with self.run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
-                    unseen[index] = self._predict(index, training, Observations.join(can_read))
-        indices = parts[0].fingerprints if all(part.fingerprints for part in parts) else ()
-        fingerprints = {index: torch.cat([part.fingerprints[index] for part in parts]) for index in indices}
-        return Predicted(verdict, unseen, fingerprints, self._settings)
+                    self.unseen[index] = self._predict(index, training, Observations.join(can_read))
 
     def _predict(self, dataloader_idx: int, training: Observations, unseen: Observations) -> Unseen:
         """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""
@@ -231,12 +175,4 @@ class RunReference:
         where = f"dataloader {dataloader_idx}"
         indices = finite_samples(unseen, f"validation samples of {where}", self.run.warn)
         indices = indices[unseen.projected[indices].argsort()]
-        predicted = self.fitted.expect(training, unseen, indices, where, self.is_local, has_shares=True)
-        return replace(predicted, q=predicted.q.float())  # as a checkpoint holds it
-
-
-def _fingerprints(kept: Sequence[KeptSamples]) -> dict[int, Tensor]:
-    """Return those of the kept samples of this process, by loader; none at all if some have none."""
-    with suppress(Exception):  # then a resumed fit makes its reference anew
-        return {samples.dataloader_idx: samples.fingerprints() for samples in kept}
-    return {}
+        return self.fitted.expect(training, unseen, indices, where, self.is_local, has_shares=True)

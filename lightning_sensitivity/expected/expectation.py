@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from statistics import median_high
 from typing import NamedTuple, TypeAlias
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -40,13 +38,11 @@ class Known(NamedTuple):
         labels: Their labels, ``(N, C)``, nan where a sample has none.
         groups: The number of the group of each, ``(N,)``, whose labels count as one; None without groups.
         unseen: What the reference predicts for them; None if there is none.
-        fingerprint: A number by which they are known again; 0 if there is none.
     """
 
     labels: Tensor
     groups: Tensor | None
     unseen: Unseen | None
-    fingerprint: float = 0.0
 
 
 class Labelled(NamedTuple):
@@ -108,7 +104,6 @@ class Expectation:
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._doubts = doubts
         self.are_predictions = are_predictions
-        self._identities: dict[tuple[int, bool], int] = {}
         self._reference_values: dict[int, Values] = {}  # what to expect of the reference itself, by loader
 
     def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
@@ -132,22 +127,19 @@ class Expectation:
             return dict.fromkeys(self._names, math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
             self._note(outputs, is_finite, known.unseen)
-        is_first = not self._identities
-        curve = self._identity(dataloader_idx, known)
-        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx and row["curve"] is not None]
-        earlier = [row for row in rows if row["curve"] == curve]
-        if is_first and rows and not earlier and (rows[-1]["reference"] is None) == (known.unseen is None):
+        score = None if known.unseen is None else known.unseen.score
+        rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
+        if any(row["reference"] not in (None, score) for row in rows):
             message = (
-                "begins a new curve, since this fit goes on with another loss, or other labels: the last line compares "
-                "no values of both, but other callbacks do."
+                "goes on with another reference than an earlier part of this fit had: the last line compares no values "
+                "of both, but other callbacks do."
             )
-            self._doubts.warn("checkpoint", message, kind="samples")
-        values = self._combined(outputs, is_finite, known, earlier)
+            self._doubts.warn("checkpoint", message)
+        values = self._combined(outputs, is_finite, known, [row for row in rows if row["reference"] == score])
         if not values:
             return {}
         num_labels = self._count(known.labels[self._task.has_label(known.labels) & is_finite])
-        score = None if known.unseen is None else known.unseen.score
-        return values | {"num_labels": num_labels, "reference": score, "curve": curve}
+        return values | {"num_labels": num_labels, "reference": score}
 
     def values_of_reference(self, dataloader_idx: int, outputs: Tensor, known: Known) -> Values:
         """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
@@ -227,7 +219,7 @@ class Expectation:
 
     def _labelled(self, outputs: Tensor, is_finite: Tensor, known: Known) -> list[Labelled | None]:
         """Return the samples that a reference has labelled, and those that somebody has; None without any."""
-        labels, groups, unseen, _ = known
+        labels, groups, unseen = known
         by_reference = None
         if unseen is not None:
             rows = is_finite[unseen.indices]
@@ -316,18 +308,6 @@ class Expectation:
         assert of_whole is not None
         influences = of_draws.new_zeros(len(draws), len(whole)).index_add(1, whole.nonzero()[:, 0], of_whole)
         return Measured(float(value), influences)
-
-    def _identity(self, dataloader_idx: int, known: Known) -> int:
-        """Return a number by which a curve is known: that of a reference, of samples, of their labels and of a loss."""
-        if (key := (dataloader_idx, known.unseen is None)) not in self._identities:
-            shape = self.no_outputs.shape[1:]
-            outputs = torch.linspace(0.2, 0.8, shape.numel()).reshape(shape).to(self.no_outputs)
-            samples = outputs.expand(len(known.labels), *shape), torch.ones(len(known.labels), dtype=torch.bool), known
-            facts = [0.0 if known.unseen is None else known.unseen.score, known.fingerprint]
-            with suppress(Exception):  # of a loss that takes no such outputs
-                facts += [0.0 if each is None else self._measure_loss(each).value for each in self._labelled(*samples)]
-            self._identities[key] = crc32(" ".join(f"{fact:.5g}" for fact in facts).encode())
-        return self._identities[key]
 
 
 def _joined(

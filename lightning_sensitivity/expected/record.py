@@ -1,21 +1,18 @@
-"""What is known of a fit, in a form that all processes and checkpoints have: predictions, and a row per validation."""
+"""What is known of a fit, in a form that all processes have: predictions, and a row for each validation."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_sensitivity.compat import PlotType
 from lightning_sensitivity.functional.expected import QUANTILE
-from lightning_sensitivity.functional.tasks import Task
 
 EXPECTED = "expected_"  # begins the names of what a RiskMonitor logs
-_OTHER = 0.5  # of a left-out score: equal data gives 0, a tenth of new labels .12, permuted ones 5.9
 
-State = dict[str, Any]  # of numbers, words, tensors, and lists and dicts of these
 Values = dict[str, Any]  # of a loader in a validation, and what is remembered with them
 
 
@@ -98,110 +95,12 @@ class Unseen:
     sees: str
 
 
-@dataclass
-class Predicted:
-    """A reference, and what it predicts; a checkpoint holds it, so that a curve goes on with it.
-
-    Attributes:
-        verdict: What is known of it.
-        unseen: What it predicts, by loader; empty if it may not choose.
-        fingerprints: A number for each kept sample, by which it is known again, by loader; empty if there is
-            none for some.
-        settings: What the monitor was told of it.
-    """
-
-    verdict: Verdict
-    unseen: dict[int, Unseen]
-    fingerprints: dict[int, Tensor]
-    settings: str
-
-    def fingerprint(self, dataloader_idx: int) -> float:
-        """Return a number by which the kept samples of a loader are known again, in any order; 0 if there is none."""
-        return float(self.fingerprints[dataloader_idx].sum()) if dataloader_idx in self.fingerprints else 0.0
-
-    def matched(self, fingerprints: Mapping[int, Tensor], num_columns: int, settings: str) -> "Predicted | None":
-        """Return it for the same samples, which may have come in another order; None for others, or other settings.
-
-        Args:
-            fingerprints: Those of the samples that are kept now, by loader.
-            num_columns: C.
-            settings: What the monitor is told now.
-        """
-        has_all = self.unseen.keys() <= fingerprints.keys() == self.fingerprints.keys()
-        if not has_all or self.settings != settings:
-            return None
-        unseen: dict[int, Unseen] = {}
-        for index, each in self.unseen.items():
-            old, new = self.fingerprints[index], fingerprints[index]
-            before, after = old.argsort(stable=True), new.argsort(stable=True)
-            if each.q.shape[1] != num_columns or not torch.equal(old[before], new[after]):
-                return None
-            new_indices = torch.empty_like(before)
-            new_indices[before] = after
-            unseen[index] = replace(each, indices=new_indices[each.indices])
-        return Predicted(self.verdict, unseen, dict(fingerprints), settings)
-
-    def differs(self, new: "Predicted", task: Task) -> bool:
-        """Return whether another reference predicts something else of the same samples, by half of the score."""
-        for index, each in self.unseen.items():
-            q, of_new = (part.q[part.indices.argsort()] for part in (each, new.unseen.get(index, each)))
-            if len(q) == len(of_new) and float(task.distances(q, of_new).nanmean()) > _OTHER * each.score:
-                return True
-        return False
-
-
 # Validations
 
-_KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels", "curve"}  # of each row
+KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row
 
 Row = dict[str, Any]
 History = list[Row]
-
-
-def state_of(history: History, predicted: Predicted | None) -> State:
-    """Return what a checkpoint holds, which ``torch.load`` reads with ``weights_only=True``.
-
-    Args:
-        history: A row for each validation and loader.
-        predicted: What the reference predicts of the kept samples; not saved if samples can't be known again.
-    """
-    rows = [dict(row) for row in history]
-    if predicted is None or not predicted.unseen or not predicted.fingerprints:
-        return {"history": rows, "predicted": None}
-    unseen = {index: {**vars(each), "draws": _shortened(each.draws)} for index, each in predicted.unseen.items()}
-    state = {**vars(predicted), "verdict": asdict(predicted.verdict), "unseen": unseen}
-    return {"history": rows, "predicted": state}
-
-
-def _shortened(draws: Tensor) -> Tensor:
-    """Return class indices in 16 bits, if they fit."""
-    fits = draws.dtype == torch.int64 and torch.equal(draws.short().long(), draws)
-    return draws.short() if fits else draws
-
-
-def of_state(state: Any) -> tuple[History, Predicted | None]:
-    """Return what a checkpoint holds.
-
-    Raises:
-        Exception: Of any kind, if that is something else.
-    """
-    history, saved = [dict(row) for row in state["history"]], state.get("predicted")
-    for row in history:
-        if not row.keys() >= _KEYS or not all(isinstance(value, int | float | None) for value in row.values()):
-            raise ValueError("no history")
-    if saved is None:
-        return history, None
-    unseen = {}
-    for index, each in saved["unseen"].items():
-        draws = each["draws"] if each["draws"].is_floating_point() else each["draws"].long()
-        tensors = {"indices": each["indices"].long(), "q": each["q"].float(), "draws": draws}
-        unseen[int(index)] = Unseen(**{**each, **tensors})
-    fingerprints = {int(index): each.double() for index, each in saved["fingerprints"].items()}
-    verdict = Verdict(**saved["verdict"])
-    for name, kind in get_type_hints(Verdict).items():
-        if not isinstance(getattr(verdict, name), get_origin(kind) or kind):
-            raise TypeError(f"no {name}")
-    return history, Predicted(verdict, unseen, fingerprints, str(saved["settings"]))
 
 
 def plot_history(history: Sequence[Row], names: Sequence[str], prefix: str) -> PlotType:

@@ -74,12 +74,11 @@ def summarize(
 def _choose(curve: Curve, history: Sequence[Row]) -> tuple[Row, list[Row], list[Row], list[Row]]:
     """Return the best row of a loader, those to choose from, those with a value, and all.
 
-    One chooses from those of the same curve as the last one: by one reference, of the same samples, by one loss. Of
-    none, or of several that are all equal, the best one is empty.
+    One chooses from those of the last reference. Of none, or of several that are all equal, the best one is empty.
     """
     rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-    curve_rows = [row for row in finite if row["curve"] == finite[-1]["curve"]]
+    curve_rows = [row for row in finite if row["reference"] == finite[-1]["reference"]]
     if not curve_rows or (len(curve_rows) > 1 and len({row[curve.value] for row in curve_rows}) == 1):
         return {}, curve_rows, finite, rows
     best = (max if curve.is_highest else min)(curve_rows, key=lambda row: row[curve.value])

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from lightning_sensitivity.functional.tensors import evenly_spaced, spaced_fraction
 from lightning_sensitivity.reference.kinds import Seen
-from lightning_sensitivity.reference.observations import Observations, max_samples, projection
-from lightning_sensitivity.running.batches import has_samples, take, tensors_in
+from lightning_sensitivity.reference.observations import Observations, max_samples
+from lightning_sensitivity.running.batches import take, tensors_in
 from lightning_sensitivity.running.call import ModelCall
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
-_MAX_COMPARED = 4096  # numbers of each input of a sample, evenly spaced
 _SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
@@ -98,20 +97,6 @@ class KeptSamples:
         self.max_bytes = max_bytes
         self._num_bytes = 0
         self._threshold = 1.0  # of priority numbers: 1 if all batches are wanted, 0 if none is
-
-    def fingerprints(self) -> Tensor:
-        """Return a number for each sample, ``(N,)``, which equal inputs share, and different ones hardly ever.
-
-        Raises:
-            RuntimeError: If no tensor has a row for each sample, as with graphs.
-        """
-        numbers = [torch.zeros(0, dtype=torch.float64)]
-        for batch in self.batches:
-            tensors = tensors_in(batch.seen or batch.call.inputs())
-            columns = [x[:, None].flatten(1) for _, x in tensors if has_samples(x, batch.size)]
-            spaced = [x[:, :: math.ceil(x.shape[1] / _MAX_COMPARED) or 1] for x in columns]
-            numbers.append(projection({str(place): x for place, x in enumerate(spaced)}))
-        return torch.cat(numbers)
 
     def wants(self, batch_idx: int) -> bool:
         """Return whether to keep a batch."""

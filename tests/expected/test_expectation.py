@@ -83,7 +83,7 @@ def test_soft_labels_are_as_often_right_as_they_say(task: str) -> None:
     rules, yes = TASKS[task], torch.tensor([0.7, 0.6, 0.0]).repeat(20)[:, None].double()
     y = torch.cat([1 - yes, yes], 1) if task == "multiclass" else yes
     outputs = torch.cat([torch.zeros(60, 1), torch.ones(60, 1)], 1) if task == "multiclass" else torch.ones(60, 1)
-    known = Known(y, None, None, 0)
+    known = Known(y, None, None)
     told = Expectation(rules, None, rules.default_metrics(y.shape[1]), outputs, y, Doubts(print))
     assert told.values(0, outputs, known, [])["expected_accuracy"] == pytest.approx(1.3 / 3, abs=0.01)
 
