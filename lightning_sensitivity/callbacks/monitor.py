@@ -13,7 +13,7 @@ from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
 from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
 from lightning_sensitivity.reading.kept import MAX_BYTES, NUM_BATCHES, KeptBatch, KeptSamples
-from lightning_sensitivity.reading.reader import BatchReader, few_outputs
+from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
 from lightning_sensitivity.running.call import ModelCall, Sigmoids
 from lightning_sensitivity.running.isolation import RunIsolated
@@ -166,7 +166,7 @@ class Monitor(Callback, ABC):
             trainer.precision_plugin.val_step_context(),
         ):
             max_bytes = samples.max_bytes / min(NUM_BATCHES, trainer.num_val_batches[dataloader_idx])
-            kept = self.reader.keep(pl_module, batch, batch_idx, samples.num_wanted, max_bytes, samples.has_rows)
+            kept = self.reader.keep(pl_module, batch, batch_idx, samples.num_wanted, max_bytes)
             self.keep_labels(pl_module, batch, kept)
             samples.add(kept)
 
@@ -281,8 +281,6 @@ class Monitor(Callback, ABC):
                 "self.training`, and draw random numbers by torch.",
                 entry="state",
             )
-        if len(outputs) < call.size:
-            raise few_outputs(call.size, len(outputs))
         self.check_outputs(outputs, sigmoids.gave(again))
         return outputs
 

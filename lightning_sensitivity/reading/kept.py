@@ -33,7 +33,6 @@ class KeptBatch:
         seen: What a reference sees of it, if that can't be found in the call.
         groups: The number of the group of each sample; None without groups.
         indices: Which of its samples are kept; None for all.
-        has_rows: Whether rows of inputs are samples; None if it can't tell.
         labels: Its labels; None if it has none, or none are wanted.
     """
 
@@ -44,7 +43,6 @@ class KeptBatch:
     seen: Seen | None = None
     groups: Tensor | None = None
     indices: Tensor | None = None
-    has_rows: bool | None = None
     labels: Tensor | None = None
 
     @property
@@ -84,14 +82,12 @@ class KeptSamples:
         batches: The batches, in the order of the loader.
         size: The number of samples.
         is_truncated: Whether samples are missing for lack of memory.
-        has_rows: Whether rows of inputs are samples; None before a batch has told.
     """
 
     def __init__(self, num_wanted: float, dataloader_idx: int = 0, max_bytes: float = MAX_BYTES) -> None:
         self.dataloader_idx = dataloader_idx
         self.size = 0
         self.is_truncated = False
-        self.has_rows: bool | None = None
         self.batches: list[KeptBatch] = []
         self.num_wanted = num_wanted
         self.max_bytes = max_bytes
@@ -106,7 +102,6 @@ class KeptSamples:
         """Keep a batch, unless it is empty, and no others than are needed for the wanted number of samples."""
         if batch.size == 0:
             return
-        self.has_rows = batch.has_rows
         self.batches.append(batch)
         self.size += batch.size
         self._num_bytes += batch.num_bytes

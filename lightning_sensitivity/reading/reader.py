@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from lightning_sensitivity.running.isolation import isolated
 from lightning_sensitivity.running.rules import Layout, Sight, comparable_inputs, find_sight
 
 Shape = tuple[int, ...]
-_NUM_TRIED = 32  # rows of the first validation batch, to see whether they are samples
 
 
 class BatchReader:
@@ -254,7 +252,6 @@ class BatchReader:
         index: int,
         max_samples: float = math.inf,
         max_bytes: float = math.inf,
-        has_rows: bool | None = True,
     ) -> KeptBatch:
         """Copy a batch to the CPU, so that it can be run again.
 
@@ -264,15 +261,11 @@ class BatchReader:
             index: Its index in its loader.
             max_samples: How many samples to keep, evenly spaced, if their number is known.
             max_bytes: How many bytes its arguments may take, but for one sample.
-            has_rows: Whether rows of inputs are samples, else it is kept as a whole; None to find out.
 
         Raises:
-            MisconfigurationException: If it can't be read, or there is one output for several rows.
+            MisconfigurationException: If it can't be read.
         """
         whole = self.call(model, batch)
-        if has_rows is None and whole.size > 1:
-            has_rows = _has_rows(model, whole)
-        whole.size *= has_rows is not False
         share = min(1.0, max_bytes / max(1, num_bytes(whole.arguments)))
         indices = evenly_spaced(torch.arange(whole.size), min(max_samples, max(1, int(share * whole.size))))
         call = whole if indices is None else whole.take(indices)
@@ -283,7 +276,7 @@ class BatchReader:
         size = whole.size or num_kept
         seen = None if self._features is None else self.see(batch, whole, size, indices)  # else the call has all
         groups = None if self._groups is None else self.groups(model, batch, size, indices)
-        return KeptBatch(index, num_kept, size, call.copy_to_cpu(), seen, groups, indices, has_rows)
+        return KeptBatch(index, num_kept, size, call.copy_to_cpu(), seen, groups, indices)
 
     def join(self, batches: Iterable[KeptBatch]) -> Observations:
         """Return the samples of kept batches as a reference takes them, without labels.
@@ -335,31 +328,6 @@ class BatchReader:
             y = in_floats(self.task.label_matrix(labels[indices], kept.num_columns))
             seen = self.see(batch, call, size, indices)
             kept.add(Observations(seen, y, self.groups(model, batch, size, indices)), priorities)
-
-
-def _has_rows(model: nn.Module, call: ModelCall) -> bool:
-    """Return whether rows of inputs are samples, and no steps of time, of which each output needs all.
-
-    Raises:
-        MisconfigurationException: If there is one output for several rows, which may be either.
-    """
-    few = call.take(torch.arange(min(call.size, _NUM_TRIED)))
-    size = 0
-    with suppress(Exception), isolated(model) as run:  # a model may take batches of one size only
-        size = len(run(few))
-        if size > 1:
-            return len(run(few.take(torch.arange(few.size // 2)))) < size
-    if size == 1:
-        raise few_outputs(call.size, size)
-    return False
-
-
-def few_outputs(num_rows: int, num_outputs: int) -> Refused:
-    """Say that there are fewer outputs than rows of inputs, and what to do about it."""
-    return Refused(
-        f"the inputs have {num_rows} rows, and there are {num_outputs} outputs: put samples first, `inputs=lambda "
-        "batch: batch[0].transpose(0, 1)`, and transpose them back in `forward`."
-    )
 
 
 def check_logits(outputs: Tensor, are_of_sigmoid: bool, task: Task) -> None:

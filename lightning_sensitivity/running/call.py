@@ -98,7 +98,8 @@ class ModelCall:
             perturb: Function that returns the perturbed tensor; None for the batch as it is.
 
         Raises:
-            MisconfigurationException: If it is not clear what to perturb, or where outputs are.
+            MisconfigurationException: If it is not clear what to perturb, or where outputs are; if there is not
+                one output for each row of the inputs.
         """
         arguments = {name: clone_tensors(value) for name, value in self.arguments.items()}
         if perturb is not None:
@@ -117,6 +118,11 @@ class ModelCall:
         if self.size == 1 and isinstance(result, Tensor) and result.shape[:1] != (1,):
             result = result[None]  # a single sample gets back its dimension, which `squeeze()` drops
         outputs = select_outputs(result, self._outputs)
+        if len(outputs) != (self.size or len(outputs)):
+            raise Refused(
+                f"the inputs have {self.size} rows, and there are {len(outputs)} outputs; each sample should have a "
+                "row of both: put samples first, by `inputs=` and in `forward`, or by `outputs=`."
+            )
         if self._outputs is None:
             rules.check_class_dimension(outputs, self.arguments)
         return outputs

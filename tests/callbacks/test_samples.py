@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 from typing import Any
 
 import pytest
@@ -75,65 +76,19 @@ def test_of_large_batches_evenly_spaced_samples_are_kept() -> None:
 
 class Recurrent(Quiet):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mean(0))
+        return super().forward(x if self.training else x.mean(0))
 
 
-def time_first(num_steps: int, num_samples: int) -> tuple[list[Tensor], DataLoader]:
+@pytest.mark.parametrize(("num_steps", "num_samples"), [(100, 128), (50, 30), (50, 1)])
+def test_steps_of_time_that_come_first_are_refused_or_after_the_first_step_left_out(
+    num_steps: int, num_samples: int
+) -> None:
     batches = [inputs(num_steps * num_samples, seed).view(num_steps, num_samples, NUM_FEATURES) for seed in range(3)]
-    return batches, DataLoader(batches, None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("num_steps", "num_samples"), [(100, 128), (400, 400), (50, 30)])
-def test_of_steps_of_time_that_come_first_whole_batches_are_kept(num_steps: int, num_samples: int) -> None:
-    model, (batches, val) = Recurrent(), time_first(num_steps, num_samples)
-    values = helpers.validated(SensitivityMonitor(num_samples=25), model, val)
-    assert values[SENSITIVITY] == sensitivity(model, batches[:1])
-
-
-def test_rows_of_one_loader_or_fit_may_be_samples_and_those_of_another_steps_of_time() -> None:
-    class Both(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.mean(0) if x.ndim == 3 else x)
-
-    model, monitor, (batches, val) = Both(), SensitivityMonitor(num_samples=25), time_first(100, 128)
-    loaders = [batches_of([64] * 3, is_stream=False)[1], val]
-    beside = helpers.validated(monitor, model, loaders)[f"{SENSITIVITY}/dataloader_idx_1"]
-    alone = helpers.validated(monitor, model, val)[SENSITIVITY]
-    assert alone == sensitivity(model, batches[:1]) and beside == pytest.approx(alone, rel=0.5)  # by other noise
-
-
-@pytest.mark.parametrize("num_samples", [1, 30])  # in one batch: all of one series, or one output for several
-def test_one_output_for_several_rows_is_refused_or_after_the_first_step_left_out(num_samples: int) -> None:
-    class OneOutput(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x if self.training else x.mean(0, keepdim=x.ndim == 2))
-
-    batches = time_first(50, num_samples)[0] if num_samples == 1 else [*inputs(90).split(30)]
-    val, match = DataLoader(batches, None), "the inputs have (50|30) rows, and there are 1 outputs: put samples first"  # type: ignore[arg-type]
-    helpers.refused(SensitivityMonitor(), OneOutput(), None, val, match=match)
-    run, texts = helpers.fitted_and_said(SensitivityMonitor(), OneOutput(), val=val, num_sanity_val_steps=0)
-    assert SENSITIVITY not in helpers.logged(run) and any("put samples first" in text for text in texts)
-
-
-def test_a_model_for_batches_of_one_size_gets_whole_ones() -> None:
-    class Fixed(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.view(40, NUM_FEATURES))
-
-    model, (batches, val) = Fixed(), batches_of([40] * 5, is_stream=False)
-    values = helpers.validated(SensitivityMonitor(num_samples=60), model, val)
-    assert values[SENSITIVITY] == sensitivity(model, {index: batches[index] for index in (0, 2)})
-
-
-def test_samples_may_have_one_or_more_outputs_each() -> None:
-    class Doubled(Quiet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).repeat_interleave(1 + (x[:, 0] < 0.3).long(), 0)
-
-    model, (_, val) = Doubled(), batches_of([500, 100], is_stream=False)
-    with helpers.said() as texts:
-        assert SENSITIVITY in helpers.validated(SensitivityMonitor(at="net", num_samples=60), model, val)
-    assert not any("put samples first" in text for text in texts)
+    val, match = DataLoader(batches, None), "rows, and there are .* outputs"  # type: ignore[arg-type]
+    helpers.refused(SensitivityMonitor(num_samples=25), Recurrent(), None, val, match=match)
+    options: dict[str, Any] = {"val": val, "num_sanity_val_steps": 0}
+    run, texts = helpers.fitted_and_said(SensitivityMonitor(), Recurrent(), **options)
+    assert SENSITIVITY not in helpers.logged(run) and len(texts) == 1 and re.search(match, texts[0])
 
 
 @pytest.mark.parametrize(("max_batches", "sizes"), [

@@ -98,7 +98,7 @@ def test_of_batches_of_two_sizes_each_sample_is_kept_as_often() -> None:
 def test_where_memory_is_short_fewer_samples_of_as_many_batches_are_kept() -> None:
     samples, max_bytes = KeptSamples(600, max_bytes=4 * 300), 4 * 300 / NUM_BATCHES
     for index in filter(samples.wants, range(50)):
-        samples.add(BatchReader().keep(nn.Identity(), torch.zeros(256, 1), index, 600, max_bytes, has_rows=True))
+        samples.add(BatchReader().keep(nn.Identity(), torch.zeros(256, 1), index, 600, max_bytes))
     samples.complete()
     assert [batch.size for batch in samples.batches] == [15] * 20 and samples.is_truncated
 
