@@ -222,13 +222,10 @@ def _only_argument(model: nn.Module, batch: Mapping[str, object]) -> object:
     """Find the only tensor of a mapping, or all of it, whichever the only argument of ``forward`` takes."""
     required, beside = required_names(model), _beside_labels(batch)
     has_one = len(required) == 1
-    annotation = str(parameters_of(model)[required[0]].annotation) if has_one else ""
-    if re.search("dict|mapping", annotation, re.IGNORECASE):
-        return batch
     takes_one = has_one or (not required and _ANY in _kinds(model))
     if takes_one and len(beside) == 1 and isinstance(batch[beside[0]], Tensor):
         return batch[beside[0]]
-    if has_one and len(beside) > 1 and "Tensor" not in annotation:
+    if has_one and len(beside) > 1:
         return batch
     raise Refused(f"`inputs` should return the arguments of `forward`, which names none of {describe(batch)}.")
 

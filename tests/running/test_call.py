@@ -35,17 +35,6 @@ DENOISER, ANYTHING = module(lambda self, y, t: y), module(lambda self, *args, **
 OPTIONAL, OF_DICT = module(lambda self, x, mask=None: x), module(lambda self, batch: batch["a"] + batch["b"])
 
 
-def of_annotated(self: Any, x: dict[str, Tensor]) -> Tensor:
-    return x["a"]
-
-
-def of_tensor(self: Any, x: Tensor) -> Tensor:
-    return x
-
-
-ANNOTATED, OF_TENSOR = module(of_annotated), module(of_tensor)
-
-
 def test_nothing_writes_into_the_tensors_of_a_batch() -> None:
     def write(x: Tensor, more: Any) -> Tensor:
         x += 1
@@ -155,10 +144,9 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "labels that are called class": (lambda: select_targets(ONE, {"x": X, "class": IDS}), IDS),
     "the only tensor beside labels": (lambda: call(ONE, {"image": X, "label": IDS})(), X),
     "the only tensor for a forward of any arguments": (lambda: call(ANYTHING, {"image": X, "label": IDS})(), X),
-    "the only tensor of a batch without labels": (lambda: call(OF_TENSOR, {"image": X})(), X),
+    "the only tensor of a batch without labels": (lambda: call(ONE, {"image": X})(), X),
     "beside what is empty": (lambda: call(ONE, {"a": X, "b": torch.zeros(3, 4, 0), "c": [], "y": IDS})(), X),
     "the whole dict, of whose entries none is named": (lambda: call(OF_DICT, {"a": X, "b": X, "label": IDS})(), X),
-    "the whole dict where it is annotated": (lambda: call(ANNOTATED, {"a": X, "label": IDS})(), X),
     "inputs in a pair, as many as arguments": (lambda: call(TWO, [[X, IDS], IDS]).arguments["mask"], IDS),
     "labels beside inputs in a pair": (lambda: select_targets(TWO, [[X, X], IDS]), IDS),
     "labels before what is no tensor": (lambda: select_targets(ONE, [X, IDS, ["a"], [IDS, IDS]]), IDS),
@@ -196,7 +184,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "classes last": (lambda: call(THREE_LAST, IMAGES)(), r"move the classes to dimension 1, got \[2, 5, 4, 3\]; if"),
     "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*which `forward` returned. "),
     "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
-    "several tensors for one": (lambda: call(OF_TENSOR, {"a": X, "b": X}), "names none of dict of 'a', 'b'"),
     "an entry that may be a label": (lambda: call(ANYTHING, {"past_target": X, "weight": X}), "names none"),
     "several tensors for any arguments": (lambda: call(ANYTHING, {"a": X, "b": X}), "names none"),
     "a dict in a dict": (lambda: call(ONE, {"all": {"a": X}, "label": IDS}), "names none"),
