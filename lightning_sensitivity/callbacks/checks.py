@@ -23,9 +23,7 @@ from lightning_sensitivity.running.rules import labels_in, name_positions, witho
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 _SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
-_REPEATED = 1e-5  # difference of a loss that is called again
 _ZERO = 1e-12  # up to which a loss is 0
-_STEP = 0.1  # of standard deviations, by which targets are shifted
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SCALED, _SHIFTED = 1.5, 0.5  # factor between standard deviations, and the part of one between means, of inputs
 _SHARDED = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
@@ -125,7 +123,7 @@ def try_values(
     outputs: Tensor,
     labels: Tensor,
     task: Task,
-) -> bool:
+) -> None:
     """Refuse a metric or a loss that fails on the labelled samples of a training batch, or gives no number of these.
 
     Args:
@@ -135,13 +133,10 @@ def try_values(
         outputs: Outputs ``(N, ...)``.
         labels: Their labels, as `targets` returns them.
         task: The task.
-
-    Returns:
-        Whether outputs may be predictions of labels; not if the loss shows that they are, say, logarithms of rates.
     """
     counts = task.has_label(labels)
     if not bool(counts.any()):
-        return True
+        return
     x, y = in_32_bits(outputs)[counts], labels[counts]
     p = task.predictions(task.output_matrix(x.cpu()))
     # A metric gets drawn labels of all columns, also of those of which a batch knows none.
@@ -152,28 +147,14 @@ def try_values(
             value = run(metric_value, metric, p, torch.stack([drawn, drawn]), task)  # a few need two samples
             is_number = isinstance(value, Tensor) and value.numel() == 1
             check_argument(f"metrics[{name!r}]", value, is_number, "one number")
-    if loss is None:
-        return True
-    y = task.as_labels(drawn, in_32_bits(y).to(x.device))
-    tried = []
-    for _ in range(2):  # with the same random numbers
+    if loss is not None:
+        y = task.as_labels(drawn, in_32_bits(y).to(x.device))
         with isolated_with(module, loss) as run:
-            tried.append(run(_try_loss, loss, x, y))
-    if not math.isclose(*tried, rel_tol=_REPEATED, abs_tol=_ZERO):
-        raise Refused(
-            f"`loss` gives {tried[0]:.6g}, and {tried[1]:.6g} when it is called again on the same batch, with the same "
-            "random numbers: it keeps something that is not restored. Make it an `nn.Module` that keeps it in "
-            "buffers, or pass a copy that keeps nothing.",
-            entry="loss",
-        )
-    if not task.has_any_outputs(loss) or x.shape[1:].numel() != y.shape[1:].numel():
-        return True  # shapes tell
-    with isolated_with(module, loss) as run:
-        return run(_is_lowest_at, loss, y.reshape(x.shape).to(x), y)
+            run(_try_loss, loss, x, y)
 
 
-def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
-    """Refuse a loss that is no mean over samples, and return its value."""
+def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
+    """Refuse a loss that is no mean over samples."""
     got = f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} of {labels.dtype}"
     with refuse_on_error(f"`loss` fails on {got}", entry="loss"):
         pairs = [(outputs, labels), (torch.cat([outputs, outputs]), torch.cat([labels, labels]))]
@@ -183,17 +164,6 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> float:
     if not math.isclose(once, twice, rel_tol=_SAME, abs_tol=_ZERO):
         values = f"{once:.4g} for {len(labels)} samples, and {twice:.4g} if each comes twice"
         raise Refused(f"`loss` should be a mean over samples, or a number for each, got {values}.", entry="loss")
-    return once
-
-
-def _is_lowest_at(loss: Loss, outputs: Tensor, labels: Tensor) -> bool:
-    """Return whether a loss is finite at some outputs, and not lower where all are somewhat less or more."""
-    step = _STEP * (float(outputs.nan_to_num().std(correction=0)) or 1.0)
-    try:
-        lowest, *others = (mean_loss(loss, outputs + shift, labels) for shift in (0.0, -step, step))
-    except Exception:  # such as of an exponential
-        return False
-    return math.isfinite(lowest) and not any(other < lowest - _REPEATED * step for other in others)
 
 
 def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:

@@ -127,7 +127,7 @@ class RiskMonitor(Monitor):
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
             ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
             set, or were estimated in the fit; they are nan where an input is. There is no ``mean``
-            where the network gives quantiles, logarithms of rates or the like.
+            in a regression with a ``loss``, by which the network may give quantiles or logarithms of rates.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.
@@ -268,10 +268,8 @@ class RiskMonitor(Monitor):
             num_columns = self.task.num_columns(shape)
             checks.check_class_shares(self._class_shares, self.task, num_columns)
             metrics = self._metrics_of(num_columns)
-            may_predict = checks.try_values(module, metrics, self.loss, outputs, labels, self.task)
-            self._expectation = Expectation(
-                self.task, self.loss, metrics, outputs, labels, self.run.doubts, may_predict
-            )
+            checks.try_values(module, metrics, self.loss, outputs, labels, self.task)
+            self._expectation = Expectation(self.task, self.loss, metrics, outputs, labels, self.run.doubts)
             self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape, is_local)
         checks.check_monitored(trainer, self.prefix, self.directions)
 

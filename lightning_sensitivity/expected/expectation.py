@@ -78,11 +78,11 @@ class Expectation:
         outputs: Outputs of any samples, whose shape and type those of all processes have.
         labels: Labels of any samples, in the form that the loss takes.
         doubts: Notes what is doubtful, and warns.
-        are_predictions: Whether outputs are what a reference predicts, and not, say, logarithms of rates.
 
     Attributes:
         metrics: The metrics by name.
-        are_predictions: The same.
+        are_predictions: Whether outputs are what a reference predicts; with a loss of the user in a regression they may
+            be quantiles, or logarithms of rates.
         no_outputs: Outputs of no sample.
     """
 
@@ -94,7 +94,6 @@ class Expectation:
         outputs: Tensor,
         labels: Tensor,
         doubts: Doubts,
-        are_predictions: bool = True,
     ) -> None:
         self._task = task
         self._loss = loss
@@ -103,7 +102,7 @@ class Expectation:
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._doubts = doubts
-        self.are_predictions = are_predictions
+        self.are_predictions = not task.has_any_outputs(loss)
         self._reference_values: dict[int, Values] = {}  # what to expect of the reference itself, by loader
 
     def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
@@ -148,8 +147,6 @@ class Expectation:
         if known.unseen is None or not self.are_predictions:
             return {}
         as_outputs = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
-        if as_outputs is None:
-            return {}
         outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
         outputs[known.unseen.indices] = as_outputs.to(outputs)
         values = self._combined(outputs, self._are_finite(outputs), known, ())
@@ -213,9 +210,8 @@ class Expectation:
             return
         rows = is_finite[unseen.indices]
         numbers, q = self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows]
-        if numbers.shape == q.shape:  # the numbers themselves, and not quantiles, or a distribution
-            by_mean = q.var(0, correction=0).mean()
-            self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
+        by_mean = q.var(0, correction=0).mean()
+        self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
 
     def _labelled(self, outputs: Tensor, is_finite: Tensor, known: Known) -> list[Labelled | None]:
         """Return the samples that a reference has labelled, and those that somebody has; None without any."""

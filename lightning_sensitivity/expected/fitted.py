@@ -140,7 +140,7 @@ class FittedReference:
         of_finite = self.predict(samples.take(rows).seen, shares).to(of_network.dtype)
         of_reference = of_finite.new_full((len(of_network), of_finite.shape[1]), math.nan)
         of_reference[rows] = of_finite
-        return Predictions(of_network, of_reference, are_alike and of_network.shape == of_reference.shape)
+        return Predictions(of_network, of_reference, are_alike)
 
 
 def finite_samples(samples: Observations, what: str, warn: Warn) -> Tensor:

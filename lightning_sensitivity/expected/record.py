@@ -22,7 +22,7 @@ class Predictions(NamedTuple):
     Attributes:
         network: Those of the network.
         reference: Those of the reference.
-        are_alike: Whether both are predictions of labels, and not one of them, say, quantiles or logarithms of rates.
+        are_alike: Whether both predict labels, for certain: not in a regression with a loss of yours.
     """
 
     network: Tensor
@@ -34,12 +34,12 @@ class Predictions(NamedTuple):
         """The mean of both, which is often better than either.
 
         Raises:
-            ValueError: If outputs of the network are no predictions of labels.
+            ValueError: In a regression with a loss of yours, whose outputs may be quantiles.
         """
         if not self.are_alike:
             raise ValueError(
-                "Expected outputs that predict targets, but those of the network are something else, such as quantiles "
-                "or logarithms of rates: turn them into targets, then take the mean with `reference`."
+                "With a `loss=`, outputs may be something else than targets, such as quantiles or logarithms of rates: "
+                "turn them into targets, and take the mean with `reference`."
             )
         return (self.network + self.reference) / 2
 

@@ -185,7 +185,7 @@ class Multiclass(TaskBase):
         one_hot = torch.nn.functional.one_hot(drawn, num_columns) if num_columns > 1 else drawn
         return super().as_labels(one_hot, like)
 
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the outputs of a network, of a shape for each sample, that has these predictions."""
         return p.clamp(min=FLOOR).log().reshape(len(p), *shape)
 
@@ -248,7 +248,7 @@ class Binary(Multiclass):
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
         return super().label_matrix(y)
 
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
         """Return logits of class 1."""
         return p.clamp(min=FLOOR).log().diff(dim=1).reshape(len(p), *shape)
 

@@ -43,7 +43,7 @@ class Multilabel(TaskBase):
         z = self.output_matrix(outputs)
         return (softplus(z) - draws.to(z) * z).where(~y.isnan(), torch.nan)
 
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the logits of probabilities; 0 where these are unknown."""
         return p.nan_to_num(0.5).clamp(FLOOR, 1 - FLOOR).logit().reshape(len(p), *shape)
 

@@ -68,9 +68,9 @@ class Regression(TaskBase):
         """Compute the same for each of several targets, ``(R, N, C)``."""
         return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double()
 
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """Return predictions as outputs; None if outputs are something else, such as quantiles."""
-        return p.reshape(len(p), *shape) if math.prod(shape) == p.shape[1] else None
+    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return predictions as outputs."""
+        return p.reshape(len(p), *shape)
 
     def hard_labels(self, p: Tensor) -> Tensor:
         """Return predictions or labels ``(N, C)``, which are numbers that may be drawn."""
