@@ -24,7 +24,7 @@ from lightning_sensitivity.running.call import (
     select_targets,
 )
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, comparable_inputs, find_sight
+from lightning_sensitivity.running.rules import Layout, Sight, find_sight
 
 Shape = tuple[int, ...]
 
@@ -124,11 +124,10 @@ class BatchReader:
 
     def _sight(self, call: ModelCall, size: int) -> Sight:
         """Find what a reference sees of N samples: of the first batch, and then the same of all that have it."""
-        sight = find_sight(call.inputs(), size)
-        self._first_sight = first = self._first_sight or sight
-        if sight is first or not self._is_like_first(call):
-            return sight
-        return first if comparable_inputs(first) <= comparable_inputs(sight) else sight
+        if not self._is_like_first(call):
+            return find_sight(call.inputs(), size)
+        self._first_sight = self._first_sight or find_sight(call.inputs(), size)
+        return self._first_sight
 
     def labels(self, batch: object, call: ModelCall, output_shape: Shape | None = None) -> Tensor:
         """Copy the labels of a batch to the CPU.

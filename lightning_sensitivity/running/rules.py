@@ -325,16 +325,6 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     return seen, unread
 
 
-def comparable_inputs(sight: Sight) -> set[object]:
-    """Collect what may be compared of two batches: the kind of each input, one for all integers, and its mask.
-
-    A batch may have more by chance, if it has as many samples, or tokens, as there are shared numbers. Then integers
-    may be taken for words, or for categories.
-    """
-    kinds = {(each.place, "tokens" if each.kind == INTEGERS else each.kind) for each in sight[0]}
-    return kinds | {(each.place, each.mask) for each in sight[0] if each.mask is not None}
-
-
 def _find_readable(named: Mapping[str, object], size: int) -> tuple[list[tuple[Place, Tensor]], list[str]]:
     """List the tensors that can be read, and the arguments that hold more."""
     readable, unread = [], []
