@@ -167,19 +167,16 @@ def _try_loss(loss: Loss, outputs: Tensor, labels: Tensor) -> None:
 
 
 def check_class_shares(class_shares: object, task: Task, num_classes: int | None = None) -> None:
-    """Require shares that sum to 1, one for each class if these are known, ``"estimate"`` or None."""
-    expected = "positive shares of all classes that sum to 1, 'estimate', or None"
-    if class_shares is None or isinstance(class_shares, str):
-        check_argument("class_shares", class_shares, class_shares in (None, "estimate"), expected)
-    else:
-        with refuse_on_error("`class_shares` can't be read"):
-            shares = torch.as_tensor(class_shares, dtype=torch.float64)
-        are_shares = shares.ndim == 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
-        check_argument("class_shares", class_shares, are_shares, expected)
-        is_complete = num_classes in (None, len(shares))
-        check_argument("class_shares", class_shares, is_complete, f"shares of {num_classes} classes")
-    has_shares = class_shares is None or task.has_class_shares
-    check_argument("class_shares", class_shares, has_shares, f"None for {task.name!r}")
+    """Require shares that sum to 1, one for each class if these are known, or None."""
+    if class_shares is None:
+        return
+    check_argument("class_shares", class_shares, task.has_class_shares, f"None for {task.name!r}")
+    with refuse_on_error("`class_shares` can't be read"):
+        shares = torch.as_tensor(class_shares, dtype=torch.float64)
+    are_shares = shares.ndim == 1 and bool((shares > 0).all()) and abs(float(shares.sum()) - 1) < _ROUNDING
+    check_argument("class_shares", class_shares, are_shares, "positive shares of all classes that sum to 1, or None")
+    is_complete = num_classes in (None, len(shares))
+    check_argument("class_shares", class_shares, is_complete, f"shares of {num_classes} classes")
 
 
 # The shape, the mean and the standard deviation of each tensor, by name of the argument.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -49,7 +49,7 @@ class RiskMonitor(Monitor):
         features: What the reference sees of the inputs: a pretrained ``nn.Module``, or ``batch -> (N, D)``.
         reference: An estimator of scikit-learn in place of its own learners.
         groups: ``batch -> (N,)``, such as the patient, if unseen samples are of others.
-        class_shares: The class shares of unseen samples, if training has others, or ``"estimate"``.
+        class_shares: The class shares of unseen samples, if training has others.
         num_samples: Validation samples per loader; with labels at least 2,000; None for all.
         prefix: Prefix of the logged names.
         inputs: ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
@@ -81,7 +81,7 @@ class RiskMonitor(Monitor):
         features: Selector | nn.Module | None = None,
         reference: Any = None,
         groups: Selector | None = None,
-        class_shares: Sequence[float] | Literal["estimate"] | None = None,
+        class_shares: Sequence[float] | None = None,
         num_samples: int | None = 600,
         prefix: str = "val/",
         inputs: Selector | None = None,
@@ -126,8 +126,8 @@ class RiskMonitor(Monitor):
         Returns:
             ``network``, ``reference`` and ``mean``, probabilities ``(N, C)`` of all classes, two for
             ``"binary"``; or the numbers of a regression. Those of the reference are for ``class_shares``, if these are
-            set, or were estimated in the fit; they are nan where an input is. There is no ``mean``
-            in a regression with a ``loss``, by which the network may give quantiles or logarithms of rates.
+            set; they are nan where an input is. There is no ``mean`` in a regression with a ``loss``, by which the
+            network may give quantiles or logarithms of rates.
 
         Raises:
             ValueError: If there is no reference or no batch, or it can't read the batches.
@@ -146,11 +146,7 @@ class RiskMonitor(Monitor):
                 "batches as `forward` gets them."
             )
             self.run.warn("arguments", message)
-        # Shares that were estimated are those of all samples that the reference has predicted in the fit, if it has.
-        shares = torch.from_numpy(fitted.model.shares_)
-        if self._reference is not None and (unseen := self._reference.unseen):
-            shares = torch.cat([each.q for each in unseen.values()]).mean(0)
-        return fitted.predict_both(model, dataloader, self._expectation.are_predictions, shares)
+        return fitted.predict_both(model, dataloader, self._expectation.are_predictions)
 
     def plot(self) -> PlotType:
         """Plot the logged values by epoch, with 90 % intervals.

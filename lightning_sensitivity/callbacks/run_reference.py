@@ -52,7 +52,7 @@ class RunReference:
         reader: Reads batches, and their labels.
         run: Keeps the training samples of this process, and says what is doubtful.
         estimator: What is fitted; None for the reference's own learners.
-        class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
+        class_shares: The class shares of unseen samples; None for those of training.
         output_shape: The shape of the network's outputs for a sample, or of its label where outputs have another.
         is_local: Whether errors of a regression are drawn near each prediction.
         stage: Where it is on its way.
@@ -65,7 +65,7 @@ class RunReference:
     reader: BatchReader
     run: Run
     estimator: object
-    class_shares: Sequence[float] | str | None
+    class_shares: Sequence[float] | None
     output_shape: tuple[int, ...]
     is_local: bool
     stage: Stage = Stage.WAITING

@@ -10,7 +10,7 @@ from lightning_sensitivity.expected.doubts import Warn, say_differences, say_sha
 from lightning_sensitivity.expected.record import Predictions, Unseen, Verdict
 from lightning_sensitivity.functional.expected import draw_labels
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.kinds import Seen, are_finite, join_seen
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.running.batches import move_batch
@@ -27,7 +27,7 @@ class FittedReference:
         training: Training samples, with a matrix of labels.
         estimator: What is fitted; None for the reference's own learners.
         warn: Warns, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`.
-        class_shares: The class shares of unseen samples, ``"estimate"``, or None for those of training.
+        class_shares: The class shares of unseen samples; None for those of training.
 
     Attributes:
         model: The fitted :class:`~lightning_sensitivity.Reference`.
@@ -43,14 +43,14 @@ class FittedReference:
         training: Observations,
         estimator: object,
         warn: Warn,
-        class_shares: Sequence[float] | str | None = None,
+        class_shares: Sequence[float] | None = None,
     ) -> None:
         from lightning_sensitivity.reference.reference import Reference
 
         self._reader, self._warn, self._class_shares = reader, warn, class_shares  # no samples, which are freed
         self.model = Reference(reader.task.name, estimator).fit(training.seen, training.labels.numpy(), training.groups)
         shares = self.model.shares_
-        if class_shares is not None and not isinstance(class_shares, str) and not shares.all():
+        if class_shares is not None and not shares.all():
             missing = int(shares.argmin())
             raise ValueError(f"`class_shares=` has class {missing}, of which no training sample is kept")
         if reader.task.link == "softmax" and (message := say_unused(list(shares), self.model.num_samples_)):
@@ -73,17 +73,12 @@ class FittedReference:
             blind_labels=self.model.blind_labels_.tolist(),
         )
 
-    def predict(self, seen: Seen, shares: Tensor | None = None) -> Tensor:
-        """Predict samples, ``(N, C)``, for the class shares that they have, if known, given, or to be estimated."""
+    def predict(self, seen: Seen) -> Tensor:
+        """Predict samples, ``(N, C)``, for the class shares that they have, if these are given."""
         q = torch.from_numpy(self.model.predict_matrix(seen))
         if self._class_shares is None:
             return q
-        of_training = torch.from_numpy(self.model.shares_)
-        if not isinstance(self._class_shares, str):
-            shares = torch.as_tensor(self._class_shares)
-        elif shares is None:
-            shares = estimate_class_shares(q, of_training)
-        return reweigh(q, of_training, shares)
+        return reweigh(q, torch.from_numpy(self.model.shares_), torch.as_tensor(self._class_shares))
 
     def expect(
         self, training: Observations, new: Observations, indices: Tensor, where: str, is_local: bool, has_shares: bool
@@ -111,16 +106,13 @@ class FittedReference:
         sees = "table" if self.verdict.is_whole_table else part
         return Unseen(indices, q, draws, model.score_, num_calibrating, sees)
 
-    def predict_both(
-        self, network: nn.Module, dataloader: Iterable[object], are_alike: bool, shares: Tensor | None
-    ) -> Predictions:
+    def predict_both(self, network: nn.Module, dataloader: Iterable[object], are_alike: bool) -> Predictions:
         """Predict samples by a network and by the reference.
 
         Args:
             network: The network.
             dataloader: Batches.
             are_alike: Whether outputs of the network may be predictions of labels.
-            shares: The class shares, where those of a fit were estimated; of few samples they would be chance.
 
         Raises:
             ValueError: If there is no batch, or the reference can't read them.
@@ -137,7 +129,7 @@ class FittedReference:
         of_network = torch.cat(outputs)
         samples = Observations(join_seen(seen), torch.zeros(len(of_network), 0))
         rows = finite_samples(samples, "samples", self._warn)
-        of_finite = self.predict(samples.take(rows).seen, shares).to(of_network.dtype)
+        of_finite = self.predict(samples.take(rows).seen).to(of_network.dtype)
         of_reference = of_finite.new_full((len(of_network), of_finite.shape[1]), math.nan)
         of_reference[rows] = of_finite
         return Predictions(of_network, of_reference, are_alike)

@@ -27,7 +27,6 @@ _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
 
-_ROUNDS = 100  # of expectation maximization
 
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 _NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
@@ -174,30 +173,6 @@ def _share_beyond_chance(q: Tensor, y: Tensor, groups: Tensor | None) -> float:
     rest = ((y - q - share * towards) * towards).sum(1)
     stderr = stderr_of_mean(rest, groups) * len(y) / size
     return min(share, 1.0) if share > _ERRORS * stderr else 0.0
-
-
-def estimate_class_shares(q: Tensor, training_shares: Tensor) -> Tensor:
-    """Estimate the class shares of unseen samples, by expectation maximization (Saerens et al., 2002).
-
-    Args:
-        q: Calibrated probabilities of the unseen samples, by a model that has learned from others,
-            ``(N, C)``.
-        training_shares: The class shares of those others, ``(C,)``.
-
-    Returns:
-        The shares, ``(C,)``. They are sure only if classes can be told apart.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity.reference.calibration import estimate_class_shares
-        >>> q = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.1, 0.9]])
-        >>> estimate_class_shares(q, torch.tensor([0.5, 0.5]))
-        tensor([0.8125, 0.1875], dtype=torch.float64)
-    """
-    shares = training_shares
-    for _ in range(_ROUNDS):
-        shares = reweigh(q, training_shares, shares).mean(0)
-    return shares
 
 
 def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:

@@ -110,10 +110,6 @@ def fit_reference(x: Any, y: Tensor, task: str, estimator: Any) -> Any:
 
 def reweighed(q: Tensor, known: Tensor, shares: Any) -> Tensor:
     """Predictions by a reference of training samples with known shares of classes, for samples with others."""
-    if isinstance(shares, str):
-        shares = known
-        for _ in range(1000):
-            shares = reweighed(q, known, shares).mean(0)
     q = q * torch.as_tensor(shares) / known
     return q / q.sum(1, keepdim=True)
 

@@ -282,7 +282,6 @@ def test_batches_of_which_a_reference_can_read_nothing_are_refused_before_the_fi
 
 
 SHARES: dict[str, tuple[str, Any, str]] = {
-    "another word": ("multiclass", "estimated", "positive shares of all classes that sum to 1"),
     "other sums": ("multiclass", [0.5, 0.4], "positive shares of all classes that sum to 1"),
     "a class without samples": ("multiclass", [1.0, 0.0], "positive shares of all classes"),
     "words": ("multiclass", ["a", "b"], "can't be read"),

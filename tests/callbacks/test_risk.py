@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassRecall
 import tests.helpers as helpers
 from lightning_sensitivity import Reference, RiskMonitor
 from lightning_sensitivity.functional import expected_metric
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.observations import projection
 from tests.callbacks.plain_loop import (
     ACCURACY,
@@ -151,8 +151,6 @@ CASES = {
         holdout_labels=SOME, options={"features": blind}, seen=blind, is_blind=True),
     "multiclass, labels, some outputs are nan": Case(make=Overflowing, holdout_labels=SOME, num_said=1),
     "binary": Case((NOISY > 1).float(), lambda: Plain(1, bce)),
-    "binary, class_shares='estimate'": Case((NOISY > 1).float(), lambda: Plain(1, bce),
-        options={"class_shares": "estimate"}),
     "binary, labels": Case((NOISY > 1).long(), lambda: Squeezed(1, bce), holdout_labels=SOME.clamp(max=1).float()),
     "regression": Case(X[:, :1] + X[:, 1:2].sin(), lambda: Plain(1, mse)),
     "regression, two targets": Case(X[:, :2] + 0.1 * X[:, 2:4], lambda: Plain(2, mse)),
@@ -358,34 +356,6 @@ def test_class_shares_hold_for_all_predictions_and_no_other_accuracy_is_compared
     assert monitor.summary["reference"] is not None
     with pytest.raises(ValueError, match="Expected batches in `dataloader`, but got none"):
         monitor.predict(model, [])
-
-
-@pytest.mark.parametrize("is_resumed", [False, True])
-def test_estimated_class_shares_are_those_of_the_fit_however_few_samples_are_predicted(
-    is_resumed: bool, tmp_path: Path
-) -> None:
-    monitor, model, val = quick_risk(class_shares="estimate"), Plain(), unlabelled(seed=1)
-    run = fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=1)
-    if is_resumed:
-        run.save_checkpoint(path := tmp_path / "one.ckpt")
-        monitor = quick_risk(class_shares="estimate")
-        fitted(monitor, model, batches_of(X, CORRECT), val, max_epochs=2, ckpt_path=path)
-    found = monitor.predict(model, val).reference
-    q = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT))
-    shares = torch.from_numpy(monitor.reference.shares_)
-    expected = reweigh(q, shares, estimate_class_shares(q, shares))
-    torch.testing.assert_close(found, expected, check_dtype=False, atol=1e-4, rtol=0)
-    for row in range(3):
-        torch.testing.assert_close(monitor.predict(model, [HOLDOUT[row : row + 1]]).reference, found[row : row + 1])
-
-
-def test_without_estimated_class_shares_they_are_those_of_training() -> None:
-    monitor, model = quick_risk(class_shares="estimate"), Plain()
-    _, texts = fitted_and_said(monitor, model, batches_of(X, NOISY.flip(0)), unlabelled(seed=1), max_epochs=1)
-    assert any("the reference sees too little" in text for text in texts)
-    expected = torch.from_numpy(monitor.reference.predict_proba(HOLDOUT[:1]))
-    found = monitor.predict(model, [HOLDOUT[:1]]).reference
-    torch.testing.assert_close(found, expected, check_dtype=False)
 
 
 def test_a_row_with_nan_keeps_its_place_without_a_prediction_by_the_reference() -> None:

@@ -21,7 +21,6 @@ from lightning_sensitivity.reference.calibration import (
     Calibration,
     Sharpening,
     calibrate,
-    estimate_class_shares,
     judge,
     reweigh,
 )
@@ -163,13 +162,11 @@ def shifted(shares: list[float], seed: int = 0, num_samples: int = 600) -> tuple
     return torch.tensor(found.left_out_), torch.tensor(p), one_hot(y[150:][new], 2).double().mean(0)
 
 
-def test_shares_of_unseen_classes_are_estimated_and_differences_told() -> None:
+def test_other_shares_of_unseen_classes_are_told() -> None:
     torch.manual_seed(0)
     left_out, q, truth = shifted([1.0, 9.0])
     training = left_out.mean(0)
     assert largest_difference(left_out, q)[1] > 4
-    found = estimate_class_shares(q, training)
-    assert (found - truth).abs().max() < 0.12 < 0.3 < (training - truth).abs().max()
     weighed = reweigh(q, training, truth)
     torch.testing.assert_close(weighed.sum(1), torch.ones(600).double())
     assert (weighed.mean(0) - truth).abs().max() < 0.08 < (q.mean(0) - truth).abs().max()

@@ -44,7 +44,7 @@ NUMBERS_HELD = counted({"as they are": "clear_held", "with noise": "noisy_held"}
 SHIFTED = counted({
     f"{label}, {shares}": f"few_{way}{end}"
     for label, way in (("weighted sampler", "sampler"), ("undersampled", "undersampled"))
-    for shares, end in (("as they seem", ""), ("known", "_known"), ("estimated", "_estimated"))
+    for shares, end in (("as they seem", ""), ("known", "_known"))
 })  # fmt: skip
 
 

@@ -51,7 +51,7 @@ from said import Said, file_of, fit_run
 from torch import Tensor
 
 from lightning_sensitivity.functional.expected import ESTIMATES
-from lightning_sensitivity.reference.calibration import estimate_class_shares, reweigh
+from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.observations import largest_difference
 from lightning_sensitivity.reference.reference import Reference
 
@@ -147,12 +147,11 @@ def measure_alike(recorded: Recorded, reference: Reference, q: Tensor) -> dict[s
 
 
 def of_shares(recorded: Recorded, way: str, reference: Reference, *predictions: Tensor) -> dict[str, list[Tensor]]:
-    """Return predictions for the class shares of unseen samples, known or estimated, where training has others."""
+    """Return predictions for the class shares of unseen samples, which are known, where training has others."""
     if way not in SHIFTED:
         return {}
     s, known = torch.tensor(reference.labels_.mean(0)), recorded.labels("y_test", 2).double().mean(0)
-    shares = {"known shares": known, "estimated shares": estimate_class_shares(predictions[0], s)}
-    return {name: [reweigh(q, s, each) for q in predictions] for name, each in shares.items()}
+    return {"known shares": [reweigh(q, s, known) for q in predictions]}
 
 
 def measure_file(file: Path, judges: list[str]) -> dict[str, dict[str, Any]]:

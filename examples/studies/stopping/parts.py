@@ -31,7 +31,7 @@ MORE = pd.DataFrame(
 ALL = Runs(pd.concat([FOUND, MORE], axis=1))
 CHECK = ALL.where("not is_design")
 SEEN = {"": "inputs", "_body": "body", "_lite0": "lite0", "_lite2": "lite2"}  # by judges
-SHARES = {"": "inputs", "_known": "known shares", "_estimated": "estimated shares"}
+SHARES = {"": "inputs", "_known": "known shares"}
 PHOTOS = "pool in ['photos', 'photos_more']"
 SIGNALS = "pool in ['signals', 'signals_more', 'waves']"
 CONDITIONS = {
