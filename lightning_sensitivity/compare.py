@@ -220,7 +220,7 @@ def _read_training(
     model: nn.Module, reader: BatchReader, training: Iterable[object], shape: Shape | None
 ) -> tuple[Tensor, Observations]:
     """Return no labels, in the form that they have, and training samples, with labels as a matrix."""
-    kept = reader.make_kept(1 if shape is None else reader.task.num_columns(shape), num_batches=length_hint(training))
+    kept = reader.make_kept(1 if shape is None else reader.task.num_columns(shape))
     like = torch.zeros(0)
     for index, batch in enumerate(training):
         moved = move_batch(model, batch)
@@ -229,6 +229,7 @@ def _read_training(
             labels = reader.labels(moved, call, shape)
             reader.check_samples(moved, call, labels)
             like = labels[:0]
+            kept.num_expected = len(labels) * length_hint(training)  # which may be sorted
         reader.keep_observations(kept, model, moved, shape)
     samples = kept.joined()
     return like, samples.take(finite_samples(samples, "training samples", warn))

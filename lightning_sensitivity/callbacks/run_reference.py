@@ -1,6 +1,5 @@
 """The reference of a run: training samples are kept in the first whole epoch, of which it is made once."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -89,13 +88,8 @@ class RunReference:
         if self.stage in (Stage.KEPT, Stage.OVER):
             return
         if self.run.training is None or begins_epoch:
-            self.stage, num_batches = Stage.KEEPING_REST, 0.0
-            if begins_epoch:
-                self.stage = Stage.KEEPING_EPOCH
-                # Where no validation comes earlier, samples are spread over a whole epoch.
-                is_whole = (trainer.val_check_batch or math.inf) >= trainer.num_training_batches
-                num_batches = trainer.num_training_batches if is_whole else 0
-            self.run.training = self.reader.make_kept(self.num_columns, trainer.world_size, num_batches)
+            self.stage = Stage.KEEPING_EPOCH if begins_epoch else Stage.KEEPING_REST
+            self.run.training = self.reader.make_kept(self.num_columns, trainer.world_size)
         self.reader.keep_observations(self.run.training, module, batch, self.output_shape)
 
     # Until there are enough
@@ -105,7 +99,7 @@ class RunReference:
         if self.stage is Stage.OVER:
             return False
         is_whole = self.stage is Stage.KEPT or (self.stage is Stage.KEEPING_EPOCH and bool(trainer.is_last_batch))
-        return agree(trainer, is_whole or (self.run.training is not None and self.run.training.are_enough()))
+        return agree(trainer, is_whole or (self.run.training is not None and self.run.training.is_full))
 
     # Join what all processes have kept, fit the reference, predict, and send the predictions
 

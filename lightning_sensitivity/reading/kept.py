@@ -1,6 +1,5 @@
 """What is kept on the CPU: batches of a loader, to be measured again and again, and samples to learn from."""
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from lightning_sensitivity.running.call import ModelCall
 
 # Of the validation samples of all loaders, in all processes, and as much again of the training samples.
 MAX_BYTES = 2**29
-_SORTED = 5.0  # standard errors between the labels of two halves
 _SLACK = 1.25  # by how much samples may exceed what is wanted, so that they are seldom sorted out
 NUM_BATCHES = 20  # over which samples are spread, since data may be sorted
 
@@ -139,49 +137,42 @@ class KeptObservations:
         num_columns: How many columns labels have as a matrix.
         num_processes: How many processes share what a reference may know, and the memory.
         max_read: How many samples may be read in all processes, where that is expensive.
-        num_batches: How many batches will come; by this number the samples to read are evenly spaced, and none
-            is read in vain. 0 or inf if it is not known.
 
     Attributes:
         num_columns: How many columns labels have as a matrix.
         num_wanted: How many samples are wanted in the end.
         num_to_read: How many more may be read.
+        num_expected: How many will come; by this number those to read are evenly spaced. 0 if it is not known.
         num_seen: How many have come.
         size: How many there are, which may be a quarter more than are wanted.
     """
 
-    def __init__(
-        self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize, num_batches: float = 0
-    ) -> None:
+    def __init__(self, num_columns: int, num_processes: int = 1, max_read: int = sys.maxsize) -> None:
         most = max_samples({"columns": torch.zeros(1, 1)}, num_columns) // num_processes
         self.num_columns = num_columns
         self.num_to_read = max_read // num_processes
         self.num_wanted = min(most, self.num_to_read)
+        self.num_expected = 0
         self.num_seen = 0
         self.size = 0
         self._num_processes = num_processes
-        self._num_batches = num_batches if math.isfinite(num_batches) else 0
-        self._num_calls = 0
         self._shapes: dict[str, torch.Size] | None = None  # of what is seen of a sample
-        self._num_expected = 0.0  # samples, by the mean size of batches so far
         self._parts: list[tuple[Tensor, Observations]] = []  # with the priority of each
 
     @property
     def is_full(self) -> bool:
         """Whether as many samples have come as are wanted, or may be read."""
-        return self.num_to_read == 0 or self.num_seen >= max(self.num_wanted, self._num_expected)
+        return self.size > 0 and (self.num_to_read == 0 or self.num_seen >= self.num_wanted)
 
     @property
     def _limit(self) -> float:
         """What the priorities of samples must be below."""
-        return self.num_wanted / max(1, self.num_seen, self._num_expected)
+        return self.num_wanted / max(1, self.num_seen, self.num_expected)
 
     def choose(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Return which of so many next samples are wanted, by their indices ``(R,)``, and their priorities."""
         priorities = spaced_fraction(torch.arange(self.num_seen, self.num_seen + num_samples, dtype=torch.float64))
-        self._num_calls += 1
         self.num_seen += num_samples
-        self._num_expected = self.num_seen * self._num_batches / self._num_calls
         indices = (priorities < self._limit).nonzero()[: self.num_to_read, 0]
         self.num_to_read -= len(indices)
         return indices, priorities[indices]
@@ -209,16 +200,6 @@ class KeptObservations:
             elif bool(is_wanted.any()):
                 self._parts.append((priorities[is_wanted], samples.take(is_wanted)))
         self.size = sum(len(samples) for _, samples in self._parts)
-
-    def are_enough(self) -> bool:
-        """Return whether enough samples have come, and labels are alike in both halves, as those to come will be."""
-        if self.size == 0 or not self.is_full:
-            return False
-        y = torch.cat([samples.labels for _, samples in self._parts]).double()  # in the order in which they came
-        first, second = y.tensor_split(2)
-        sizes = [(~half.isnan()).sum(0).clamp(min=1) for half in (first, second)]
-        variances = (y - y.nanmean(0)).square().nanmean(0) * (1 / sizes[0] + 1 / sizes[1])
-        return not bool(((first.nanmean(0) - second.nanmean(0)).square() > _SORTED**2 * variances).any())
 
     def joined(self) -> Observations:
         """Return the samples, in the order in which they came.

@@ -289,16 +289,15 @@ class BatchReader:
 
     # Training samples
 
-    def make_kept(self, num_columns: int, num_processes: int = 1, num_batches: float = 0) -> KeptObservations:
+    def make_kept(self, num_columns: int, num_processes: int = 1) -> KeptObservations:
         """Make what keeps training samples for :meth:`keep_observations`; an encoder runs on at most 3,000 of them.
 
         Args:
             num_columns: How many columns labels have as a matrix.
             num_processes: How many processes share the samples.
-            num_batches: How many batches will come to this process; 0 or inf if that is not known.
         """
         max_read = sys.maxsize if self._encoder is None else MAX_ENCODED
-        return KeptObservations(num_columns, num_processes, max_read, num_batches)
+        return KeptObservations(num_columns, num_processes, max_read)
 
     def keep_observations(
         self, kept: KeptObservations, model: nn.Module, batch: object, output_shape: Shape | None = None

@@ -155,17 +155,16 @@ def counting() -> tuple[Any, list[int]]:
     return net(lambda self, x: (seen.extend(x[:, 0].tolist()), x)[1]), seen
 
 
-@pytest.mark.parametrize(("num_batches", "num_processes", "furthest"), [
-    (150, 1, 299), (0, 1, 32), (float("inf"), 1, 32), (0, 2, 16),
-])  # fmt: skip
+@pytest.mark.parametrize(("num_expected", "num_processes", "furthest"), [(300, 1, 299), (0, 1, 32), (0, 2, 16)])
 def test_at_most_3000_training_samples_are_encoded_in_all_processes(
-    num_batches: float, num_processes: int, furthest: int, monkeypatch: pytest.MonkeyPatch
+    num_expected: int, num_processes: int, furthest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Evenly spaced ones of an epoch of known length, else the first ones."""
     monkeypatch.setattr(reader_module, "MAX_ENCODED", 30)
     encoder, encoded = counting()
     read, most = reader(encoder), 30 / num_processes
-    training = read.make_kept(4, num_processes, num_batches)
+    training = read.make_kept(4, num_processes)
+    training.num_expected = num_expected
     numbers = torch.arange(300.0)[:, None].repeat(1, 12)
     for batch in zip(numbers.split(2), Y.split(2), strict=True):
         read.keep_observations(training, MODEL, batch, (4,))

@@ -198,7 +198,7 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
 def test_what_is_done_for_each_training_batch_is_little() -> None:
     """Calls of functions are counted; 840 are made, in 0.2 ms."""
     reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
-    kept, profile = reader.make_kept(4, num_batches=400), cProfile.Profile()
+    kept, profile = reader.make_kept(4), cProfile.Profile()
     profile.enable()
     for batch in batches * 100:
         reader.keep_observations(kept, MODEL, batch, (4,))
@@ -215,9 +215,9 @@ def test_numbers_in_double_precision_stay_so() -> None:
         assert torch.equal(known.seen["columns"], x) and torch.equal(known.labels, y)
 
 
-@pytest.mark.parametrize(("num_batches", "most"), [(40, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
+@pytest.mark.parametrize(("num_expected", "most"), [(2000, 66), (0, 64 * 5)])  # 64 + 64 / 2 + 64 / 3 ... are 274
 def test_samples_are_chosen_before_they_are_averaged(
-    num_batches: int, most: int, monkeypatch: pytest.MonkeyPatch
+    num_expected: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     averaged = list[int]()
     images = KINDS["images"]
@@ -226,7 +226,8 @@ def test_samples_are_chosen_before_they_are_averaged(
     monkeypatch.setattr("lightning_sensitivity.reading.kept.max_samples", lambda kinds, num_columns: 64)
     model = module(lambda self, x: x.mean((2, 3)))
     reader, images = BatchReader(task=TASKS["multiclass"]), torch.rand(50, 3, 40, 40)
-    kept = reader.make_kept(3, num_batches=num_batches)
+    kept = reader.make_kept(3)
+    kept.num_expected = num_expected
     for _ in range(40):
         reader.keep_observations(kept, model, (images, torch.zeros(50).long()), (3,))
     assert 62 <= len(kept.joined()) <= 66 and sum(averaged) <= most
