@@ -14,8 +14,6 @@ BLIND = (  # ends what is said of a reference
     ", so nothing says when to stop. Callbacks that monitor it take the last epoch: label some validation samples "
     "(`validation_labels=True`), or set `features=`."
 )
-# What makes logits of probabilities.
-LOGITS = "`outputs=lambda p: p.logit(1e-6)` after a sigmoid, `outputs=lambda p: p.log()` after a softmax"
 
 Selector: TypeAlias = Callable[[Any], Any]  # selects a part of a batch or of a model's outputs
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from lightning_sensitivity.messages import Refused, Selector, check_bool, check_
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count, check_logits
 from lightning_sensitivity.running.call import Function
-from lightning_sensitivity.running.isolation import RunIsolated, call_plainly, isolated, isolated_with
+from lightning_sensitivity.running.isolation import RunIsolated, isolated, isolated_with
 
 _NUM_LABELLED = 2000  # validation samples that are kept if they have labels, over all processes
 
@@ -362,9 +361,7 @@ class RiskMonitor(Monitor):
         unseen = self._reference.unseen.get(dataloader_idx)
         known = Known(labels, numbers if self.reader.has_groups else None, unseen)
         # Losses and metrics of the user may be parts of the module, or draw numbers.
-        has_own = self.loss is not None or self._own_metrics is not None
-        isolation = isolated_with(trainer.lightning_module, self.loss) if has_own else nullcontext(call_plainly)
-        with isolation as run:
+        with isolated_with(trainer.lightning_module, self.loss) as run:
             values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
             if values:
                 with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):

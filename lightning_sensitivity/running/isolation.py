@@ -80,11 +80,6 @@ def isolated(model: nn.Module, *others: nn.Module) -> Iterator[RunIsolated]:
         yield run
 
 
-def call_plainly(function: Callable[..., T], *args: object) -> T:
-    """Call a function that runs nothing of a user, in place of what :func:`isolated` yields."""
-    return function(*args)
-
-
 def _has_scripts(model: nn.Module) -> bool:
     """Return whether a part of a model is scripted, whose attributes can't be put back."""
     return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())

@@ -32,7 +32,6 @@ _LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
 _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_DEFAULTS = ("torch.nn.modules.module", "lightning.pytorch", "pytorch_lightning")  # where `forward` is only a default
 
 _MAX_DIMENSIONS = 4  # those of images
 _MASK = "attention_mask"  # in transformers, where tokens are, and not padding
@@ -114,12 +113,6 @@ def required_names(model: nn.Module) -> list[str]:
 
 def _kinds(model: nn.Module) -> list[object]:
     return [p.kind for p in parameters_of(model).values()]
-
-
-def _has_options(model: nn.Module) -> bool:
-    """Return whether a user's own ``forward`` takes more arguments by position than it requires."""
-    is_own = not type(original_module(model)).forward.__module__.startswith(_DEFAULTS)
-    return is_own and sum(kind in (_ANY, *_POSITIONAL) for kind in _kinds(model)) > len(required_names(model))
 
 
 def _takes_only_keywords(model: nn.Module) -> bool:
@@ -274,8 +267,8 @@ def find_labels(model: nn.Module, batch: object) -> Place | None:
     if candidates or not is_sequence(batch):
         return candidates[0] if len(candidates) == 1 else None
     rest = _split(model, batch)[1]  # what follows the inputs
-    has_choice = any(isinstance(at(batch, place), Tensor) for place in rest[1:]) or (rest[1:] and _has_options(model))
-    return rest[0] if rest and not has_choice and isinstance(at(batch, rest[0]), Tensor) else None
+    tensors = [place for place in rest if isinstance(at(batch, place), Tensor)]
+    return rest[0] if tensors and tensors == rest[:1] else None
 
 
 # What a reference sees

@@ -189,7 +189,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a dict in a dict": (lambda: call(ONE, {"all": {"a": X}, "label": IDS}), "names none"),
     "a dict of too many arguments": (lambda: call(TWO, X, lambda x: {"x": x, "z": x}), "none that is called 'z'"),
     "labels of two tensors": (lambda: select_targets(ONE, (X, IDS, IDS)), "return the labels from tuple of 3"),
-    "labels that may be a mask": (lambda: select_targets(OPTIONAL, (X, IDS, ["a"])), "return the labels from"),
     "labels in a pair": (lambda: select_targets(ONE, (X, (IDS, None))), "return the labels from"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
     "labels that are no tensor": (lambda: select_targets(ONE, X, lambda batch: [1, 0]), "return the labels from a ten"),

@@ -89,13 +89,6 @@ def test_a_submodule_returns_the_kind_of_collection_that_it_did(make: Any) -> No
     torch.testing.assert_close(noisy, [x + 1])
 
 
-def test_without_submodules_nothing_is_suggested() -> None:
-    with pytest.raises(
-        MisconfigurationException, match="`at` should be None, since the model has no submodules, got 'b'"
-    ):
-        submodule(nn.Linear(2, 2), "b")
-
-
 @torch.no_grad()
 def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None:
     model, x = Siamese(), torch.rand(5, 4)
