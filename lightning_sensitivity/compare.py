@@ -87,7 +87,8 @@ def compare_models(
     Args:
         models: A dict of names and modules, two or more. Each runs on its own device, and is left as it was.
         dataloader: Batches that no model was trained on, with or without labels, all kept in memory: about a
-            thousand samples are enough.
+            thousand samples are enough. They pass through the hooks of a module, not through those of a
+            ``LightningDataModule``, which may change batches on their way to the device.
         training: The batches that the models were trained on, with labels. All are read once, and evenly
             spaced samples are kept: up to 50,000 rows of a table, or 10,000 images, signals or texts, within
             512 MiB.

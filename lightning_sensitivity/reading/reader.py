@@ -18,13 +18,12 @@ from lightning_sensitivity.running.batches import clone_tensors, take
 from lightning_sensitivity.running.call import (
     Function,
     ModelCall,
-    labels_at,
     select_outputs,
     select_seen,
     select_targets,
 )
 from lightning_sensitivity.running.isolation import isolated
-from lightning_sensitivity.running.rules import Layout, Sight, find_sight
+from lightning_sensitivity.running.rules import Layout, Sight, find_labels, find_sight
 
 Shape = tuple[int, ...]
 
@@ -141,7 +140,7 @@ class BatchReader:
             MisconfigurationException: If it is not clear where they are, or they do not fit the task.
         """
         if self._targets is None:
-            selected = labels_at(call.layout.labels, batch)
+            selected = select_targets(call.model, batch)
         else:
             with isolated(call.model) as run:
                 selected = run(select_targets, call.model, batch, self._targets)
@@ -194,7 +193,7 @@ class BatchReader:
         Raises:
             MisconfigurationException: As by :meth:`labels`, or if there is not one label for each sample.
         """
-        if self._targets is None and kept.call.layout.labels is None:
+        if self._targets is None and find_labels(kept.call.model, batch) is None:
             return None
         labels = self.labels(batch, kept.call, output_shape)
         check_count(labels, kept.whole_size)

@@ -14,7 +14,7 @@ import lightning_sensitivity.running.rules as rules
 from lightning_sensitivity.functional.tensors import in_floats
 from lightning_sensitivity.messages import Refused, Selector, describe, refuse_on_error
 from lightning_sensitivity.reference.kinds import KINDS, Seen
-from lightning_sensitivity.running.batches import Place, at, clone_tensors, entry, is_floating, take
+from lightning_sensitivity.running.batches import at, clone_tensors, entry, is_floating, take
 
 _MANY = 1000  # from which on integers are names, and no categories
 _OF_NODES, _OF_EDGES = ("x", "V"), ("edge_attr", "E")  # names of features in graphs
@@ -80,7 +80,7 @@ class ModelCall:
         else:
             found = rules.find_arguments(model, batch)
         self.arguments = found.values
-        self.layout = rules.find_layout(model, batch, found, is_chosen=inputs is not None or function is not None)
+        self.layout = rules.find_layout(model, found, is_chosen=inputs is not None or function is not None)
         self.size = self.layout.size
 
     def inputs(self) -> dict[str, object]:
@@ -103,9 +103,7 @@ class ModelCall:
         """
         arguments = {name: clone_tensors(value) for name, value in self.arguments.items()}
         if perturb is not None:
-            name = self.layout.perturbed
-            if name is None:
-                raise rules.no_perturbed(self.layout, self.arguments, str(self))
+            name = rules.find_perturbed(self.layout, self.arguments, str(self))
             arguments[name] = apply_to_collection(
                 arguments[name], Tensor, lambda x: perturb(x) if is_floating(x) else x, allow_frozen=True
             )
@@ -193,20 +191,14 @@ def select_targets(model: nn.Module, batch: Any, targets: Selector | None = None
         MisconfigurationException: If it is not clear where the labels are, or they are not a tensor.
     """
     if targets is None:
-        return labels_at(rules.find_labels(model, batch), batch)
-    with refuse_on_error(f"`targets` failed on {describe(batch)}"):
-        selected = targets(clone_tensors(batch))
+        place = rules.find_labels(model, batch)
+        selected = None if place is None else at(batch, place)
+    else:
+        with refuse_on_error(f"`targets` failed on {describe(batch)}"):
+            selected = targets(clone_tensors(batch))
     if not isinstance(selected, Tensor):
         raise Refused(f"`targets` should return the labels from {describe(batch)}.")
     return selected
-
-
-def labels_at(place: Place | None, batch: Any) -> Tensor:
-    """Return the labels of a batch, or refuse it if it is not clear where they are."""
-    if place is None:
-        raise Refused(f"`targets` should return the labels from {describe(batch)}.")
-    labels: Tensor = at(batch, place)
-    return labels
 
 
 # What a reference sees

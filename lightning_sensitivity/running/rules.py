@@ -80,17 +80,15 @@ class Layout(NamedTuple):
         by_name: Whether the model gets its arguments by name, and not by position.
         inputs: Which of them are no labels, and which entries of each are left out.
         left_out: The names of others, and of entries beside inputs, if these are not those that labels have.
-        perturbed: The argument to which noise is added; None if that is not clear.
         size: The number of samples, if all tensors of the arguments have a row for each; else 0.
-        labels: Where in the batch the labels are; None if that is not clear.
+        is_chosen: Whether a function of the user has chosen the arguments.
     """
 
     by_name: bool
     inputs: Mapping[str, Sequence[str]]
     left_out: list[str]
-    perturbed: str | None
     size: int
-    labels: Place | None
+    is_chosen: bool
 
 
 def without(value: Any, names: Sequence[str]) -> Any:
@@ -152,17 +150,8 @@ def find_arguments(model: nn.Module, batch: Any) -> Arguments:
 
 
 def chosen_arguments(model: nn.Module, chosen: Any) -> Arguments:
-    """Name the arguments that a function of the user has chosen: one, a tuple, or a dict of those named.
-
-    Raises:
-        MisconfigurationException: If ``forward`` has none of such a name.
-    """
-    parameters = parameters_of(model)
-    unknown = [name for name in chosen if name not in parameters] if isinstance(chosen, Mapping) else []
-    if isinstance(chosen, Mapping) and (len(unknown) < len(chosen) or _takes_only_keywords(model)):
-        if unknown and _KEYWORDS not in _kinds(model):
-            names = ", ".join(map(repr, unknown))
-            raise Refused(f"`inputs` should return arguments of `forward`, which has none that is called {names}.")
+    """Name the arguments that a function of the user has chosen: one, a tuple, or a dict of those named."""
+    if isinstance(chosen, Mapping) and (parameters_of(model).keys() & chosen.keys() or _takes_only_keywords(model)):
         return Arguments(True, {**chosen})
     return Arguments(False, name_positions(model, chosen if type(chosen) is tuple else [chosen]))
 
@@ -174,8 +163,8 @@ def arguments_for_function(batch: object, chosen: Any) -> Arguments:
     return Arguments(is_mapping, {BATCH: batch, **{str(step): value for step, value in parts}})
 
 
-def find_layout(model: nn.Module, batch: object, arguments: Arguments, is_chosen: bool) -> Layout:
-    """Find the labels in a batch, and what is seen of the arguments: the inputs, which are not named like labels."""
+def find_layout(model: nn.Module, arguments: Arguments, is_chosen: bool) -> Layout:
+    """Find what is seen of the arguments: the inputs, which are not named like labels."""
     by_name, values = arguments
     if BATCH in values:
         inputs: dict[str, Sequence[str]] = {name: () for name in values if name != BATCH}
@@ -184,15 +173,12 @@ def find_layout(model: nn.Module, batch: object, arguments: Arguments, is_chosen
         names = [name for name in values if name in asked or not is_like_targets(name)]
         inputs = {name: labels_in(values[name]) for name in names}
     named = {name: without(values[name], labels) for name, labels in inputs.items()}
-    floating = _floating(by_name, inputs, values)
-    is_clear = len({name for name, _ in floating}) == 1 and (is_chosen or len(floating) == 1)
     return Layout(
         by_name=by_name,
         inputs=inputs,
         left_out=[] if BATCH in values else sorted(_names(values) - _names(named) - {*TARGET_NAMES}),
-        perturbed=floating[0][0] if is_clear else None,
         size=_num_samples(values),
-        labels=find_labels(model, batch),
+        is_chosen=is_chosen,
     )
 
 
@@ -399,21 +385,22 @@ def check_class_dimension(outputs: Tensor, arguments: object) -> None:
 # Noise, which is added to the first argument by position, or to the only one by name that has floating tensors
 
 
-def _floating(by_name: bool, inputs: Mapping[str, object], arguments: Mapping[str, object]) -> list[tuple[str, str]]:
-    """List the argument of each dense floating tensor that noise may be added to, and the code that selects it."""
-    listed = []
-    for name in inputs if by_name else [*arguments][:1]:
+def find_perturbed(layout: Layout, arguments: Mapping[str, object], described: str) -> str:
+    """Find the argument to which noise is added: the only dense floating tensor, or what a function has chosen.
+
+    Raises:
+        MisconfigurationException: If that is not clear.
+    """
+    floating = []
+    for name in layout.inputs if layout.by_name else [*arguments][:1]:
         value = arguments[name]
         beside = {key: value[key] for key in _beside_labels(value)} if isinstance(value, Mapping) else value
-        tensors = [(place, x) for place, x in tensors_in(beside) if is_floating(x) and not _is_empty(x)]
-        listed += [(name, code_of(place, name)) for place, _ in tensors]
-    return listed
-
-
-def no_perturbed(layout: Layout, arguments: Mapping[str, object], described: str) -> Refused:
-    """Say that it is not clear where noise belongs."""
-    listed = ", ".join(f"`{place}`" for _, place in _floating(layout.by_name, layout.inputs, arguments)) or "none"
-    return Refused(
+        tensors = [place for place, x in tensors_in(beside) if is_floating(x) and not _is_empty(x)]
+        floating += [(name, code_of(place, name)) for place in tensors]
+    if len({name for name, _ in floating}) == 1 and (layout.is_chosen or len(floating) == 1):
+        return floating[0][0]
+    listed = ", ".join(f"`{code}`" for _, code in floating) or "none"
+    raise Refused(
         f"Expected one dense floating input to perturb, got {listed} among the arguments of `forward` ({described}). "
         "Perturb the output of a submodule by `at=`, or select an input by `inputs=`.",
         entry="noise",

@@ -187,7 +187,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an entry that may be a label": (lambda: call(ANYTHING, {"past_target": X, "weight": X}), "names none"),
     "several tensors for any arguments": (lambda: call(ANYTHING, {"a": X, "b": X}), "names none"),
     "a dict in a dict": (lambda: call(ONE, {"all": {"a": X}, "label": IDS}), "names none"),
-    "a dict of too many arguments": (lambda: call(TWO, X, lambda x: {"x": x, "z": x}), "none that is called 'z'"),
     "labels of two tensors": (lambda: select_targets(ONE, (X, IDS, IDS)), "return the labels from tuple of 3"),
     "labels in a pair": (lambda: select_targets(ONE, (X, (IDS, None))), "return the labels from"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),

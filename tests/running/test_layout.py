@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import ModelCall
 from lightning_sensitivity.running.batches import at, held_by, tensors_in
+from lightning_sensitivity.running.rules import find_labels
 from tests.helpers import module
 
 NUM_TEMPLATES = 450
@@ -92,9 +93,9 @@ def test_a_layout_selects_what_the_model_and_the_reference_get() -> None:
         if isinstance(call, str):
             continue
         num_read += 1
-        layout, parts = call.layout, {id(each) for each in parts_of(batch)}
+        labels, parts = find_labels(model, batch), {id(each) for each in parts_of(batch)}
         assert all(id(value) in parts for value in call.arguments.values())
-        assert layout.labels is None or isinstance(at(batch, layout.labels), Tensor)
+        assert labels is None or isinstance(at(batch, labels), Tensor)
         assert call.size == 0 or {len(x) for _, x in tensors_in(call.arguments) if x.ndim > 0} == {call.size}
         rows = torch.tensor([(call.size or 4) - 1, 0])
         whole, some = (attempt(BatchReader().see, batch, call, call.size or 4, each) for each in (None, rows))
