@@ -71,21 +71,9 @@ def is_last_batch(trainer: Trainer) -> bool:
     return bool(trainer._evaluation_loop.batch_progress.is_last_batch)
 
 
-def logged_names(trainer: Trainer) -> set[str]:
-    """Return the names under which values were logged in the running evaluation."""
-    results: Any = trainer._results
-    current = [each for each in results.values() if not each.has_reset]
-    return {name for each in current for name in results._forked_name(each, on_step=False)}
-
-
 def has_workers(trainer: Trainer) -> bool:
     """Return whether a run is in forked or spawned processes, of which only weights and metrics come back."""
     return "_MultiProcessingLauncher" in {base.__name__ for base in type(trainer.strategy.launcher).__mro__}
-
-
-def averages_weights(callback: object) -> bool:
-    """Return whether a callback puts averaged weights in place of those of training in each validation."""
-    return hasattr(callback, "_swap_models") and getattr(callback, "_average_model", None) is not None
 
 
 def has_transfer_hooks(datamodule: object) -> bool:

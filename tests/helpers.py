@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks import monitor as monitor_module
-from lightning_sensitivity.expected import fitted as fitted_module
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.reference import learners
 from lightning_sensitivity.running import noise_generator
 
-monitor_module._FEW_SAMPLES = fitted_module._FEW_SAMPLES = 0  # tests train and validate on few
+monitor_module._FEW_SAMPLES = 0  # tests validate on few
 NUM_FEATURES, NUM_CLASSES = 12, 4
 
 

@@ -21,7 +21,6 @@ from lightning_sensitivity.running.isolation import RunIsolated
 NO_VALUE = (
     "This epoch has no value: callbacks that monitor it get the last one again, and count it against their patience."
 )
-_SAME = 0.01  # difference of a value from that which was logged, as 16 bits have it
 _FEW_SAMPLES = 50  # of which a value is mostly noise
 
 
@@ -142,7 +141,6 @@ class Monitor(Callback, ABC):
         """Decide whether to measure, and prepare to keep samples in the first validation of a run."""
         if is_fitting(trainer) and self.run.phase is Phase.BEFORE_FIRST_STEP:
             self.run.phase = Phase.RESUMED
-        self.run.logged = {}
         self.run.validation = Validation.SKIPPED
         if self.is_ready(trainer) and self.should_measure(trainer):
             self.run.validation = Validation.KEEPING
@@ -178,7 +176,7 @@ class Monitor(Callback, ABC):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, or forget the samples of the sanity check; every process comes here."""
         if self.run.validation is Validation.KEEPING:  # the loader ended early, or has no batch here
-            self._measure_all(trainer, pl_module, are_averages_gone=self._follows_averaging(trainer))
+            self._measure_all(trainer, pl_module)
         if trainer.sanity_checking:
             self.run.free()
             return
@@ -193,14 +191,6 @@ class Monitor(Callback, ABC):
         if is_fitting(trainer):
             self.run.missing.publish(trainer)  # to others, for what is missing
         self.run.validation = Validation.SKIPPED
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn if somebody else has logged another value by one of our names, of which Lightning takes the mean."""
-        for name, value in self.run.logged.items():
-            published = float(trainer.callback_metrics.get(name, value))
-            if not (math.isnan(value) or math.isclose(published, value, rel_tol=_SAME, abs_tol=_SAME**2)):
-                message = f"logs `{name}`, and your own code does, too, so that it is the mean of both. Set `prefix=`."
-                self.run.warn("names", message, kind=name)
 
     # After a run
 
@@ -238,13 +228,7 @@ class Monitor(Callback, ABC):
         suffix = f"/dataloader_idx_{dataloader_idx}" if self.num_loaders(trainer) > 1 else ""
         return self.prefix + name + suffix
 
-    def _follows_averaging(self, trainer: Trainer) -> bool:
-        """Return whether a callback before this one has replaced averaged weights at the end of a validation."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        earlier = callbacks[: callbacks.index(self)]
-        return any(compat.averages_weights(each) for each in earlier)
-
-    def _measure_all(self, trainer: Trainer, pl_module: LightningModule, are_averages_gone: bool = False) -> None:
+    def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the samples of every loader without a trace, by averaged weights, if there are any."""
         self.run.validation = Validation.MEASURED
         self.run.measured = [None] * len(self.run.samples)
@@ -259,12 +243,6 @@ class Monitor(Callback, ABC):
                 trainer.precision_plugin.val_step_context(),
                 isolated(pl_module) as run,
             ):
-                if are_averages_gone and samples.size > 0:
-                    raise Refused(
-                        "the loader gave fewer batches than it announced, and the averaged weights are gone. List "
-                        "`WeightAveraging` after the monitors.",
-                        entry="samples",
-                    )
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
                     self.check_model(run, samples.batches[0].call.to(pl_module.device))
                 self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
@@ -306,13 +284,9 @@ class Monitor(Callback, ABC):
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Log the values of a loader, and note which are missing."""
-        of_others = compat.logged_names(trainer)
         for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
-            if logged_name in of_others:
-                message = f"does not log `{logged_name}`, since your own code does. Choose another `prefix=`."
-                self.run.warn("names", message, kind=logged_name)
-            elif name not in values:
+            if name not in values:
                 self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
             else:
                 self.run.missing.remember(dataloader_idx, {name: float(values[name])})
@@ -324,4 +298,3 @@ class Monitor(Callback, ABC):
                         sync_dist=trainer.world_size > 1,
                         add_dataloader_idx=False,
                     )
-                    self.run.logged[logged_name] = float(values[name])

@@ -66,7 +66,6 @@ class Run:
         samples: The kept validation samples, by loader.
         training: The kept training samples, of which a reference is made; None if there are none, or no more needed.
         measured: What was measured of them, by loader; None where that failed.
-        logged: What was logged in the current validation, by name.
     """
 
     def __init__(self, monitor: str, prefix: str, is_debugging: bool = False) -> None:
@@ -75,7 +74,6 @@ class Run:
         self.first_step = FirstStep()
         self.missing = MissingValues()
         self.doubts = Doubts(self.warn)
-        self.logged: dict[str, float] = {}
         self.free()
         self._monitor = monitor
         self._prefix = prefix

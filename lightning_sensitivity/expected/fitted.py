@@ -16,8 +16,6 @@ from lightning_sensitivity.reference.observations import Observations, count_gro
 from lightning_sensitivity.running.batches import move_batch
 from lightning_sensitivity.running.isolation import isolated
 
-_FEW_SAMPLES = 30  # of training, of which probabilities are too high by a tenth
-
 
 class FittedReference:
     """A reference of a run, which the monitor, its ``predict`` and ``compare_models`` ask alike.
@@ -57,9 +55,6 @@ class FittedReference:
             warn("outputs", message)
         is_table = "columns" in (self.model.kind_, self.model.features_)
         is_trusted = self.model.may_choose(reader.sees_all)
-        if is_trusted and self.model.num_samples_ < _FEW_SAMPLES:
-            message = f"has only {self.model.num_samples_} training samples, of which a reference is often too sure."
-            warn("few-samples", f"{message} Use {_FEW_SAMPLES}.", kind="training")
         self.verdict = Verdict(
             learner=self.model.learner_,
             features="features" if reader.has_features else self.model.features_,

@@ -24,20 +24,6 @@ _FEWEST, _COMPARED = 16, 64  # samples whose labels equal no input by chance, an
 # An encoder: a network of the user that makes features of the inputs
 
 
-def check_encoder(encoder: nn.Module, model: nn.Module) -> None:
-    """Refuse weights that are trained with the model, since features of earlier samples would not hold."""
-    trained = {weight for weight in model.parameters() if weight.requires_grad}
-    if not trained.isdisjoint(encoder.parameters()):
-        raise Refused("`features` is trained with the network: pass a copy, `copy.deepcopy(body)`.", "features")
-    shared = {*model.modules()}.intersection(encoder.modules())
-    if any(module.training and next(module.buffers(recurse=False), None) is not None for module in shared):
-        raise Refused(
-            "`features` has buffers, such as those of batch norm, that change as the network is trained: pass a copy, "
-            "`copy.deepcopy(body)`, or call `body.eval()` in `on_train_epoch_start`.",
-            "features",
-        )
-
-
 def encode(encoder: nn.Module, call: ModelCall, size: int, indices: Tensor | None) -> Tensor:
     """Return the features of some samples, ``(R, D)``, in single precision, on the CPU.
 

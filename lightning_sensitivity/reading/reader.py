@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_sensitivity.functional.tasks import TASKS, Task
 from lightning_sensitivity.functional.tensors import are_probabilities, evenly_spaced, in_floats
 from lightning_sensitivity.messages import Refused, Selector, check_argument, describe, describe_error, refuse_on_error
-from lightning_sensitivity.reading.inputs import MAX_ENCODED, check_encoder, encode, find_leaked_label
+from lightning_sensitivity.reading.inputs import MAX_ENCODED, encode, find_leaked_label
 from lightning_sensitivity.reading.kept import KeptBatch, KeptObservations, num_bytes
 from lightning_sensitivity.reference.kinds import Seen, are_finite
 from lightning_sensitivity.reference.observations import Observations, group_numbers
@@ -101,9 +101,18 @@ class BatchReader:
         self._first_sight: Sight | None = None
 
     def check_encoder(self, model: nn.Module) -> None:
-        """Refuse an encoder that is trained with the model."""
-        if self._encoder is not None:
-            check_encoder(self._encoder, model)
+        """Refuse an encoder that changes as the model is trained, since features of earlier samples would not hold."""
+        if self._encoder is None:
+            return
+        trained = {weight for weight in model.parameters() if weight.requires_grad}
+        shared = {*model.modules()}.intersection(self._encoder.modules())
+        has_buffers = any(module.training and [*module.buffers(recurse=False)] for module in shared)
+        if has_buffers or not trained.isdisjoint(self._encoder.parameters()):
+            raise Refused(
+                "`features` is trained with the network, or has buffers that change, such as those of batch norm: pass "
+                "a copy, `copy.deepcopy(body)`.",
+                "features",
+            )
 
     def call(self, model: nn.Module, batch: object) -> ModelCall:
         """Make the call of a model on a batch."""

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import SensitivityMonitor
@@ -156,27 +155,6 @@ def test_after_an_epoch_without_labels_the_reference_is_made_of_the_next_one() -
     _, texts = fitted_and_said(monitor := quick_risk(), Pretrained(), *data, max_epochs=3)
     assert len(texts) == 1 and "No training sample has a label" in texts[0]
     assert ["expected_loss" in row for row in monitor.history] == [False, True, True]
-
-
-@pytest.mark.parametrize("is_first", [False, True])
-def test_averaged_weights_that_are_gone_at_the_end_of_a_stream_are_not_measured(is_first: bool) -> None:
-    averages, monitors = helpers.averaged_weights(), [SensitivityMonitor(2.0), quick_risk()]
-    callbacks = [*averages, *monitors] if is_first else [*monitors, *averages]
-    # Lightning does not know that the last batch of three is the last of 100.
-    options = {"limit_val_batches": 100, "max_epochs": 2, "num_sanity_val_steps": 0}
-    _, texts = fitted_and_said(callbacks, Plain(), loader(90), DataLoader(helpers.Stream(seed=1), 20), **options)
-    assert len(texts) == 2 * is_first and all("List `WeightAveraging` after the monitors" in text for text in texts)
-    assert ("expected_loss" in monitors[1].history[-1]) == (not is_first)
-    with helpers.said() as texts:  # without a fit there are no averages
-        others = [*helpers.averaged_weights(), SensitivityMonitor(2.0)]
-        helpers.trainer(others, limit_val_batches=100).validate(
-            Plain(), DataLoader(helpers.Stream(), 20), verbose=False
-        )
-    assert not texts
-    # That of `StochasticWeightAveraging` is put in place after the fit alone.
-    others = [cb.StochasticWeightAveraging(0.01, 1), SensitivityMonitor(2.0)]
-    _, texts = fitted_and_said(others, Plain(), loader(90), DataLoader(helpers.Stream(seed=1), 20), **options)
-    assert not texts
 
 
 # Where passes fail

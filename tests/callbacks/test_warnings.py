@@ -78,16 +78,6 @@ def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_t
     assert [row["reference"] for row in monitor.history] == [None] * 3
 
 
-@pytest.mark.parametrize(("num_samples", "options", "is_said"), [
-    (29, {}, True), (30, {}, False), (29, {"fast_dev_run": True}, False),
-])  # fmt: skip
-def test_few_training_samples_are_said(num_samples: int, options: Any, is_said: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr("lightning_sensitivity.expected.fitted._FEW_SAMPLES", 30)
-    texts = said(monitor := quick_risk(), None, of(X[:num_samples], Y[:num_samples]), **options)
-    assert len(texts) == is_said and all("has only 29 training samples" in text for text in texts)
-    assert "expected_loss" in monitor.history[0]
-
-
 ONE_HOT = one_hot((3.999 * inputs(400, seed=5)[:, :4]).long(), 4).float().flatten(1)[:, :12]  # 97 % and 99 % recur
 REPEATED: dict[str, tuple[Any, Any, bool]] = {  # training samples, validation samples, and is it said?
     "others": (X, inputs(90, seed=1), False),
