@@ -22,7 +22,7 @@ from lightning_sensitivity.running.isolation import isolated, isolated_with
 from lightning_sensitivity.running.rules import labels_in, name_positions, without
 
 _LIGHTNING_MODULES = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
-_SAME = 0.1  # difference of a loss that is a mean, such as one of pairs
+_SAME = 0.25  # difference of a loss that is a mean, such as one of pairs, or that draws numbers
 _ZERO = 1e-12  # up to which a loss is 0
 _ROUNDING = 1e-3  # of shares that sum to 1
 _SCALED, _SHIFTED = 1.5, 0.5  # factor between standard deviations, and the part of one between means, of inputs

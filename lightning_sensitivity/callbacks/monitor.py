@@ -107,21 +107,15 @@ class Monitor(Callback, ABC):
 
     # Training
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that an epoch begins, whose first batch may be None."""
-        self.run.begins_epoch = True
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Check the first batch of a run, and watch its step. From now on, a failure costs a value, and no run."""
-        begins_epoch = self.run.begins_epoch or batch_idx == 0  # a resumed one may begin anew without the hook above
-        self.run.begins_epoch = False
         if self.run.phase is Phase.TRAINING:
-            self.learn(trainer, pl_module, batch, begins_epoch)
+            self.learn(trainer, pl_module, batch, batch_idx == 0)
             return
         self.reader.reset()  # a sanity check may have read others
         with raise_in_all(trainer):
             self.start(trainer, pl_module, batch)
-            self.learn(trainer, pl_module, batch, begins_epoch)
+            self.learn(trainer, pl_module, batch, batch_idx == 0)
         self.run.phase = Phase.TRAINING
         self.run.first_step.start(pl_module, batch, self.reader)
 

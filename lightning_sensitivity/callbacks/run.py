@@ -58,7 +58,6 @@ class Run:
 
     Attributes:
         phase: Where it is, and so what a failure means.
-        begins_epoch: Whether the next training batch is the first of its epoch.
         validation: What is done with the current validation.
         first_step: Watches the first training step.
         missing: What other callbacks get in place of values.
@@ -70,7 +69,6 @@ class Run:
 
     def __init__(self, monitor: str, prefix: str, is_debugging: bool = False) -> None:
         self.phase = Phase.BEFORE_FIRST_STEP
-        self.begins_epoch = False
         self.first_step = FirstStep()
         self.missing = MissingValues()
         self.doubts = Doubts(self.warn)

@@ -82,7 +82,7 @@ def show_all_of_the_curves(page: Any) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
-def test_the_values_stand_beside_the_loss_at_the_address_of_the_guide(
+def test_values_stand_beside_the_loss_at_the_address_of_the_guide_and_losses_in_one_chart(
     tensorboard_url: str, page: Any, tmp_path: Path
 ) -> None:
     assert f"http://localhost:6006/{ADDRESS}" in (DOCS / "getting_started.md").read_text()
@@ -96,13 +96,7 @@ def test_the_values_stand_beside_the_loss_at_the_address_of_the_guide(
     # This is the picture of docs/guide, with $LOGDIR and --basetemp.
     page.screenshot(path=tmp_path / "tensorboard.png", clip={"x": 0, "y": 0, "width": 1400, "height": 840})
 
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
-def test_training_expected_and_validation_loss_stand_in_one_chart(
-    tensorboard_url: str, page: Any, tmp_path: Path
-) -> None:
-    page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit")
+    page.goto(f"{tensorboard_url}#custom_scalars", wait_until="commit")  # training, expected and validation loss
     page.get_by_text("Matches (3)").wait_for()
-    page.wait_for_timeout(1000)  # until the curves are drawn
+    page.wait_for_timeout(1000)
     page.screenshot(path=tmp_path / "one_chart.png")
