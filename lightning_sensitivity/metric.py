@@ -51,7 +51,7 @@ class OutputSensitivity(Metric):
     Raises:
         ValueError: If ``per_output`` is not a bool; in ``update``, if shapes do not fit; in ``compute``, if K
             differs between updates.
-        TypeError: In ``update``, if an output is not a floating tensor, or ``noisy`` are labels.
+        TypeError: In ``update``, if an output is not a floating tensor.
 
     Example:
         >>> import torch
@@ -80,7 +80,6 @@ class OutputSensitivity(Metric):
         self._all_rows = torch.empty(0)  # over all processes, as of the last `compute`
         self.rows: list[Tensor] | Tensor = []  # one tensor while it is synchronized
         self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self._has_looked = False  # `forward` resets the number of updates
         self.reset()
 
     def reset(self) -> None:
@@ -91,16 +90,8 @@ class OutputSensitivity(Metric):
         self.rows = [empty]
 
     def update(self, clean: Tensor, noisy: Tensor | Sequence[Tensor]) -> None:
-        """Add the outputs for clean and perturbed inputs of one batch."""
+        """Add the outputs for clean and perturbed inputs of one batch; in a ``MetricCollection``, by keywords."""
         assert isinstance(self.rows, list)
-        if isinstance(noisy, Tensor) and noisy.numel() > 0:  # a `MetricCollection` passes labels by position
-            is_first, self._has_looked = not self._has_looked, True  # looking at numbers waits for the device
-            if not noisy.is_floating_point() or (is_first and _are_labels(noisy, clean)):
-                raise TypeError(
-                    f"Expected `noisy` to be a floating tensor of outputs (logits), but got labels, {noisy.dtype}. "
-                    "Update a `MetricCollection` by keywords: `collection.update(preds=..., target=..., clean=..., "
-                    "noisy=...)`."
-                )
         self.rows.append(sensitivity.sensitivity_sums(clean, noisy))
 
     def compute(self) -> Tensor:
@@ -159,8 +150,3 @@ class OutputSensitivity(Metric):
 
     def _move(self, state: Tensor) -> Tensor:
         return state.to(self.device, wide_dtype(self.device))
-
-
-def _are_labels(noisy: Tensor, clean: Tensor) -> bool:
-    """Return whether all numbers are 0 or 1, and not all 0, where clean outputs are others."""
-    return bool((noisy == noisy.square()).all() and noisy.any() and (clean != clean.square()).any())

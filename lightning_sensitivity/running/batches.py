@@ -16,8 +16,6 @@ from lightning_sensitivity.messages import refuse_on_error
 from lightning_sensitivity.running.isolation import isolated
 
 Place = tuple[Any, ...]  # where a value is in a batch: keys, one within the other
-# Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
-TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
 
 _TRUE = {torch.float16, torch.bfloat16, torch.float64}  # to which a Trainer converts a model and its batches
 

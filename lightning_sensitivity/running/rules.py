@@ -13,7 +13,6 @@ from lightning_sensitivity.compat import original_module
 from lightning_sensitivity.messages import Refused, describe
 from lightning_sensitivity.reference.kinds import kind_of
 from lightning_sensitivity.running.batches import (
-    TARGET_NAMES,
     Attribute,
     Place,
     at,
@@ -27,6 +26,8 @@ from lightning_sensitivity.running.batches import (
     tensors_in,
 )
 
+# Names of labels in batches of torch, transformers, chemprop and Lightning's examples.
+TARGET_NAMES = ("label", "labels", "target", "targets", "y", "Y", "class")
 _LIKE_TARGETS = re.compile("label|target", re.IGNORECASE)
 
 BATCH = "the batch"  # the name of what a function in place of `forward` gets
@@ -235,10 +236,8 @@ def _split(model: nn.Module, batch: Sequence[Any]) -> tuple[list[Place], list[Pl
     """Find as many elements as ``forward`` requires, or those of a in (a, y), and what follows."""
     count, steps = max(1, len(required_names(model))), [(step,) for step, _ in held_by(batch)]
     may_be_pair = len(batch) == 2 and count >= 2 and is_sequence(batch[0]) and len(batch[0]) == count
-    if may_be_pair and isinstance(y := batch[1], Tensor):
-        has_one_number = y.ndim in (1, 2) and y.shape[1:].numel() == 1  # for each sample
-        if count > 2 or has_one_number:
-            return [(*steps[0], step) for step, _ in held_by(batch[0])], steps[1:]
+    if may_be_pair and isinstance(batch[1], Tensor):
+        return [(*steps[0], step) for step, _ in held_by(batch[0])], steps[1:]
     return steps[:count], steps[count:]
 
 

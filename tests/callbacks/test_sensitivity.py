@@ -268,7 +268,7 @@ class OfIds(Linear):
 
 @pytest.mark.parametrize(("options", "change", "match"), [
     ({}, to_ids, "dense floating input to perturb, got none"),
-    ({"noise": lambda x, generator: x[:1]}, None, "`noise` should return a tensor"),
+    ({"noise": lambda x, generator: x[:1]}, None, "rows, and there are 1 outputs"),
     ({"at": "nett"}, None, "`at` should be the name of a submodule"),
 ])  # fmt: skip
 def test_noise_is_tried_before_the_first_step_without_a_sanity_check_too(options: Any, change: Any, match: str) -> None:

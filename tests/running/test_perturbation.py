@@ -36,14 +36,11 @@ def test_numbers_and_functions_are_noise_and_nothing_else() -> None:
             check_noise(noise)  # type: ignore[arg-type]
 
 
-def test_a_function_may_write_into_what_it_gets_and_gives_the_like() -> None:
+def test_a_function_may_write_into_what_it_gets() -> None:
     x, key = torch.zeros(2, 3), (0, 1, 2, 3, 4)
     perturb = perturbation(lambda x, generator: x.add_(torch.rand(x.shape, generator=generator)), key)
     both = torch.rand(4, 3, generator=noise_generator(*key))  # one stream for all tensors of a draw
     assert torch.equal(torch.cat([perturb(x), perturb(x)]), both) and not x.any()
-    for other in (None, x[:1], x.double(), x.to("meta")):
-        with pytest.raises(MisconfigurationException, match=r"`noise` should .*\(2, 3\)"):
-            perturbation(lambda x, generator, other=other: other, key)(x)
 
 
 class Siamese(nn.Module):
