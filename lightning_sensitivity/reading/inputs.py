@@ -1,5 +1,6 @@
 """What a reference sees of the inputs of a model by an encoder, and whether labels are among them."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 
@@ -18,7 +19,8 @@ from lightning_sensitivity.running.isolation import isolated
 MAX_ENCODED = 3000
 _PART = 64  # samples that are encoded at a time, for lack of memory
 
-_FEWEST, _COMPARED = 16, 64  # samples whose labels equal no input by chance, and how many are compared
+_COMPARED = 32  # samples of which labels and inputs are compared
+_FEWEST = 8  # that have another label than most, so that none equals an input by chance
 
 
 # An encoder: a network of the user that makes features of the inputs
@@ -77,10 +79,13 @@ def find_leaked_label(inputs: Mapping[str, object], labels: Tensor, counts: Tens
         The code that selects it; None if there is none.
     """
     rows = counts.nonzero()[:_COMPARED, 0]
-    answers = {column for column in _columns(labels, rows) if len({*column}) > 2}
+    answers = set()
+    for column in _columns(labels, rows):
+        num_most = max(Counter(column).values(), default=0)
+        if len({*column}) > 2 and len(rows) - num_most >= _FEWEST:
+            answers.add(column)
     for place, x in tensors_in(inputs):
-        can_hold = len(rows) >= _FEWEST and has_samples(x, len(counts))
-        if can_hold and not answers.isdisjoint(_columns(x.detach().cpu(), rows)):
+        if answers and has_samples(x, len(counts)) and not answers.isdisjoint(_columns(x.detach().cpu(), rows)):
             return code_of(place[1:], place[0])
     return None
 

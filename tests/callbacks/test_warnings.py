@@ -314,22 +314,18 @@ class Function(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 60, 500])
 @pytest.mark.parametrize("name", GATES)
-def test_logits_of_fresh_networks_are_never_refused(name: str, num_samples: int) -> None:
-    for task, seed in product(("multiclass", "binary", "multilabel"), range(10)):
+def test_logits_of_fresh_networks_are_never_refused(name: str) -> None:
+    for task, num_samples, seed in product(("multiclass", "binary", "multilabel"), (1, 2, 60), range(4)):
         checked(task, GATES[name], num_samples, seed)
 
 
-@pytest.mark.parametrize("num_samples", [1, 60])
 @pytest.mark.parametrize("name", PROBABILITIES)
-def test_probabilities_by_a_sigmoid_of_torch_are_refused_but_not_where_a_softmax_may_follow(
-    name: str, num_samples: int
-) -> None:
-    for task in ("binary", "multilabel"):
+def test_probabilities_by_a_sigmoid_of_torch_are_refused_but_not_where_a_softmax_may_follow(name: str) -> None:
+    for task, num_samples in product(("binary", "multilabel"), (1, 60)):
         with pytest.raises(MisconfigurationException, match="outputs are probabilities"):
             checked(task, PROBABILITIES[name], num_samples, seed=0)
-    checked("multiclass", PROBABILITIES[name], num_samples, seed=0)
+    checked("multiclass", PROBABILITIES[name], 60, seed=0)
 
 
 # Labels of the wrong kind

@@ -10,6 +10,7 @@ from lightning_sensitivity.reading.inputs import find_leaked_label
 
 RANDOM = torch.Generator().manual_seed(0)
 X, Z = torch.randn(60, 5, generator=RANDOM), torch.randn(60, 2, generator=RANDOM)
+RARE = (torch.arange(60) % 8 == 0).long() + (torch.arange(60) % 16 == 0)
 K, FLAG = torch.randint(4, (60,), generator=RANDOM), torch.randint(2, (60,), generator=RANDOM)
 
 
@@ -27,12 +28,13 @@ FOUND: dict[str, tuple[dict[str, Any], Tensor, str]] = {
 }
 PASSED: dict[str, tuple[dict[str, Any], Tensor]] = {
     "a target with noise": ({"x": Z[:, :1] + 1e-2 * X[:, :1]}, Z[:, 0]),
-    "fifteen samples": ({"x": Z[:15]}, Z[:15]),
+    "eight samples": ({"x": Z[:8]}, Z[:8]),
     "constants, nan, sparse and nothing": (
         {"a": torch.ones(60, 2), "b": X * torch.nan, "c": X.to_sparse(), "d": X[:, :0], "e": [], "f": "a"},
         Z,
     ),
     "a flag, which may be a good one": ({"x": X, "flag": FLAG.float()}, FLAG),
+    "few labels that are not those of most": ({"x": X, "k": RARE}, RARE),
     "a flag among columns": ({"flag": torch.cat([X, FLAG[:, None]], 1)}, FLAG),
 }
 
