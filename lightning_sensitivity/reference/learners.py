@@ -85,8 +85,9 @@ class Features:
             fixed = slice(1, KINDS[kind].num_fixed)
             if len(given) != len(shape) or given[fixed] != shape[fixed]:
                 got = ", ".join(f"{kind} of shape {tuple(each.shape)}" for kind, each in seen.items())
+                sizes = f"X has {given[1:].numel()} features, but Reference is expecting {shape[1:].numel()} features"
                 wanted = ", ".join(map(str, shape[1:]))
-                raise ValueError(f"Expected `x` to have {kind} (M, {wanted}), but got {got}.")
+                raise ValueError(f"{sizes} as input: `x` has to have {kind} (M, {wanted}), but got {got}.")
 
 
 def _median_distance(matrix: Matrix) -> float:

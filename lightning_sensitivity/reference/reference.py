@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.metrics import accuracy_score, r2_score
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils import ClassifierTags, RegressorTags, check_consistent_length
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
@@ -19,7 +21,7 @@ from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit
 from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
 from lightning_sensitivity.reference.validation import read_labels, read_samples
 
-_MIN_SAMPLES = 4
+_FEWEST = 4
 _CHUNK = 10_000  # samples that are predicted at a time
 _LEAST_SKILL = 0.02  # up to it, a reference is blind, unless it sees all inputs as columns
 _FEW_SAMPLES = 250  # up to which it needs more, as chance makes more
@@ -77,20 +79,15 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         self.task = task
         self.estimator = estimator
 
-    @property
-    def _estimator_type(self) -> str:
-        """What scikit-learn stratifies folds by, before 1.6."""
-        return "regressor" if find_task(self.task).is_regression else "classifier"
-
     def __sklearn_tags__(self) -> Any:
-        """Say what it is, from scikit-learn 1.6 on."""
-        from sklearn.utils import ClassifierTags, RegressorTags
-
+        """Say what it is."""
+        is_regression = find_task(self.task).is_regression
         tags = super().__sklearn_tags__()
-        tags.estimator_type = self._estimator_type
-        is_classifier = tags.estimator_type == "classifier"
-        tags.classifier_tags = ClassifierTags() if is_classifier else None
-        tags.regressor_tags = None if is_classifier else RegressorTags()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = is_regression
+        tags.estimator_type = "regressor" if is_regression else "classifier"
+        tags.regressor_tags = RegressorTags() if is_regression else None
+        tags.classifier_tags = None if is_regression else ClassifierTags()
         return tags
 
     def fit(self, x: Samples, y: Array, groups: Array = None) -> "Reference":
@@ -119,25 +116,19 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """
         task = find_task(self.task)
         seen = read_samples(x)
+        validate_data(self, _frame(x), y, skip_check_array=True, ensure_2d=False)  # names of columns
         labels, classes = read_labels(y, task)
         task.check_learnable(labels)
         samples = Observations(seen, labels, None if groups is None else group_numbers(groups))
-        given = [labels, *seen.values(), *([] if samples.groups is None else [samples.groups])]
-        if len(sizes := {len(each) for each in given}) > 1:
-            names = "`x` and `y`" if samples.groups is None else "`x`, `y` and `groups`"
-            raise ValueError(f"Expected {names} of the same samples, but got {sorted(sizes)} of them.")
+        check_consistent_length(*seen.values(), labels, samples.groups)
         indices, known = choose_different(samples, len(classes), task)
-        if len(known) < _MIN_SAMPLES:
-            raise ValueError(f"Expected {_MIN_SAMPLES} or more different samples with labels, but got {len(known)}.")
+        if len(known) < _FEWEST:
+            raise ValueError(f"Expected {_FEWEST} or more different samples with labels, but got {len(known)} samples.")
         known.seen = shrunk(known.seen)
         fit = fit_learners if self.estimator is None else partial(fit_estimator, self.estimator)
         learner, chosen = fit(known, task)
         self.classes_ = classes
         self._describe(learner, indices[chosen], task)
-        self.__dict__.pop("feature_names_in_", None)
-        frame: Any = x.get("columns") if isinstance(x, Mapping) else x
-        if hasattr(frame, "columns"):
-            self.feature_names_in_ = np.array(list(frame.columns), dtype=object)
         return self
 
     def _describe(self, learner: Learner, indices: Tensor, task: Task) -> None:
@@ -227,6 +218,7 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         what = f"{self.learner_} on {self.features_}, {self.num_samples_} samples"
         return f"Reference({what}, skill {self.skill_:.2f})"
 
+    @available_if(lambda self: not find_task(self.task).is_regression)  # type: ignore[untyped-decorator]
     def predict_proba(self, x: Samples) -> Array:
         """Predict the probabilities of all classes, or of each label, ``(M, C)``; two columns for ``"binary"``.
 
@@ -234,11 +226,8 @@ class Reference(BaseEstimator):  # type: ignore[misc]
             x: Samples as those that it was fitted to, ``(M, ...)``; images may have any size.
 
         Raises:
-            AttributeError: In a regression.
             ValueError: If samples are of another kind, or nan or inf.
         """
-        if find_task(self.task).is_regression:
-            raise AttributeError("A regression has no probabilities: use `predict`.")
         return self.predict_matrix(x)
 
     def predict(self, x: Samples) -> Array:
@@ -278,14 +267,20 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         Raises:
             ValueError: As by :meth:`predict_proba`.
         """
-        check_is_fitted(self)
+        check_is_fitted(self, "classes_")
         features = self._learner.features
         kind = self.kind_ if len(features.shapes) == 1 else ""
-        seen = read_samples(x, getattr(self, "feature_names_in_", None), kind)
+        seen = read_samples(x, kind)
+        validate_data(self, _frame(x), reset=False, skip_check_array=True, ensure_2d=False)
         features.check(seen)
         starts = range(0, len(next(iter(seen.values()))), _CHUNK)
         parts = [rows_of(seen, slice(start, start + _CHUNK)) for start in starts]
         return np.concatenate([self._learner.predict(shrunk(part)).numpy() for part in parts])
+
+
+def _frame(x: Samples) -> Any:
+    """Return what may have names of columns."""
+    return x.get("columns") if isinstance(x, Mapping) else x
 
 
 def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:
