@@ -149,8 +149,7 @@ def compare_models(
         new = new.take(rows)
         like, known = _read_training(first, reader, training, shape)
         num_columns = known.labels.shape[1]
-        is_other = shape is None and some.shape[1:].numel() != num_columns  # such as quantiles
-        unseen = _ask_reference(reader, known, reference, new, is_other, not validation_labels)
+        unseen = _ask_reference(reader, known, reference, new, not validation_labels)
     y = torch.full((len(some), num_columns), math.nan, dtype=torch.float64)
     if validation_labels:
         with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
@@ -237,7 +236,7 @@ def _read_training(
 
 
 def _ask_reference(
-    reader: BatchReader, training: Observations, estimator: object, new: Observations, is_local: bool, is_alone: bool
+    reader: BatchReader, training: Observations, estimator: object, new: Observations, is_alone: bool
 ) -> Unseen | None:
     """Fit a reference, and let it predict new samples; None if it may not choose.
 
@@ -246,7 +245,6 @@ def _ask_reference(
         training: Training samples.
         estimator: What is fitted; None for the reference's own learners.
         new: The new samples; what makes them doubtful is said.
-        is_local: Whether errors of a regression are drawn near each prediction.
         is_alone: Whether there are no other labels; then it has to choose.
     """
     fitted = FittedReference(reader, training, estimator, warn)
@@ -256,7 +254,7 @@ def _ask_reference(
         skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
         raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
     # In an order that depends on the samples alone, by which labels are drawn.
-    unseen = fitted.expect(training, new, new.projected.argsort(), "`dataloader`", is_local, False)
+    unseen = fitted.expect(training, new, new.projected.argsort(), "`dataloader`", False)
     return unseen if fitted.verdict.is_trusted else None
 
 

@@ -255,7 +255,6 @@ class RiskMonitor(Monitor):
             any_outputs = self.task.has_any_outputs(self.loss)
             shape = tuple(without_ones(outputs).shape[1:])
             labels = self.reader.labels(batch, call, None if any_outputs else shape)
-            is_local = any_outputs and outputs.shape[1:].numel() != labels.shape[1:].numel()
             shape = tuple(labels.shape[1:]) if any_outputs else shape
             check_count(labels, len(outputs))
             self.reader.check_samples(batch, call, labels, need_reference=not self.validation_labels)
@@ -265,7 +264,7 @@ class RiskMonitor(Monitor):
             metrics = self._metrics_of(num_columns)
             checks.try_values(module, metrics, self.loss, outputs, labels, self.task)
             self._expectation = Expectation(self.task, self.loss, metrics, outputs, labels, self.run.doubts)
-            self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape, is_local)
+            self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape)
         checks.check_monitored(trainer, self.prefix, self.directions)
 
     def learn(self, trainer: Trainer, module: LightningModule, batch: object, begins_epoch: bool) -> None:

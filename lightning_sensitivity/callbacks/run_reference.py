@@ -53,7 +53,6 @@ class RunReference:
         estimator: What is fitted; None for the reference's own learners.
         class_shares: The class shares of unseen samples; None for those of training.
         output_shape: The shape of the network's outputs for a sample, or of its label where outputs have another.
-        is_local: Whether errors of a regression are drawn near each prediction.
         stage: Where it is on its way.
         was_tried: Whether it was tried to make one.
         fitted: The reference, in the first process; None before.
@@ -66,7 +65,6 @@ class RunReference:
     estimator: object
     class_shares: Sequence[float] | None
     output_shape: tuple[int, ...]
-    is_local: bool
     stage: Stage = Stage.WAITING
     was_tried: bool = False
     fitted: FittedReference | None = None
@@ -169,4 +167,4 @@ class RunReference:
         where = f"dataloader {dataloader_idx}"
         indices = finite_samples(unseen, f"validation samples of {where}", self.run.warn)
         indices = indices[unseen.projected[indices].argsort()]
-        return self.fitted.expect(training, unseen, indices, where, self.is_local, has_shares=True)
+        return self.fitted.expect(training, unseen, indices, where, has_shares=True)

@@ -76,7 +76,7 @@ class FittedReference:
         return reweigh(q, torch.from_numpy(self.model.shares_), torch.as_tensor(self._class_shares))
 
     def expect(
-        self, training: Observations, new: Observations, indices: Tensor, where: str, is_local: bool, has_shares: bool
+        self, training: Observations, new: Observations, indices: Tensor, where: str, has_shares: bool
     ) -> Unseen:
         """Predict some of new samples, draw labels for them, and say what makes them doubtful.
 
@@ -85,7 +85,6 @@ class FittedReference:
             new: New samples.
             indices: Which of them to predict, ``(N,)``; labels are drawn in this order.
             where: What they are called, such as ``"dataloader 0"``.
-            is_local: Whether errors of a regression are drawn near each prediction.
             has_shares: Whether the user could set ``class_shares``, and is told to.
         """
         model, new = self.model, new.take(indices)
@@ -93,7 +92,7 @@ class FittedReference:
         if has_shares and self._reader.task.has_class_shares and self._class_shares is None:
             say_shares(where, model, q, new.groups, self._warn)
         say_differences(training, new, where, not self._reader.has_features, self._warn)
-        draws = draw_labels(q, model.task, model.residuals_near(q) if is_local else model.residuals_)
+        draws = draw_labels(q, model.task, model.residuals_)
         q = q.index_fill(1, torch.from_numpy(model.blind_labels_), math.nan)
         groups = None if model.groups_ is None else torch.from_numpy(model.groups_)
         num_calibrating = count_groups(groups, model.num_samples_)

@@ -45,8 +45,8 @@ def draw_labels(q: Numbers, task: str = "multiclass", residuals: Numbers = None)
     Args:
         q: Predictions ``(N, C)``; for ``"binary"`` also probabilities of class 1, ``(N,)`` or ``(N, 1)``.
         task: The task.
-        residuals: In a regression, quantiles of the left-out errors, which are added: ``(20, C)``, or near each
-            prediction, ``(20, N, C)``; see ``Reference.residuals_`` and ``Reference.residuals_near``.
+        residuals: In a regression, quantiles of the left-out errors, which are added, ``(20, C)``; see
+            ``Reference.residuals_``.
 
     Returns:
         Class indices ``(20, N)``; for ``"multilabel"`` labels ``(20, N, L)``; for a regression targets

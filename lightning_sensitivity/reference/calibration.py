@@ -26,10 +26,7 @@ _SHARES = torch.cat([_FEW, _MANY]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
-
-
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
-_NEAR_SHARE, _FEWEST_NEAR, _MOST_NEAR = 10, 60, 500  # a tenth of the samples, of which errors are near
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
 _CHANCE, _NOTHING = 0.1, 0.3  # that labels without a relation to the inputs are told as well: blind, and surely so
@@ -271,22 +268,6 @@ def error_quantiles(errors: Array) -> Array:
     quantiles = quantiles - quantiles.mean(0)
     size, wanted = (np.sqrt(np.nanmean(np.square(each), axis=0)) for each in (quantiles, errors))
     return quantiles * np.divide(wanted, size, out=np.zeros_like(size), where=size > 0)
-
-
-def error_quantiles_near(predictions: Array, left_out: Array, labels: Array) -> Array:
-    """Return 20 quantiles of the errors near each of some predictions, of one column, ``(20, M)``.
-
-    Args:
-        predictions: Predictions, ``(M,)``.
-        left_out: Left-out predictions, ``(N,)``.
-        labels: Their labels, ``(N,)``; nan is unknown.
-    """
-    is_known = ~np.isnan(labels)
-    left_out, labels = left_out[is_known], labels[is_known]
-    number = min(len(labels), max(_FEWEST_NEAR, min(len(labels) // _NEAR_SHARE, _MOST_NEAR)))
-    order = left_out.argsort(kind="stable")
-    first = (np.searchsorted(left_out[order], predictions) - number // 2).clip(0, len(order) - number)
-    return error_quantiles((labels - left_out)[order[np.arange(number)[:, None] + first]])
 
 
 # How good left-out predictions are

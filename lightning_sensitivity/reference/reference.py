@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from lightning_sensitivity.functional.tasks import Task, find_task
-from lightning_sensitivity.reference.calibration import error_quantiles, error_quantiles_near, judge, measure_quality
+from lightning_sensitivity.reference.calibration import error_quantiles, judge, measure_quality
 from lightning_sensitivity.reference.kinds import MAX_FOREST_COLUMNS, Array, Samples, rows_of, shrunk
 from lightning_sensitivity.reference.learners import Learner, fit_estimator, fit_learners
 from lightning_sensitivity.reference.observations import Observations, choose_different, group_numbers
@@ -178,20 +178,6 @@ class Reference(BaseEstimator):  # type: ignore[misc]
         """Quantiles of left-out errors in a regression, with their mean square, ``(20, C)``; else none."""
         errors = self.labels_ - self.left_out_
         return error_quantiles(errors) if find_task(self.task).is_regression else errors[:0]
-
-    def residuals_near(self, predictions: Array) -> Array:
-        """Return quantiles of left-out errors near each of some predictions of a regression, ``(20, M, C)``.
-
-        They are those of the tenth of the training samples whose left-out predictions are the nearest: where
-        numbers are large, errors mostly are.
-
-        Args:
-            predictions: Predictions ``(M, C)``.
-        """
-        if self.inputs_tell_nothing_:  # all are equally near
-            return np.repeat(self.residuals_[:, None], len(predictions), 1)
-        columns = zip(np.asarray(predictions).T, self.left_out_.T, self.labels_.T, strict=True)
-        return np.stack([error_quantiles_near(*column) for column in columns], axis=2)
 
     @property
     def is_trusted_(self) -> bool:

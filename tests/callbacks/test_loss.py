@@ -55,8 +55,7 @@ def test_it_is_that_of_a_plain_loop_over_drawn_labels(name: str) -> None:
     x = HOLDOUT[projection({"columns": HOLDOUT}).argsort()]
     reference, outputs = monitor.reference, model.eval()(x).detach()
     q = reference.predict_matrix(x)
-    errors = reference.residuals_near(q) if task == "regression" and num_outputs > 1 else reference.residuals_
-    draws = draw_labels(q, task, errors)
+    draws = draw_labels(q, task, reference.residuals_)
     draws = one_hot(draws, 4).double() if y.ndim == 2 and task == "multiclass" else draws
     values = [loss(outputs.clone(), each.reshape(len(x), *y.shape[1:]).to(y)).mean() for each in draws]
     assert logged(run, "val/expected_loss")["val/expected_loss"] == pytest.approx(float(sum(values) / 20), rel=1e-5)

@@ -260,9 +260,6 @@ def test_where_a_table_tells_nothing_the_mean_label_is_what_to_expect(what: str)
     assert found.is_trusted_ and not found.may_choose(sees_all=False) and math.isnan(found.unexplained_)
     np.testing.assert_allclose(found.predict_matrix(NEW), np.tile(shares, (4, 1)))
     np.testing.assert_array_equal(found.left_out_, np.tile(found.shares_, (SIZE, 1)))
-    if task == "regression":  # all errors are equally near
-        near = found.residuals_near(np.array([shares, [9.0, 9.0]]))
-        np.testing.assert_array_equal(near, found.residuals_[:, None].repeat(2, 1))
 
 
 def ranked(share: float, num_samples: int = 600) -> tuple[Tensor, Tensor]:

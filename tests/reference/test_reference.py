@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from lightning_sensitivity import Reference
-from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners, reference
 from lightning_sensitivity.reference.calibration import Calibration, error_quantiles, unexplained_share
@@ -92,20 +91,6 @@ def test_errors_of_a_regression_have_quantiles_with_their_mean_square() -> None:
     many = error_quantiles(np.random.default_rng(0).normal(size=(20_001, 1)) * np.ones(300))
     assert many.shape == (20, 300) and many[-1, 0] == pytest.approx(2, abs=0.1)
     assert not error_quantiles(np.zeros((9, 2))).any()
-
-
-def test_errors_near_a_prediction_are_as_large_as_there() -> None:
-    x = torch.rand(2000, 2, generator=generator())
-    noise = torch.randn(2000, 2, generator=generator(1)) * x  # which grows with the prediction
-    found = Reference("regression", LinearRegression()).fit(x, 5 * x + noise)
-    q = np.array([[0.5, 4.5], [4.5, 0.5], [2.5, 2.5]])
-    errors = found.residuals_near(q)
-    assert errors.shape == (20, 3, 2)
-    np.testing.assert_allclose(np.square(errors).mean(0), np.square(q / 5), rtol=0.35)
-    draws = draw_labels(q, "regression", errors)
-    torch.testing.assert_close(draws, torch.from_numpy(q + errors))
-    few = Reference("regression", LinearRegression()).fit(x[:30], 5 * x[:30] + noise[:30])
-    np.testing.assert_allclose(few.residuals_near(q), few.residuals_[:, None].repeat(3, 1))
 
 
 # As scikit-learn's

@@ -15,8 +15,7 @@ BY_TABLE = FOUND.groupby(["network", "rule", "table"])[MEASURES].mean()
 TABLES = FOUND["table"].nunique()
 RULES = {
     "the last epoch": "last",
-    "expected loss, errors of all samples": "pooled",
-    "**expected loss, errors of near ones**": "local",
+    "**expected loss**": "pooled",
     "600 targets": "targets",
 }
 
@@ -54,11 +53,11 @@ BLOCKS = {
     "losses: quantiles": table("quantiles", "quantiles", "%", PERCENT, ".1f"),
     "losses: deviation": table("mean and deviation", "deviation", "nats", ["above", "off", "off_median"], ".2f"),
     "losses: in words": f"""
-On {TABLES} real tables, the pinball loss of the chosen epoch was {mean("quantiles", "local", "above_percent"):.1f} %
+On {TABLES} real tables, the pinball loss of the chosen epoch was {mean("quantiles", "pooled", "above_percent"):.1f} %
 above the lowest ({against("quantiles", "above_percent", ".1f")}), and the negative log-likelihood of a mean with a
-deviation {mean("deviation", "local", "above"):.2f} nats ({against("deviation", "above", ".2f")}). **The level is not
-promised**: the pinball loss told was {mean("quantiles", "local", "off_percent"):.0f} % off, on one table
-{BY_TABLE.loc[("quantiles", "local"), "off_percent"].max():.0f} % (600 targets
+deviation {mean("deviation", "pooled", "above"):.2f} nats ({against("deviation", "above", ".2f")}). **The level is not
+promised**: the pinball loss told was {mean("quantiles", "pooled", "off_percent"):.0f} % off, on one table
+{BY_TABLE.loc[("quantiles", "pooled"), "off_percent"].max():.0f} % (600 targets
 {mean("quantiles", "targets", "off_percent"):.0f} %), the likelihood in the median epoch
-{mean("deviation", "local", "off_median"):.1f} nats (600 targets {mean("deviation", "targets", "off_median"):.1f}).""",
+{mean("deviation", "pooled", "off_median"):.1f} nats (600 targets {mean("deviation", "targets", "off_median"):.1f}).""",
 }

@@ -5,9 +5,8 @@
     python examples/studies/tables.py                 # results.csv -> the pages
 
 A network learns 1,000 rows of a table. After each epoch its loss on 600 other rows is expected, by targets that are
-drawn around a reference's predictions: with the residuals of all left-out predictions, or of the nearest ones, as
-`RiskMonitor(loss=)` does. The targets of the 600 rows are told for comparison. The loss on up to 2,000 further rows
-tells which epoch was the best.
+drawn around a reference's predictions with its residuals, as `RiskMonitor(loss=)` does. The targets of the 600 rows
+are told for comparison. The loss on up to 2,000 further rows tells which epoch was the best.
 """
 
 import argparse
@@ -43,7 +42,6 @@ NUM_TRAINING, NUM_UNSEEN, NUM_TEST = 1000, 600, 2000  # rows
 BATCH, NUM_EPOCHS, SEEDS = 50, 40, 1
 QUANTILES = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
 Loss = Callable[[Tensor, Tensor], Tensor]
-Draws = dict[str, Tensor]
 
 
 def table(line: str) -> tuple[Tensor, Tensor]:
@@ -78,14 +76,6 @@ def gaussian(outputs: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, tuple[Loss, int]] = {"quantiles": (pinball, len(QUANTILES)), "deviation": (gaussian, 2)}
 
 
-def drawn(reference: Reference, q: Tensor) -> Draws:
-    """Draw targets around predictions, by residuals of all left-out predictions, and of the nearest ones."""
-    return {
-        "pooled": draw_labels(q, "regression", reference.residuals_),
-        "local": draw_labels(q, "regression", reference.residuals_near(q)),
-    }
-
-
 def train(loss: Loss, num_outputs: int, x: Tensor, y: Tensor, num_epochs: int) -> Iterator[nn.Module]:
     """Train a network, and give it after each epoch."""
     hidden = [nn.Linear(x.shape[1], 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
@@ -109,7 +99,10 @@ def run(line: str, seed: int, num_epochs: int) -> list[dict[str, object]]:
     )
     reference = Reference("regression").fit(x[known], y[known])
     q = torch.from_numpy(reference.predict_matrix(x[unseen])).float()
-    draws = drawn(reference, q) | {"targets": y[unseen][None, :, None]}
+    draws = {
+        "pooled": draw_labels(q, "regression", reference.residuals_),
+        "targets": y[unseen][None, :, None],
+    }
     rows: list[dict[str, object]] = []
     for name, (loss, num_outputs) in LOSSES.items():
         curves: dict[str, list[float]] = {each: [] for each in (*draws, "test")}

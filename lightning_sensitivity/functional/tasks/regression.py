@@ -77,10 +77,8 @@ class Regression(TaskBase):
         return p
 
     def draw(self, p: Tensor, errors: Tensor | None) -> Tensor:
-        """Add errors ``(20, C)`` or ``(20, N, C)`` to predictions ``(N, C)``; without any there is one draw."""
-        if errors is None:
-            return p[None]
-        return p + (errors[:, None] if errors.ndim == 2 else errors).to(p)
+        """Add errors ``(20, C)`` to predictions ``(N, C)``; without any there is one draw."""
+        return p[None] if errors is None else p + errors[:, None].to(p)
 
     def answers(self, p: Tensor, classes: Any) -> Any:
         """Return what a user wants to know of predictions ``(N, C)``: numbers, an array ``(N,)`` or ``(N, D)``."""
