@@ -16,7 +16,6 @@ from lightning_sensitivity.reference.observations import (
 )
 
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
-_COLUMNS_DIFFER = 8.0  # standard errors between means of a column: at most 3.9 in 222 random splits
 _SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FALLING = 0.9  # of the last score: below, a network is still learning
 _FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
@@ -78,7 +77,7 @@ def say_unused(shares: Sequence[float], num_labels: int) -> str:
 
 
 def say_differences(training: Observations, new: Observations, where: str, are_inputs: bool, warn: Warn) -> None:
-    """Warn of columns with another mean, of samples or groups that training has, and of groups without a name.
+    """Warn of samples or groups that training has, too, and of groups without a name.
 
     Args:
         training: Training samples.
@@ -87,17 +86,6 @@ def say_differences(training: Observations, new: Observations, where: str, are_i
         are_inputs: Whether columns are those of inputs, and not of ``features=``.
         warn: As for :class:`Doubts`.
     """
-    has_columns = are_inputs and "columns" in training.seen
-    column, size = 0, 0.0
-    if has_columns:
-        means = group_means(training.seen["columns"], training.groups), group_means(new.seen["columns"], new.groups)
-        column, size = largest_difference(*means)
-    if size > _COLUMNS_DIFFER:
-        message = (
-            f"finds that column {column} of the inputs has another mean in {where} than in training, by "
-            f"{size:.0f} standard errors: scale both alike, and leave out what is known only afterwards."
-        )
-        warn("columns", message, where)
     if share := repeated_share(new.projected, training.projected):
         message = (
             f"finds that {share:.0%} of the samples of {where} are training samples: a network knows their labels, "
@@ -111,8 +99,7 @@ def say_differences(training: Observations, new: Observations, where: str, are_i
             "these groups alone. Take other ones."
         )
         warn("groups", message, where)
-    may_have_groups = has_columns and training.groups is None and not size > _COLUMNS_DIFFER
-    if may_have_groups and (share := farther_share(training, new)):
+    if are_inputs and training.groups is None and (share := farther_share(training, new)):
         message = (
             f"finds that samples of {where} are farther from training samples than these are from each other "
             f"({share:.0%} are; by chance it is half). If several are of one patient, household or "

@@ -21,7 +21,6 @@ from lightning_sensitivity.reference.kinds import KINDS, MOST, Array, Seen, join
 
 _MAX_LABELS = 10_000_000  # samples times classes
 _CHUNK = 500  # samples that are projected at a time
-_COLUMNS_AT_ONCE = 64  # whose means are compared, in double precision
 _FEW_VALUES = 100  # in each column of a table of categories
 _FEW_COMBINATIONS = 10  # of them, for each sample
 _CONTRADICTORY = 0.05  # share of the variance of labels that is among equal samples
@@ -192,16 +191,12 @@ def largest_difference(known: Tensor, new: Tensor) -> tuple[int, float]:
         known: Columns of some samples, ``(N, D)``, or the means of groups.
         new: The same columns of others, ``(M, D)``.
     """
-    sizes = []
-    for some_known, some_new in zip(*(torch.split(each, _COLUMNS_AT_ONCE, 1) for each in (known, new)), strict=True):
-        x, y = some_known.double(), some_new.double()
-        of_all = torch.cat([x, y]).var(0) * (1 / len(x) + 1 / len(y))
-        of_each = x.var(0, correction=0) / len(x) + y.var(0, correction=0) / len(y)
-        variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
-        gaps = (x.mean(0) - y.mean(0)).abs() / variances.sqrt()
-        sizes.append(gaps.where(variances > 0, 0.0))
-    column = int(torch.cat(sizes).argmax())
-    return column, float(torch.cat(sizes)[column])
+    x, y = known.double(), new.double()
+    of_all = torch.cat([x, y]).var(0) * (1 / len(x) + 1 / len(y))
+    of_each = x.var(0, correction=0) / len(x) + y.var(0, correction=0) / len(y)
+    variances = of_all.maximum(of_each)  # that of each is larger where few samples make a mean
+    sizes = ((x.mean(0) - y.mean(0)).abs() / variances.sqrt()).where(variances > 0, 0.0)
+    return int(sizes.argmax()), float(sizes.max())
 
 
 # Neighbours: whether samples seem to belong to groups that nobody has named
