@@ -11,7 +11,7 @@ from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.callbacks.run import Phase, Run, Validation, agree, gather_tensors, is_fitting, raise_in_all
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.tensors import are_close
-from lightning_sensitivity.messages import Refused, check_argument, check_bool, check_int
+from lightning_sensitivity.messages import Refused, check_argument, check_int
 from lightning_sensitivity.reading.kept import MAX_BYTES, NUM_BATCHES, KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
 from lightning_sensitivity.running import isolated
@@ -31,14 +31,12 @@ class Monitor(Callback, ABC):
     validation, measures them, and the end of the epoch logs the values.
     """
 
-    def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str, prog_bar: bool) -> None:
+    def __init__(self, reader: BatchReader, num_samples: int | None, prefix: str) -> None:
         check_int("num_samples", num_samples, 1, optional=True)
         check_argument("prefix", prefix, isinstance(prefix, str), "a str")
-        check_bool("prog_bar", prog_bar)
         self.reader = reader
         self.num_samples = num_samples
         self.prefix = prefix
-        self.prog_bar = prog_bar
         self.run = Run(type(self).__name__, prefix)
 
     # For subclasses to implement or override
@@ -46,7 +44,7 @@ class Monitor(Callback, ABC):
     @property
     @abstractmethod
     def directions(self) -> dict[str, bool]:
-        """Whether the highest value is the best, by name without the prefix; the first is on the progress bar."""
+        """Whether the highest value is the best, by name without the prefix."""
 
     @abstractmethod
     def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
@@ -288,7 +286,6 @@ class Monitor(Callback, ABC):
                     trainer.lightning_module.log(
                         logged_name,
                         values[name],
-                        prog_bar=self.prog_bar and name == self.names[0],
                         sync_dist=trainer.world_size > 1,
                         add_dataloader_idx=False,
                     )

@@ -54,7 +54,6 @@ class RiskMonitor(Monitor):
         inputs: ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
         outputs: ``result -> logits``, ``(N, K)`` or ``(N,)``.
         call: ``(module, batch) -> result`` in place of ``forward``.
-        prog_bar: Show the first value on the progress bar.
 
     Attributes:
         history: A dict for each validation and loader.
@@ -86,14 +85,13 @@ class RiskMonitor(Monitor):
         inputs: Selector | None = None,
         outputs: Selector | None = None,
         call: Function | None = None,
-        prog_bar: bool = False,
     ) -> None:
         task_rules = check_task(task, loss, reference)
         check_bool("validation_labels", validation_labels)
         checks.check_class_shares(class_shares, task_rules)
         selectors: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "targets": targets, "call": call}
         reader = BatchReader(**selectors, features=features, groups=groups, task=task_rules)
-        super().__init__(reader, num_samples, prefix, prog_bar)
+        super().__init__(reader, num_samples, prefix)
         if validation_labels and self.num_samples is not None:
             self.num_samples = max(self.num_samples, _NUM_LABELLED)
         self.task = task_rules

@@ -61,7 +61,6 @@ class SensitivityMonitor(Monitor):
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; see
             :func:`~lightning_sensitivity.running.select_outputs`.
-        prog_bar: Show the sensitivity on the progress bar.
 
     Raises:
         MisconfigurationException: If an argument is invalid; before the first training step, if the Trainer or
@@ -86,14 +85,13 @@ class SensitivityMonitor(Monitor):
         prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
-        prog_bar: bool = False,
     ) -> None:
         check_argument("at", at, isinstance(at, str | None), "the name of a submodule, or None")
         check_int("num_draws", num_draws, 1)
         check_bool("per_output", per_output)
         check_bool("loss_estimate", loss_estimate)
         check_int("seed", seed, 0)
-        super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, prefix, prog_bar)
+        super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, prefix)
         self.noise = noise
         self.at = at
         self.num_draws = num_draws

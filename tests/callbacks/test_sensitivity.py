@@ -138,11 +138,10 @@ def test_several_loaders_one_of_them_empty() -> None:
     assert not any("sensitivity" in name and name.endswith("1") for name in run.callback_metrics)
 
 
-def test_the_prefix_begins_every_name_and_the_progress_bar_shows_the_value() -> None:
-    run = helpers.trainer(callbacks=[SensitivityMonitor(prefix="a/b_", prog_bar=True), RiskMonitor(prefix="a/b_")])
+def test_the_prefix_begins_every_name() -> None:
+    run = helpers.trainer(callbacks=[SensitivityMonitor(prefix="a/b_"), RiskMonitor(prefix="a/b_")])
     run.validate(Classifier(), loader(), verbose=False)
     assert helpers.logged(run, "a/").keys() == {"a/b_output_sensitivity", "a/b_output_sensitivity_stderr"}
-    assert run.progress_bar_metrics.keys() == {"a/b_output_sensitivity"}
 
 
 # One name for one quantity, and a bound on it
