@@ -1,11 +1,9 @@
 """Rank models without validation labels: by the accuracy that a reference expects of each."""
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -149,14 +147,11 @@ def compare_models(
         new = new.take(rows)
         like, known = _read_training(first, reader, training, shape)
         num_columns = known.labels.shape[1]
-        unseen = _ask_reference(reader, known, reference, new, not validation_labels)
+        unseen = _ask_reference(reader, known, reference, new)
     y = torch.full((len(some), num_columns), math.nan, dtype=torch.float64)
     if validation_labels:
-        with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
-            moved = (move_batch(first, batch) for batch in batches)
-            labels = torch.cat([reader.labels(each, reader.call(first, each), shape) for each in moved])
-            check_count(labels, len(some))
-            y = task_rules.label_matrix(labels, num_columns).double()
+        y = _read_labels(first, reader, batches, shape, num_columns)
+        check_count(y, len(some))
     # Accuracy comes first; in a regression there is none.
     metrics = {} if loss is not None else task_rules.default_metrics(num_columns)
     expectation = Expectation(task_rules, loss, metrics, some, like, Doubts(warn))
@@ -175,8 +170,8 @@ def _scores(ranked: Sequence[tuple[str, float, float, float]]) -> Comparison:
     """Return the scores of models by what :meth:`Expectation.rank` says, or say why there are none."""
     if not ranked:
         raise Refused(
-            "`validation_labels` can't be read: no sample of `dataloader` has one, and the reference sees too little: "
-            "set `features=`.",
+            "the reference sees too little of the inputs, and no label of `dataloader` is known: set `features=`, or "
+            "`validation_labels=True`.",
             "comparing-models",
         )
     scores = Comparison()
@@ -235,24 +230,21 @@ def _read_training(
     return like, samples.take(finite_samples(samples, "training samples", warn))
 
 
-def _ask_reference(
-    reader: BatchReader, training: Observations, estimator: object, new: Observations, is_alone: bool
-) -> Unseen | None:
-    """Fit a reference, and let it predict new samples; None if it may not choose.
+def _read_labels(
+    model: nn.Module, reader: BatchReader, batches: Iterable[object], shape: Shape | None, num_columns: int
+) -> Tensor:
+    """Return the labels of batches as a matrix."""
+    with refuse_on_error("`validation_labels` can't be read", "comparing-models"):
+        moved = (move_batch(model, batch) for batch in batches)
+        labels = torch.cat([reader.labels(each, reader.call(model, each), shape) for each in moved])
+        return reader.task.label_matrix(labels, num_columns).double()
 
-    Args:
-        reader: The reader.
-        training: Training samples.
-        estimator: What is fitted; None for the reference's own learners.
-        new: The new samples; what makes them doubtful is said.
-        is_alone: Whether there are no other labels; then it has to choose.
-    """
+
+def _ask_reference(reader: BatchReader, training: Observations, estimator: object, new: Observations) -> Unseen | None:
+    """Fit a reference, or another estimator, and let it predict new samples; None if it may not choose."""
     fitted = FittedReference(reader, training, estimator, warn)
     if fitted.verdict.inputs_tell_nothing and reader.sees_all:
         warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
-    if is_alone and not fitted.verdict.is_trusted:
-        skill = f"it is only {max(0.0, fitted.verdict.skill):.0%} better than chance on labels that were left out"
-        raise Refused(f"{skill}. Set `features=`, or `validation_labels=True`.")
     # In an order that depends on the samples alone, by which labels are drawn.
     unseen = fitted.expect(training, new, new.projected.argsort(), "`dataloader`", False)
     return unseen if fitted.verdict.is_trusted else None
@@ -260,6 +252,4 @@ def _ask_reference(
 
 def warn(entry: str, message: str, kind: str = "") -> None:
     """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
-    ours = str(Path(__file__).parent)
-    depth = next((level for level, frame in enumerate(inspect.stack(0)) if not frame.filename.startswith(ours)), 0)
-    warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=depth + 1)  # at the caller's line
+    warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=3)

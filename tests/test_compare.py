@@ -109,10 +109,9 @@ def test_rows_with_nan_are_left_out(is_new: bool, has_labels: bool) -> None:
 
     new, known = TensorDataset(V, L), TensorDataset(X, Y)
     some, training = (with_nan(V, L), known) if is_new else (new, with_nan(X, Y))
-    with pytest.warns(UserWarning, match="leaves out 1 .* with nan or inf") as warnings:
+    with pytest.warns(UserWarning, match="leaves out 1 .* with nan or inf"):
         rows = compare(models, DataLoader(some, 16), training=DataLoader(training, 40), validation_labels=has_labels)
     assert rows == compare(models, DataLoader(new, 16), validation_labels=has_labels)
-    assert {warning.filename for warning in warnings} == {__file__}  # where it was called
 
 
 def test_a_loss_may_write_to_what_it_gets() -> None:
@@ -229,10 +228,12 @@ def test_labels_that_the_reference_can_not_tell_count_as_the_monitor_counts_them
 
 
 def test_a_blind_reference_is_refused_with_advice() -> None:
-    message = "no reference .*: it is only -?[0-9]+% better than chance on .* Set `features=`, or `validation_labels"
+    message = "reference sees too little of the inputs, and no label .*: set `features=`, or `validation_labels=True`"
+        "the reference sees too little of the inputs, and no label .*: set `features=`, or `validation_labels=True`"
+    )
     with pytest.raises(MisconfigurationException, match=message):
         compare(training=[(NOISE_X, Y)])
-    with pytest.raises(MisconfigurationException, match="no sample of `dataloader` has one, and the reference sees"):
+    with pytest.raises(MisconfigurationException, match=message):
         compare(batches=[(V, 0 * L - 100)], training=[(NOISE_X, Y)], validation_labels=True)
 
 
@@ -247,7 +248,7 @@ def test_a_reference_that_does_not_see_all_inputs_needs_more_skill(least: float,
     models = {name: Noted(seed=seed) for seed, name in enumerate("abc")}
     training, notes = [{"x": X, "label": Y, "note": ["a"] * 150}], [{"x": V, "note": ["b"] * NEW}]
     compare(models, [{"x": V}], training=[{"x": X, "label": Y}])
-    with pytest.raises(MisconfigurationException, match="better than chance") if least else nullcontext():
+    with pytest.raises(MisconfigurationException, match="sees too little") if least else nullcontext():
         compare(models, notes, training=training)
 
 
@@ -508,7 +509,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "a label too few",
         {"validation_labels": True, "dataloader": [(V, L[:-1])]},
-        "`validation_labels` can't be read: `targets` should return a label for each of 50 samples, got 49",
+        "`targets` should return a label for each of 50 samples, got 49",
     ),
     ("logits of another task", {"task": "binary"}, "Expected one output"),
     (
