@@ -229,8 +229,6 @@ def test_labels_that_the_reference_can_not_tell_count_as_the_monitor_counts_them
 
 def test_a_blind_reference_is_refused_with_advice() -> None:
     message = "reference sees too little of the inputs, and no label .*: set `features=`, or `validation_labels=True`"
-        "the reference sees too little of the inputs, and no label .*: set `features=`, or `validation_labels=True`"
-    )
     with pytest.raises(MisconfigurationException, match=message):
         compare(training=[(NOISE_X, Y)])
     with pytest.raises(MisconfigurationException, match=message):
