@@ -257,7 +257,7 @@ CASES = {
     "0 and 1": Case(None, "!task='binary'", y=lambda f: is_upper(f).long(), num_outputs=1),
     "0.0 and 1.0, task=": Case(None, y=lambda f: is_upper(f).float(), **BINARY),
     "measurements": Case(y=lambda f: f[:, :2] + f[:, 2:4], **REGRESSION),
-    "quantiles of several numbers": Case(None, r"!of quantiles.*`outputs=lambda y: y\[\.\.\., 2\]`, or set `loss=`",
+    "quantiles of several numbers": Case(None, DENSE,
         x=sequence, y=lambda f: f[:, :5] + f[:, 5:10], r_options={"task": "regression"}),
     "quantiles of several numbers, outputs=": Case(None, num_outputs=2,
         forward=lambda m, x: m.net(x)[..., None] + torch.arange(3), y=lambda f: f[:, :2] + f[:, 2:4],

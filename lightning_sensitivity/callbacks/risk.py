@@ -202,10 +202,6 @@ class RiskMonitor(Monitor):
         self._summarize(trainer)
         super().on_train_end(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say it, too, if a resumed fit has nothing left to train."""
-        self._summarize(trainer)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do as at the end of a fit, also after Ctrl-C, if there was a validation."""
         if trainer.state.fn == TrainerFn.FITTING and self.history:
@@ -236,10 +232,6 @@ class RiskMonitor(Monitor):
             for name, is_highest in self.directions.items()
             for index in range(self.num_loaders(trainer))
         }
-
-    def num_loaders(self, trainer: Trainer) -> int:
-        """Count the loaders; where a fit has none left, since it has ended, those of the history."""
-        return super().num_loaders(trainer) or max((row["dataloader_idx"] + 1 for row in self.history), default=1)
 
     # Training samples
 
@@ -297,8 +289,8 @@ class RiskMonitor(Monitor):
             return
         outputs = without_ones(outputs)
         if outputs.ndim > 2:
-            advice = self.task.advice_on_dense(outputs.shape)
-            raise Refused(f"outputs are dense, {tuple(outputs.shape)}, and (N, K) is needed: {advice}.", "outputs")
+            shape = tuple(outputs.shape)
+            raise Refused(f"outputs are dense, {shape}, but (N, K) is needed.", "outputs")
         check_logits(outputs, are_of_sigmoid, self.task)
 
     def is_ready(self, trainer: Trainer) -> bool:

@@ -246,20 +246,9 @@ class Expectation:
         values = _joined(expected, of_labels, known.unseen, earlier)
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that the outputs mask" if self._loss is None else f"gets {loss} from `loss`"
-            self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.{self._say_range(labelled[0])}")
+            self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.")
             values = {name: value for name, value in values.items() if not name.startswith(_LOSS)}
         return values
-
-    def _say_range(self, by_reference: Labelled | None) -> str:
-        """Give the range of the drawn targets if the user's loss fails on them; nothing for classes."""
-        if by_reference is None or self._loss is None or not self._task.is_regression:
-            return ""
-        lowest, highest = by_reference.draws[by_reference.draws.isfinite()].aminmax()
-        return (
-            f" Targets are drawn from {float(lowest):.3g} to {float(highest):.3g}, around what the reference predicts, "
-            "and `loss` has to take all of them. If it takes only those above 0, set "
-            "`loss=lambda outputs, targets: loss(outputs, targets.clamp(min=0))`."
-        )
 
     def _estimates(self, labelled: Labelled | None) -> Estimates:
         """Compute each value, and how sure it is where that is known in closed form."""

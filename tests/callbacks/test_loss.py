@@ -1,7 +1,6 @@
 """A loss of the user's own is expected on labels that are drawn, as a plain loop computes it."""
 
 import math
-import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -145,7 +144,7 @@ def test_a_loss_that_keeps_something_beside_the_network_is_left_as_it_was(take: 
 
 
 @pytest.mark.parametrize("lowest", [-math.inf, 0])
-def test_the_range_of_drawn_targets_is_said_where_a_loss_does_not_take_it(lowest: float) -> None:
+def test_a_loss_that_does_not_take_all_drawn_targets_gives_no_value(lowest: float) -> None:
     def of_roots(outputs: Tensor, y: Tensor) -> Tensor:
         return (softplus(outputs).sqrt() - y.clamp(min=lowest).sqrt()).square().mean(1)
 
@@ -153,8 +152,7 @@ def test_the_range_of_drawn_targets_is_said_where_a_loss_does_not_take_it(lowest
     monitor = quick_risk("regression", loss=of_roots)
     _, texts = fitted_and_said(monitor, model, batches_of(X, prices), unlabelled_loader(seed=1), max_epochs=2)
     assert ["expected_loss" in row for row in monitor.history] == [lowest == 0] * 2
-    of_range = [text for text in texts if re.search(r"drawn from -\d.* to \d.*targets.clamp\(min=0\)", text)]
-    assert len(of_range) == (lowest != 0)
+    assert sum("gets nan from `loss`" in text for text in texts) == (lowest != 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

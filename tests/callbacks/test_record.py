@@ -98,18 +98,6 @@ def test_a_fit_that_is_resumed_within_an_epoch_waits_for_a_whole_epoch(
     assert monitor.summary["num_training"] == monitor.reference.num_samples_ == 1300 and run.current_epoch == 4
 
 
-@pytest.mark.parametrize("num_loaders", [1, 2])
-def test_a_resumed_fit_with_nothing_left_to_train_says_what_the_fit_said(num_loaders: int, tmp_path: Path) -> None:
-    first, again, val = quick_risk(), quick_risk(), [DataLoader(HOLDOUT, 16)] * num_loaders
-    fit(Still(), first, val=val).save_checkpoint(path := tmp_path / "last.ckpt")
-    run = fit(Still(), again, val=val, ckpt_path=path)
-    assert again.history == first.history and "expected_accuracy" in first.summary and not run.epochs
-    assert again.summary["chosen_by"] == "reference" and again.summary["learner"] is None
-    assert {name: again.summary[name] for name in ("epoch", "network")} == {
-        name: first.summary[name] for name in ("epoch", "network")
-    }
-
-
 # What others have chosen by
 
 

@@ -62,10 +62,6 @@ class TaskBase:
         """Turn labels that were drawn, ``(N, ...)``, into the form, type and device of other labels."""
         return drawn.reshape(len(drawn), *like.shape[1:]).to(like)
 
-    def advice_on_dense(self, shape: Sequence[int]) -> str:
-        """Say what to do about outputs of a shape of more than two dimensions."""
-        return "nothing can be expected of pixels and tokens. Remove `RiskMonitor`; `SensitivityMonitor` works"
-
     def doubt(self, labels: Tensor) -> str:
         """Say why labels hardly belong to this task, and what to do; nothing if they may."""
         return ""

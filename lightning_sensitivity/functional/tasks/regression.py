@@ -31,11 +31,6 @@ class Regression(TaskBase):
         if bool(targets.isinf().any()):
             raise ValueError("Expected finite targets, or nan where they are unknown, but got inf. Set it to nan")
 
-    def advice_on_dense(self, shape: Sequence[int]) -> str:
-        """Say how to judge quantiles."""
-        select = f"`outputs=lambda y: y[..., {shape[-1] // 2}]`"
-        return f"of quantiles, select one, such as {select}, or set `loss=`; of pixels, nothing can be expected"
-
     def doubt(self, labels: Tensor) -> str:
         """Say that integers are rather classes."""
         if labels.is_floating_point():
