@@ -245,8 +245,7 @@ def _ask_reference(reader: BatchReader, training: Observations, estimator: objec
     fitted = FittedReference(reader, training, estimator, warn)
     if fitted.verdict.inputs_tell_nothing and reader.sees_all:
         warn("nothing-to-know", "expects the mean label of any model, since the inputs tell nothing of the labels.")
-    # In an order that depends on the samples alone, by which labels are drawn.
-    unseen = fitted.expect(training, new, new.projected.argsort(), "`dataloader`", False)
+    unseen = fitted.expect(training, new, "`dataloader`", has_shares=False)
     return unseen if fitted.verdict.is_trusted else None
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -24,7 +23,7 @@ from lightning_sensitivity.expected.summary import Curve, summarize, why_blind
 from lightning_sensitivity.functional.expected import Loss
 from lightning_sensitivity.functional.tasks import AnyMetric
 from lightning_sensitivity.functional.tensors import in_32_bits, without_ones
-from lightning_sensitivity.messages import Refused, Selector, check_bool, check_task, describe_error
+from lightning_sensitivity.messages import Refused, Selector, check_bool, check_task
 from lightning_sensitivity.reading.kept import KeptBatch, KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader, check_count, check_logits
 from lightning_sensitivity.running.call import Function
@@ -305,12 +304,8 @@ class RiskMonitor(Monitor):
     def keep_labels(self, module: LightningModule, batch: object, kept: KeptBatch) -> None:
         """Keep the labels of a validation batch, if they are wanted."""
         if self.validation_labels:
-            try:
-                shape = None if self._reference is None else self._reference.output_shape
-                kept.labels = self.reader.kept_labels(batch, kept, shape)
-            except MisconfigurationException as error:
-                message = f"treats some validation batches as unlabelled: {describe_error(error)}"
-                self.run.warn("labels", message)
+            shape = None if self._reference is None else self._reference.output_shape
+            kept.labels = self.reader.kept_labels(batch, kept, shape)
 
     def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Run the model on the kept samples of a loader.

@@ -159,12 +159,5 @@ class RunReference:
             can_read = [each for each in of_loader if each is not None]
             if len(can_read) == len(of_loader):  # else it has been said where it happened
                 with self.run.report_failure(f"can't estimate anything for dataloader {index}", "Set `features=`."):
-                    self.unseen[index] = self._predict(index, training, Observations.join(can_read))
-
-    def _predict(self, dataloader_idx: int, training: Observations, unseen: Observations) -> Unseen:
-        """Predict the kept samples of a loader, in an order that does not depend on the number of processes."""
-        assert self.fitted is not None
-        where = f"dataloader {dataloader_idx}"
-        indices = finite_samples(unseen, f"validation samples of {where}", self.run.warn)
-        indices = indices[unseen.projected[indices].argsort()]
-        return self.fitted.expect(training, unseen, indices, where, has_shares=True)
+                    new = Observations.join(can_read)
+                    self.unseen[index] = self.fitted.expect(training, new, f"dataloader {index}", has_shares=True)

@@ -75,18 +75,18 @@ class FittedReference:
             return q
         return reweigh(q, torch.from_numpy(self.model.shares_), torch.as_tensor(self._class_shares))
 
-    def expect(
-        self, training: Observations, new: Observations, indices: Tensor, where: str, has_shares: bool
-    ) -> Unseen:
-        """Predict some of new samples, draw labels for them, and say what makes them doubtful.
+    def expect(self, training: Observations, new: Observations, where: str, has_shares: bool) -> Unseen:
+        """Predict new samples, draw labels for them, and say what makes them doubtful.
 
         Args:
             training: The training samples, as they were fitted.
-            new: New samples.
-            indices: Which of them to predict, ``(N,)``; labels are drawn in this order.
+            new: New samples, of which those with nan or inf are left out.
             where: What they are called, such as ``"dataloader 0"``.
             has_shares: Whether the user could set ``class_shares``, and is told to.
         """
+        indices = finite_samples(new, f"samples of {where}", self._warn)
+        # Labels are drawn in an order that depends on the samples alone, and not on the number of processes.
+        indices = indices[new.projected[indices].argsort()]
         model, new = self.model, new.take(indices)
         q = self.predict(new.seen)
         if has_shares and self._reader.task.has_class_shares and self._class_shares is None:

@@ -374,12 +374,12 @@ def test_a_row_with_nan_keeps_its_place_without_a_prediction_by_the_reference() 
 
 def test_labels_that_do_not_fit_and_batches_without_any_are_said_and_cost_no_run() -> None:
     for labels, match in (
-        (CORRECT[:50] + 7, "treats some validation batches as unlabelled"),
+        (CORRECT[:50] + 7, "could not keep a validation batch: `targets` should fit the outputs"),
         (SOME * 0 - 100, "found no label"),
     ):
         monitor, val = quick_risk(validation_labels=True), batches_of(HOLDOUT, labels)
         run, texts = fitted_and_said(monitor, Plain(), batches_of(X, NOISY), val, num_sanity_val_steps=0)
-        assert any(match in text for text in texts) and run.callback_metrics[LOSS] < 2
+        assert any(match in text for text in texts)
         assert run.current_epoch == 2 and [row["num_labels"] for row in monitor.history] == [0, 0]
 
 
