@@ -33,18 +33,16 @@ class Doubts:
 
     Args:
         warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
+
+    Attributes:
+        reasons: What makes all values doubtful, as a summary has it.
     """
 
     def __init__(self, warn: Warn) -> None:
         self.warn = warn
-        self._is_worse_than_constant = False
+        self.reasons: list[str] = []
         self._num_bad = 0  # validations in a row in which a regression was worse than a constant prediction
         self._last_score = 0.0  # of it
-
-    @property
-    def reasons(self) -> list[str]:
-        """What makes all values doubtful, as a summary has it."""
-        return [CONSTANT] * self._is_worse_than_constant
 
     def note_score(self, score: float, by_mean: float) -> None:
         """Note the error of a regression, and that of a constant; warn if it stays worse, and does not improve."""
@@ -52,7 +50,7 @@ class Doubts:
         self._last_score = score
         self._num_bad = self._num_bad + 1 if is_bad else 0
         if self._num_bad == _SOME_VALIDATIONS:
-            self._is_worse_than_constant = True
+            self.reasons = [CONSTANT]
             self.warn("targets", f"finds that {REASONS[CONSTANT]}")
 
 
