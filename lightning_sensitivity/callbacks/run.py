@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_sensitivity.callbacks.checks import FirstStep, callbacks_that_monitor
+from lightning_sensitivity.callbacks.checks import FirstStep
 from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
@@ -170,11 +170,7 @@ class MissingValues:
         """Note that a value is missing; it is best where it is highest or lowest."""
         value = self._last.get((name, dataloader_idx))
         if value is None:  # the worst one that ends no run by a bound, a little better in each further validation
-            value, nearer = (-_WORST, max) if is_highest else (_WORST, min)
-            for callback, monitored in callbacks_that_monitor(trainer):
-                bound = getattr(callback, "divergence_threshold", None)
-                if monitored == logged_name and bound is not None:
-                    value = nearer(value, bound)
+            value = -_WORST if is_highest else _WORST
             gain = (1 - _BETTER**self.num_incomplete) * max(abs(value), _SMALLEST)
             value += gain if is_highest else -gain
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits

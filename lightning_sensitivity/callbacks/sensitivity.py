@@ -1,36 +1,40 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor, without_loader
 from lightning_sensitivity.callbacks.monitor import Monitor
+from lightning_sensitivity.callbacks.run import is_fitting
 from lightning_sensitivity.expected.record import Values
 from lightning_sensitivity.functional.sensitivity import (
     NUM_COLUMNS,
     diagnostics,
+    end_of_plateau,
     loss_estimate,
     sensitivity_from_sums,
     sensitivity_sums,
 )
-from lightning_sensitivity.functional.tensors import (
-    are_probabilities,
-    evenly_spaced,
-    num_outputs,
-    wide_dtype,
-)
+from lightning_sensitivity.functional.tensors import are_probabilities, num_outputs, wide_dtype
 from lightning_sensitivity.messages import Refused, Selector, check_argument, check_bool, check_int
 from lightning_sensitivity.reading.kept import KeptSamples
 from lightning_sensitivity.reading.reader import BatchReader
-from lightning_sensitivity.running.isolation import RunIsolated, isolated
+from lightning_sensitivity.running.isolation import RunIsolated
 from lightning_sensitivity.running.perturbation import GaussianNoise, Noise, check_noise, noisy_outputs, submodule
 
 _OF_MEAN, _PER_OUTPUT, _ESTIMATE = "output_sensitivity", "per_output_sensitivity", "loss_estimate"
+_PROGRESS = "stop_progress"
+_EPOCHS = "epochs"  # in a row of a validation, beside what was logged
 _PATIENCE = 1000  # of validations: more than most runs have
-_NUM_TRIED = 8  # samples on which noise is tried
+_FEWEST = 4  # validations whose noise can be told
 
 
 class SensitivityMonitor(Monitor):
@@ -38,13 +42,16 @@ class SensitivityMonitor(Monitor):
 
     Sensitivity is how strongly outputs change under input noise (Forouzesh, Salehi and Thiran,
     arXiv:2007.15378). It is lowest before training, and rises as the gap between validation and training loss
-    widens. To stop by it, take a bound from an earlier run: see :doc:`/guide/sensitivity`.
+    widens. A tuning run with labels tells how far it was when it stopped gaining; :meth:`early_stopping` stops a
+    final run there, which needs none: see :doc:`/guide/sensitivity`.
 
     **Logged values**, after ``prefix``, each with its standard error, ``..._stderr``:
 
     - ``output_sensitivity``: the variance of the class-averaged change, in squared units of the outputs;
     - with ``per_output=True`` instead ``per_output_sensitivity``: the mean squared change of single outputs;
-    - with ``loss_estimate=True`` also ``loss_estimate``, Equation 9 of the paper, without an error.
+    - with ``loss_estimate=True`` also ``loss_estimate``, Equation 9 of the paper, without an error;
+    - in a final run ``stop_progress``, √((t/t*)·(S/S*)), of the first loader: t is the number of epochs, S the
+      sensitivity of single outputs, and t*, S* are what they were when the tuning run stopped gaining.
 
     Every validation measures the same samples with the same noise, by 1 + ``num_draws`` passes.
 
@@ -52,11 +59,12 @@ class SensitivityMonitor(Monitor):
         noise: σ of Gaussian noise in the units of the model's inputs, or a function ``(x, generator) -> x'``.
         at: Name of a submodule; its output is perturbed instead of the input.
         num_draws: Noise draws per sample.
-        per_output: Measure single outputs: to stop by, for two outputs, and for probabilities.
+        per_output: Log the sensitivity of single outputs: for two outputs, and for probabilities.
         loss_estimate: Log :func:`~lightning_sensitivity.functional.loss_estimate`. Only for Gaussian noise at
             the inputs, and two outputs or more.
         num_samples: Samples per loader, over all processes; None for all. 600 give a standard error of 7 %.
         seed: Seed of the noise.
+        tuned: t* and S*, which the last line of the tuning run says, for a final run in another script.
         prefix: Prefix of the logged names.
         inputs: A function ``batch -> arguments``; see :class:`~lightning_sensitivity.running.ModelCall`.
         outputs: A function ``result -> logits``, ``(N, K, ...)``; see
@@ -82,6 +90,7 @@ class SensitivityMonitor(Monitor):
         loss_estimate: bool = False,
         num_samples: int | None = 600,
         seed: int = 0,
+        tuned: tuple[float, float] | None = None,
         prefix: str = "val/",
         inputs: Selector | None = None,
         outputs: Selector | None = None,
@@ -91,6 +100,9 @@ class SensitivityMonitor(Monitor):
         check_bool("per_output", per_output)
         check_bool("loss_estimate", loss_estimate)
         check_int("seed", seed, 0)
+        is_pair = isinstance(tuned, Sequence) and len(tuned) == 2 and all(0 < each < math.inf for each in tuned)
+        expected = "two positive numbers, of epochs and a sensitivity, or None"
+        check_argument("tuned", tuned, tuned is None or is_pair, expected)
         super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, prefix)
         self.noise = noise
         self.at = at
@@ -98,6 +110,8 @@ class SensitivityMonitor(Monitor):
         self.per_output = per_output
         self.loss_estimate = loss_estimate
         self.seed = seed
+        self.tuned = tuned
+        self._validations: list[dict[str, float]] = []  # of the last fit
         self._noise = check_noise(noise)
         is_possible = not loss_estimate or (isinstance(self._noise, GaussianNoise) and at is None and not per_output)
         expected = "False, unless `noise` is one number, `at` is None and `per_output` is False"
@@ -118,51 +132,166 @@ class SensitivityMonitor(Monitor):
         names = [self._kind, f"{self._kind}_stderr", *[_ESTIMATE] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
+    def early_stopping(self, monitor: str = "val/loss", mode: str = "min") -> EarlyStopping:
+        """Make the callback that stops a final run, by the tuning run that this monitor has watched.
+
+        The tuning run stopped gaining at the last validation whose value is within the curve's own noise of the
+        best. From now on ``stop_progress`` is logged, and the final run ends where it passes 1; never, with a
+        warning, if the tuning run gained till its end. After ``tuned=``, no tuning run is needed.
+
+        Args:
+            monitor: Name by which the tuning run logged the loss, or a metric, on labelled validation samples.
+            mode: ``"min"`` if it is best where it is lowest, ``"max"`` where it is highest.
+
+        Returns:
+            The callback for the final run's Trainer, beside this monitor.
+
+        Raises:
+            ValueError: If the tuning run has logged no such value.
+            MisconfigurationException: If ``mode`` is something else.
+
+        Example:
+            >>> from lightning_sensitivity import SensitivityMonitor
+            >>> watch = SensitivityMonitor(tuned=(12, 0.031))
+            >>> callbacks = [watch, watch.early_stopping()]  # of the final run's Trainer
+        """
+        check_argument("mode", mode, mode in ("min", "max"), "'min' or 'max'")
+        if any(monitor in row for row in self._validations):
+            self.tuned, text = self._find_tuned(monitor, mode)
+            if self.tuned is None:
+                rank_zero_warn(f"`SensitivityMonitor`: {text}")
+        elif self.tuned is None:
+            names = sorted({name for row in self._validations for name in row} - {_EPOCHS, _PER_OUTPUT})
+            raise ValueError(
+                f"Expected `monitor` to be a value that a fit with this monitor has logged in its validations, got "
+                f"{monitor!r}. Logged were {names}."
+            )
+        options: dict[str, Any] = {"mode": "max", "stopping_threshold": 1.0, "patience": _PATIENCE}
+        return EarlyStopping(self.prefix + _PROGRESS, **options, strict=self.tuned is not None)
+
+    def _find_tuned(self, monitor: str, mode: str) -> tuple[tuple[float, float] | None, str]:
+        """Find epochs and sensitivity where the last fit stopped gaining, if it did, and say so."""
+        rows = [row for row in self._validations if row[_EPOCHS] > 0 and 0 < row[_PER_OUTPUT] < math.inf]
+        rows = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
+        if len(rows) < _FEWEST:
+            return None, f"`{monitor}` has under {_FEWEST} validations, so a final run is not stopped."
+        values = torch.tensor([row[monitor] for row in rows], dtype=torch.float64)
+        end = end_of_plateau(values if mode == "min" else -values)
+        if end == len(rows) - 1:
+            return None, f"`{monitor}` had not got worse by the tuning run's end, so a final run is not stopped."
+        epochs, sensitivity = (f"{rows[end][name]:.4g}" for name in (_EPOCHS, _PER_OUTPUT))
+        text = (
+            f"`{monitor}` stopped gaining after {epochs} epochs, at a sensitivity of {sensitivity}. For a final run in "
+            f"another script: `SensitivityMonitor(tuned=({epochs}, {sensitivity}))`."
+        )
+        return (float(epochs), float(sensitivity)), text
+
+    # Before and after a fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what can be checked by now, and forget the last fit, unless this one continues it."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
+            self._validations = []
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint, which a monitor of other noise does not read."""
+        return self._generate_state_key(name=self.name, noise=getattr(self._noise, "std", None), at=self.at)
+
+    # Not `state_dict`, of which Lightning refuses two with one key before we can name the argument.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save what the validations of a tuning run gave, with which a resumed one goes on."""
+        checkpoint["callbacks"][self.state_key] = {"validations": self._validations}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore what was saved, if anything, in a fit."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._validations = [*checkpoint["callbacks"].get(self.state_key, {}).get("validations", [])]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the name of the submodule, and refuse callbacks that monitor the kind that is not logged."""
+        """Check the name of the submodule."""
         if self.at is not None:
             submodule(pl_module, self.at)
-        others = {self.prefix + _OF_MEAN, self.prefix + _PER_OUTPUT}.difference(self.names_of_all(trainer))
-        for callback, monitored in callbacks_that_monitor(trainer):
-            if without_loader(monitored) in others:
-                raise Refused(
-                    f"`{type(callback).__name__}` monitors `{monitored}`, but `{self.name}` is logged, whose values "
-                    f"differ. Monitor that, or set `per_output={not self.per_output}`.",
-                    "names",
-                )
 
-    def _warn_of_extremes(self, trainer: Trainer) -> None:
-        """Warn of callbacks and schedulers that choose by the lowest or the highest value, and not by a bound."""
-        num_validations = _most_validations(trainer)
+    def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
+        """Warn of callbacks and schedulers that choose by an extreme, and refuse those that stop too early."""
         for callback, monitored in callbacks_that_monitor(trainer):
             name, kind = without_loader(monitored), type(callback).__name__
             has_bound = getattr(callback, "divergence_threshold", None) is not None
-            is_patient = getattr(callback, "patience", math.inf) >= num_validations
-            is_sensible = has_bound and is_patient and getattr(callback, "mode", "min") == "min"
-            if name in {self.name, self.prefix + _ESTIMATE} and not is_sensible:
+            if name in {self.name, self.prefix + _ESTIMATE} and not has_bound:
                 message = (
                     f"finds that `{kind}` chooses by `{monitored}`, which is lowest before training, and rises as a "
-                    "network learns: its extremes are the first and the last epochs. Stop at a bound: "
-                    f"`EarlyStopping(..., divergence_threshold=2 * value, patience={_PATIENCE})`, where an earlier run "
-                    "gives `value`."
+                    "network learns: its extremes are the first and the last epochs. To stop a final run, use the "
+                    "monitor's `early_stopping`."
                 )
                 self.run.warn("stop-by-sensitivity", message, kind=kind)
+            if name == self.prefix + _PROGRESS and isinstance(callback, EarlyStopping):
+                is_known = not callback.strict or self._is_logged(trainer, name)
+                is_patient = callback.mode == "max" and callback.patience >= _PATIENCE
+                if not (is_known and is_patient and callback.stopping_threshold):
+                    raise Refused(
+                        f"`EarlyStopping` of `{monitored}` needs a monitor with `tuned=` and `mode='max', "
+                        f"stopping_threshold=1, patience={_PATIENCE}`; the monitor's `early_stopping()` makes it.",
+                        "stop-by-sensitivity",
+                    )
 
-    def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
-        """Warn of callbacks that choose by an extreme, and try the noise on the first training batch."""
-        self._warn_of_extremes(trainer)
-        with trainer.precision_plugin.val_step_context():
-            try:
-                call = self.reader.call(module, batch)
-                rows = evenly_spaced(torch.arange(call.size), _NUM_TRIED)
-                call = call if rows is None else call.take(rows)
-                with isolated(module) as run:
-                    run(call)
-            except Exception:  # training batches may be of another kind than validation batches
-                return
-            with self.run.report_failure("could not add noise to a training batch", ""), isolated(module) as run:
-                at = None if self.at is None else submodule(module, self.at)
-                noisy_outputs(run, call, self._noise, (self.seed, 0, 0, 0), 1, at)
+    def _is_logged(self, trainer: Trainer, progress: str) -> bool:
+        """Return whether this monitor, or another one of the Trainer, knows a tuning run and logs the progress."""
+        monitors = [each for each in trainer.callbacks if isinstance(each, SensitivityMonitor)]  # type: ignore[attr-defined]
+        return any(each.tuned is not None and each.prefix + _PROGRESS == progress for each in monitors)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where a tuning run stopped gaining, or how far a final run is."""
+        super().on_train_end(trainer, pl_module)
+        monitor, rows = f"{self.prefix}loss", self._validations
+        if self.tuned is not None and rows:
+            epochs, sensitivity = rows[-1][_EPOCHS], rows[-1][_PER_OUTPUT]
+            progress = self._progress(epochs, sensitivity)
+            ending = "was stopped" if trainer.should_stop and progress > 1 else "ended"
+            rank_zero_info(
+                f"`SensitivityMonitor`: the final run {ending} after {epochs:.4g} epochs, at "
+                f"`{self.prefix}{_PROGRESS}` {progress:.3g}: {epochs / self.tuned[0]:.3g} times the epochs, and "
+                f"{sensitivity / self.tuned[1]:.3g} times the sensitivity, at which the tuning run stopped gaining."
+            )
+        elif sum(monitor in row for row in rows) >= _FEWEST:
+            rank_zero_info(f"`SensitivityMonitor`: {self._find_tuned(monitor, 'min')[1]}")
+
+    # A validation
+
+    def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
+        """Note the sensitivity of single outputs of the first loader, and log how far a final run is."""
+        if dataloader_idx > 0:
+            return
+        row = {_EPOCHS: _epochs(trainer), _PER_OUTPUT: float(values.get(_PER_OUTPUT, math.nan))}
+        self._validations.append(row)
+        if self.tuned is None:
+            return
+        name, has_value = self.prefix + _PROGRESS, _PER_OUTPUT in values and row[_EPOCHS] > 0
+        if not row[_EPOCHS] > 0:
+            message = f"does not log `{name}` within an epoch of a training loader without a length."
+            self.run.warn("stop-by-sensitivity", message, kind=name)
+        if has_value:
+            progress = self._progress(**row)
+            self.run.missing.remember(0, {_PROGRESS: progress})
+            trainer.lightning_module.log(name, progress, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+        else:
+            self.run.missing.add(trainer, name, _PROGRESS, 0, is_highest=True)
+
+    def _progress(self, epochs: float, per_output_sensitivity: float) -> float:
+        """Return how far a final run is: 1 where it is as far as the tuning run was when it stopped gaining."""
+        assert self.tuned is not None
+        return math.sqrt(epochs / self.tuned[0] * per_output_sensitivity / self.tuned[1])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was logged beside the sensitivity; all processes note what the first one does."""
+        super().on_validation_end(trainer, pl_module)
+        if is_fitting(trainer):
+            logged = {
+                name.removesuffix("/dataloader_idx_0"): float(value) for name, value in trainer.callback_metrics.items()
+            }
+            self._validations[-1] |= trainer.strategy.broadcast(logged)
 
     def check_outputs(self, outputs: Tensor, are_of_sigmoid: bool) -> None:
         """Refuse masked classes, probabilities, whose sensitivity is something else, and one output for Equation 9."""
@@ -215,10 +344,11 @@ class SensitivityMonitor(Monitor):
         for entry, message in messages.items():
             self.run.warn(entry, f"on dataloader {dataloader_idx}: {message}", kind=str(dataloader_idx))
         if estimate.num_samples == 0 and estimate.num_non_finite > 0:
-            return dict.fromkeys(self.names, math.nan)  # training has failed, and others may end it
+            return dict.fromkeys([*self.names, _PER_OUTPUT], math.nan)  # training has failed, and others may end it
         if estimate.num_samples < 2:
             return {}
-        values: Values = {self._kind: estimate.value, f"{self._kind}_stderr": estimate.stderr}
+        values: Values = {_PER_OUTPUT: sensitivity_from_sums(of_samples, per_output=True).value}  # for `remember`
+        values |= {self._kind: estimate.value, f"{self._kind}_stderr": estimate.stderr}
         square, count = power.sum(0)
         if count > 0:
             assert isinstance(self._noise, GaussianNoise)
@@ -227,9 +357,8 @@ class SensitivityMonitor(Monitor):
         return values
 
 
-def _most_validations(trainer: Trainer) -> float:
-    """Return how many validations a run may have; 1,000 if it is that many, or nobody knows."""
-    num_epochs: float = trainer.max_epochs or math.inf
-    in_epoch = trainer.num_training_batches / (trainer.val_check_batch or 1)
-    in_epoch = 1.0 if math.isnan(in_epoch) else in_epoch / (trainer.check_val_every_n_epoch or 1)  # of a stream
-    return _PATIENCE if num_epochs < 0 else min(_PATIENCE, num_epochs * in_epoch)
+def _epochs(trainer: Trainer) -> float:
+    """Return how many epochs were trained, with parts of them; nan within one of unknown length."""
+    progress, num_batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    in_epoch = progress.current.ready / num_batches if num_batches < math.inf else float(progress.is_last_batch)
+    return trainer.current_epoch + in_epoch if in_epoch > 0 else math.nan

@@ -111,6 +111,25 @@ def sensitivity_from_sums(rows: Tensor, per_output: bool = False) -> Sensitivity
     )
 
 
+def end_of_plateau(values: Tensor) -> int:
+    r"""Find the last value of a curve that is within the curve's own noise of the lowest.
+
+    With d the differences of successive values, the noise is
+    :math:`1.4826 \operatorname{median} |d - \operatorname{median} d| / \sqrt 2`: the standard deviation of a value,
+    if noise is normal, whatever the curve's slow course.
+
+    Args:
+        values: The curve, ``(T,)``, finite.
+
+    Returns:
+        The index.
+    """
+    changes = values.diff()
+    spread = (changes - changes.quantile(0.5)).abs().quantile(0.5)
+    noise = 1.4826 / math.sqrt(2) * spread
+    return int((values <= values.min() + noise).nonzero()[-1])
+
+
 def squared_deviations(rows: Tensor) -> Tensor:
     """Sum up each sample's squared deviations from the mean change; their total over the total count is S.
 

@@ -105,18 +105,6 @@ def test_waiting_for_a_first_value_uses_up_no_patience_and_a_gap_after_it_does(w
         assert (model.optimizers().param_groups[0]["lr"] == 0.1) == (num_validations == 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode", "bound"), [("val/low", "min", 4.0), ("val/high", "max", 6.0), ("val/high", "max", 0.0)]
-)
-def test_a_value_that_was_not_measured_does_not_exceed_a_bound_and_uses_up_no_patience(
-    name: str, mode: str, bound: float
-) -> None:
-    for script, num_validations in (("- - - - - 3 - 2 5 1", 9 + (bound == 0)), ("- - - - - - -", 7)):
-        stopping = cb.EarlyStopping(name, mode=mode, patience=2, divergence_threshold=bound)
-        run = fitted([Scripted(script), stopping], Quiet(), max_epochs=len(script.split()), num_sanity_val_steps=0)
-        assert run.epochs[0][name] == bound and len(run.epochs) == num_validations
-
-
 WAYS_OF_RISK: dict[str, dict[str, Any]] = {
     "without a sanity check": {"num_sanity_val_steps": 0},
     "all of the validation as a sanity check": {"num_sanity_val_steps": -1},

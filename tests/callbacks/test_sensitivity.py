@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, StackDataset
@@ -144,7 +144,7 @@ def test_the_prefix_begins_every_name() -> None:
     assert helpers.logged(run, "a/").keys() == {"a/b_output_sensitivity", "a/b_output_sensitivity_stderr"}
 
 
-# One name for one quantity, and a bound on it
+# One name for one quantity
 
 
 def test_single_outputs_have_a_name_of_their_own_and_both_may_be_logged() -> None:
@@ -152,26 +152,6 @@ def test_single_outputs_have_a_name_of_their_own_and_both_may_be_logged() -> Non
     values = validated(both, Classifier(), loader())
     assert {OF_MEAN, PER_OUTPUT, f"{PER_OUTPUT}_stderr"} < values.keys() and values[OF_MEAN] < values[PER_OUTPUT]
     helpers.fitted([*both, EarlyStopping(OF_MEAN, divergence_threshold=9.0)], Linear(), max_epochs=1)
-
-
-@pytest.mark.parametrize("per_output", [False, True])
-@pytest.mark.parametrize("suffix", ["", "/dataloader_idx_1"])
-def test_a_bound_on_the_other_kind_of_sensitivity_is_refused(per_output: bool, suffix: str) -> None:
-    own, other = (PER_OUTPUT, OF_MEAN) if per_output else (OF_MEAN, PER_OUTPUT)
-    stop = EarlyStopping(other + suffix, divergence_threshold=1.0, patience=1000)
-    match = f"monitors `{other}{suffix}`, but `{own}` is logged.*set `per_output={not per_output}`"
-    helpers.refused([SensitivityMonitor(per_output=per_output), stop], Linear(), match=match)
-
-
-def test_a_schedule_that_monitors_the_other_kind_is_refused_too() -> None:
-    class Plateau(Linear):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": OF_MEAN}}
-
-    match = f"`ReduceLROnPlateau` monitors `{OF_MEAN}`"
-    helpers.refused([SensitivityMonitor(per_output=True)], Plateau(), match=match)
 
 
 def test_a_forward_that_is_defined_anew_as_in_a_notebook_is_read_anew() -> None:
@@ -187,52 +167,6 @@ def test_a_forward_that_is_defined_anew_as_in_a_notebook_is_read_anew() -> None:
     assert values[1] == pytest.approx(9 * values[0], rel=1e-5)
 
 
-class Tuned(Classifier):
-    """All that a user has: a validation step that needs labels; the loss is not lowest at the end."""
-
-    lr = 0.5
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        x, y = batch
-        self.log("val/loss", torch.nn.functional.cross_entropy(self(x), y))
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
-def test_the_best_checkpoint_gives_the_value_of_its_epoch_also_when_the_fit_is_resumed(tmp_path: Path) -> None:
-    monitor, best = SensitivityMonitor(per_output=True, num_samples=20), ModelCheckpoint(tmp_path, monitor="val/loss")
-    run = helpers.trainer([monitor, best], enable_checkpointing=True, max_epochs=3)
-    run.fit(Tuned(), loader(), loader(seed=1))
-    kept = min(range(3), key=lambda epoch: run.epochs[epoch]["val/loss"])
-    assert kept < 2
-    model = Tuned(seed=1)
-    assert (
-        run.validate(model, loader(seed=1), ckpt_path="best", verbose=False)[0][PER_OUTPUT]
-        == run.epochs[kept][PER_OUTPUT]
-    )
-    again = helpers.trainer([monitor, best], enable_checkpointing=True, max_epochs=6)
-    again.fit(model, loader(), loader(seed=1), ckpt_path=best.best_model_path)
-    epochs = [*run.epochs[: kept + 1], *again.epochs]
-    lowest = min(epochs, key=lambda values: values["val/loss"])
-    assert again.validate(model, loader(seed=1), ckpt_path="best", verbose=False)[0][PER_OUTPUT] == lowest[PER_OUTPUT]
-
-
-@pytest.mark.parametrize(("times", "num_epochs"), [(0.5, 1), (1.0, 2), (1e9, 4)])  # passed in epoch 0, 1 or never
-def test_a_fit_stops_in_the_epoch_that_passes_the_bound_and_its_checkpoint_is_of_that_epoch(
-    times: float, num_epochs: int, tmp_path: Path
-) -> None:
-    whole = helpers.trainer(SensitivityMonitor(per_output=True), max_epochs=4)
-    whole.fit(Linear(), loader(), unlabelled_loader(seed=1))
-    curve = [values[PER_OUTPUT] for values in whole.epochs]
-    assert curve == sorted(curve)  # it rises
-    stop = EarlyStopping(PER_OUTPUT, divergence_threshold=times * curve[0], patience=1000)
-    options = {"max_epochs": 4, "enable_checkpointing": True, "default_root_dir": tmp_path}
-    run = helpers.trainer([SensitivityMonitor(per_output=True), stop], **options)
-    run.fit(Linear(), loader(), unlabelled_loader(seed=1))
-    assert [values[PER_OUTPUT] for values in run.epochs] == curve[:num_epochs]
-    path = run.checkpoint_callback.best_model_path
-    assert torch.load(path, weights_only=False)["epoch"] == num_epochs - 1
-
-
 # What is refused
 
 
@@ -243,6 +177,7 @@ def test_a_fit_stops_in_the_epoch_that_passes_the_bound_and_its_checkpoint_is_of
     ({"num_draws": True}, "`num_draws` should be an int of 1 or more"),
     ({"per_output": 1}, "`per_output` should be a bool"),
     ({"seed": -1}, "`seed` should be an int of 0 or more"),
+    *(({"tuned": each}, "`tuned` should be two positive numbers") for each in ((12,), (0, 1.0), (12, math.nan), 12)),
     ({"prefix": None}, "`prefix` should be a str"),
     ({"inputs": "x"}, "`inputs` should be a function"),
     *(({name: 1.5}, f"`{name}` should be .*, got 1.5") for name in (
@@ -270,13 +205,12 @@ class OfIds(Linear):
     ({"noise": lambda x, generator: x[:1]}, None, "rows, and there are 1 outputs"),
     ({"at": "nett"}, None, "`at` should be the name of a submodule"),
 ])  # fmt: skip
-def test_noise_is_tried_before_the_first_step_without_a_sanity_check_too(options: Any, change: Any, match: str) -> None:
+def test_noise_is_tried_in_the_sanity_check(options: Any, change: Any, match: str) -> None:
     model = OfIds()
     model.unused = torch.nn.Linear(2, 2)
     if change is not None:
         model.on_after_batch_transfer = lambda batch, dataloader_idx: change(batch)
-    for num_sanity_val_steps in (0, 2):
-        helpers.refused(SensitivityMonitor(**options), model, match=match, num_sanity_val_steps=num_sanity_val_steps)
+    helpers.refused(SensitivityMonitor(**options), model, match=match)
 
 
 def test_a_class_that_is_masked_is_refused_unless_its_outputs_are_finite() -> None:
