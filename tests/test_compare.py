@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy import stats
 from sklearn.linear_model import LinearRegression
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -218,12 +219,15 @@ def test_validation_labels_that_contradict_outweigh_the_reference_and_as_much_fo
 def test_labels_that_the_reference_can_not_tell_count_as_the_monitor_counts_them() -> None:
     noise = torch.randint(2, (200, 3), generator=torch.Generator().manual_seed(0))
     y, labels = ((torch.cat([x[:, :1] > 0.5, part > 0], 1)).float() for x, part in ((X, noise[:150]), (V, noise[150:])))
-    q = torch.from_numpy((known := Reference("multilabel", GaussianNB()).fit(X, y)).predict_proba(V))
+    estimator = MultiOutputClassifier(GaussianNB())
+    q = torch.from_numpy((known := Reference("multilabel", estimator).fit(X, y)).predict_proba(V))
     told = torch.isin(torch.arange(4), torch.as_tensor(known.blind_labels_), invert=True)
     says_yes = torch.stack([model(V).detach()[:, told] > 0 for model in three().values()])
     expected = (says_yes[:, None] == drawn(q, "multilabel")[..., told]).double().mean((1, 2, 3))
     of_labels = (says_yes == labels[:, told]).double().mean((1, 2))
-    rows = compare(batches=[(V, labels)], training=[(X, y)], task="multilabel", validation_labels=True)
+    rows = compare(
+        batches=[(V, labels)], training=[(X, y)], task="multilabel", reference=estimator, validation_labels=True
+    )
     assert told.any() and not told.all() and found(rows) == named((1000 * expected + 50 * of_labels) / 1050)
 
 

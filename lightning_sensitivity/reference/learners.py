@@ -25,7 +25,7 @@ from lightning_sensitivity.reference.blocks import SOME, Block, Matrix, columns,
 from lightning_sensitivity.reference.calibration import Calibration, MeanLabel, calibrate
 from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
-from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, have_several, same_samples
+from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, same_samples
 
 _EQUAL = 1e-12  # relative squared distance of equal rows
 _PART = 1000  # samples on which a learner is chosen
@@ -137,15 +137,18 @@ class Learner:
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
-        matrix = self.features(seen)
-        is_classifier = hasattr(self._model, "classes_")
-        predicted = self._model.predict_proba(matrix) if is_classifier else self._model.predict(matrix)
-        return self.calibration(self._as_matrix(predicted))
+        predict = getattr(self._model, "predict_proba", self._model.predict)
+        return self.calibration(self._as_matrix(predict(self.features(seen))))
 
-    def _as_matrix(self, predicted: Array) -> Tensor:
-        """Give classes that no sample has a column, too."""
+    def _as_matrix(self, predicted: Any) -> Tensor:
+        """Give classes that no sample has a column, too; of several labels, take the probability of yes."""
+        if isinstance(predicted, list):
+            classes = self._model.classes_
+            predicted = [p @ values for p, values in zip(predicted, classes, strict=True)]
+            return torch.from_numpy(np.stack(predicted, 1))
+        is_classifier = hasattr(self._model, "predict_proba")  # some regressors have `classes_`, too
         p = np.zeros((len(predicted), self.labels.shape[1]))
-        p[:, getattr(self._model, "classes_", slice(None))] = predicted.reshape(len(predicted), -1)
+        p[:, self._model.classes_ if is_classifier else slice(None)] = predicted.reshape(len(predicted), -1)
         return torch.from_numpy(p)
 
 
@@ -364,65 +367,30 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
         estimator: A classifier with ``predict_proba``, or a regressor. Where its random state is None, it is
             0.
         samples: As for :func:`fit_learners`. It sees columns, patches or words; a classifier gets the class of the
-            highest probability.
+            highest probability, or all labels.
         task: The task.
+
+    Raises:
+        ValueError: If some of several labels are unknown, or the estimator raises an error.
     """
+    name = type(estimator).__name__
+    if samples.labels.isnan().any():
+        raise ValueError(f"{name} needs all labels of a sample, but some are unknown.")
     features = Features(possible_blocks(samples.seen)[0], samples.seen)
     matrix, labels = features(samples.seen), task.hard_labels(samples.labels).numpy()
+    labels = labels.squeeze() if task.is_regression else labels
     model = clone(estimator)
-    unset = [name for name, value in model.get_params().items() if value is None]
-    model.set_params(**{name: 0 for name in unset if name.endswith("random_state")})
-    fit = _fit_targets if task.is_regression else _fit_folds
-    if task.is_by_column or samples.labels.isnan().any():
-        fit = _fit_by_columns
-    with quiet():
-        model, left_out = fit(model, matrix, labels, task, _folds_of(samples, are_all=True))
-    learner = Learner(type(estimator).__name__, features, model, left_out, samples, task)
-    return learner, torch.arange(len(samples))
-
-
-def _fit_folds(
-    model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds, number: int = FOLDS
-) -> tuple[BaseEstimator, Array]:
-    """Fit a model, and predict each fold without it; by default there are some folds of single samples."""
-    labels = labels.squeeze()
-    is_stratified = not task.is_regression and max(np.bincount(labels)) >= number
+    unset = [key for key, value in model.get_params().items() if value is None]
+    model.set_params(**{key: 0 for key in unset if key.endswith("random_state")})
+    has_one_class = labels.ndim == 1 and not task.is_regression
+    is_stratified = has_one_class and max(np.bincount(labels)) >= FOLDS
     kind = StratifiedKFold if is_stratified else KFold
     # Shuffled: samples come in an order that depends on their inputs.
-    cv = folds or kind(min(number, len(labels)), shuffle=True, random_state=0)
-    left_out = cross_val_predict(model, matrix, labels, cv=cv, method=task.estimator_method)
-    return model.fit(matrix, labels), left_out
-
-
-def _fit_targets(
-    model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
-) -> tuple[BaseEstimator, Array]:
-    """Fit a model to all targets of a regression together, or to each if it takes one, as a support vector machine."""
-    try:
-        return _fit_folds(model, matrix, labels, task, folds)
-    except ValueError as error:
-        if labels.shape[1] == 1:
-            raise
+    folds = _folds_of(samples, are_all=True) or kind(min(FOLDS, len(labels)), shuffle=True, random_state=0)
+    with quiet():
         try:
-            return _fit_by_columns(model, matrix, labels, task, folds)
-        except Exception:  # then the number of targets was not the reason
-            raise error from None
-
-
-def _fit_by_columns(
-    model: BaseEstimator, matrix: Matrix, labels: Array, task: Task, folds: Folds
-) -> tuple[ByColumns, Array]:
-    """Fit a copy of a model to the known labels of each column that has several values, and predict folds of it."""
-    by_columns, left_out = ByColumns(labels), np.full_like(labels, np.nan)
-    for samples, which, own_folds in same_samples(labels, folds):
-        for column in which:
-            one_column, number = labels[samples, column], FOLDS
-            if not task.is_regression:
-                one_column = one_column.astype(int)
-                number = min(FOLDS, np.unique(one_column, return_counts=True)[1].min())
-            # Of a class that occurs once, no fold could know anything.
-            if number > 1 and have_several(one_column, own_folds):
-                one, predicted = _fit_folds(clone(model), matrix[samples], one_column, task, own_folds, number)
-                left_out[samples, column] = predicted.reshape(len(samples), -1)[:, -1]
-                by_columns.parts.append((np.array([column]), one))
-    return by_columns, by_columns.filled(left_out, matrix)
+            left_out = cross_val_predict(model, matrix, labels, cv=folds, method=task.estimator_method)
+            model.fit(matrix, labels)
+        except Exception as error:
+            raise ValueError(f"{name} can't be fitted: {error}") from error
+    return Learner(name, features, model, left_out, samples, task), torch.arange(len(samples))

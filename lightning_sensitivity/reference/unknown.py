@@ -56,7 +56,7 @@ class ByColumns:
         y: Labels ``(N, C)``, nan where they are unknown.
 
     Attributes:
-        parts: The columns, and their model: a classifier of one, or a regressor.
+        parts: The columns, and their model.
     """
 
     def __init__(self, y: Array) -> None:
@@ -67,9 +67,7 @@ class ByColumns:
         """Predict all columns, ``(M, C)``."""
         predicted = np.tile(self._means, (matrix.shape[0], 1))
         for columns, model in self.parts:
-            is_classifier = hasattr(model, "classes_")
-            part = model.predict_proba(matrix)[:, 1:] if is_classifier else model.predict(matrix)
-            predicted[:, columns] = part.reshape(len(predicted), -1)
+            predicted[:, columns] = model.predict(matrix).reshape(len(predicted), -1)
         return predicted
 
     def filled(self, left_out: Array, matrix: Matrix) -> Array:
@@ -100,10 +98,3 @@ def _within(folds: list[tuple[Array, Array]], samples: Array) -> list[tuple[Arra
     """Return folds of some samples ``(M,)``, by their places among these; none that has nothing to learn from."""
     known_and_new = [[np.isin(samples, each).nonzero()[0] for each in fold] for fold in folds]
     return [(known, new) for known, new in known_and_new if len(known) > 0 and len(new) > 0]
-
-
-def have_several(labels: Array, folds: Folds) -> bool:
-    """Return whether labels ``(N,)`` have several values, also in what each fold learns from."""
-    learned = [labels] if folds is None else [labels[known] for known, _ in folds]
-    is_whole = folds is None or sum(len(new) for _, new in folds) == len(labels)
-    return is_whole and all(len(np.unique(each)) > 1 for each in learned)

@@ -9,9 +9,10 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import pairwise
-from sklearn.multioutput import MultiOutputRegressor
+from sklearn.multioutput import MultiOutputClassifier, MultiOutputRegressor, RegressorChain
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
@@ -23,6 +24,7 @@ from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners
 from lightning_sensitivity.reference.calibration import Calibration
+from lightning_sensitivity.reference.learners import quiet
 from lightning_sensitivity.reference.observations import Observations
 from tests.reference.conftest import generator, steps
 
@@ -200,22 +202,41 @@ def test_of_few_samples_of_each_class_an_estimator_has_fewer_folds(num_classes: 
     assert found.left_out_.shape == (60, num_classes) and np.isfinite(found.predict_proba(x)).all()
 
 
-@pytest.mark.parametrize("num_targets", [1, 2])
-def test_a_regressor_is_fitted_to_targets(num_targets: int) -> None:
-    x, y, new = sample("regression", num_samples=40)
-    found = Reference("regression", LinearRegression()).fit(x, y[:, :num_targets])
-    expected = LinearRegression().fit(x.numpy(), y[:, :num_targets].numpy()).predict(new.numpy())
-    np.testing.assert_allclose(found.predict(new), expected[:, 0] if num_targets == 1 else expected)
+class HasClasses(LinearRegression):
+    classes_ = ()  # as CatBoost's regressors
 
 
-def test_several_targets_are_fitted_together_or_one_by_one_where_an_estimator_takes_one() -> None:
+@pytest.mark.parametrize("estimator", [HasClasses(), MultiOutputRegressor(Ridge(0)), RegressorChain(Ridge(0))])
+def test_a_regressor_is_fitted_to_all_targets(estimator: Any) -> None:
     x, y, new = sample("regression", num_samples=40)
-    one, several = (Reference("regression", each).fit(x, y) for each in (SVR(), MultiOutputRegressor(SVR())))
-    np.testing.assert_allclose(one.predict(new), several.predict(new))
-    np.testing.assert_allclose(one.left_out_, several.left_out_)
-    for estimator in (SVR(C=-1.0), MultiOutputRegressor(SVR(C=-1.0))):
-        with pytest.raises(ValueError, match="'C' parameter"):
-            Reference("regression", estimator).fit(x, y)
+    expected = LinearRegression().fit(x.numpy(), y.numpy()).predict(new.numpy())
+    np.testing.assert_allclose(Reference("regression", estimator).fit(x, y).predict(new), expected)
+
+
+@pytest.mark.parametrize("estimator", [MultiOutputClassifier(GaussianNB()), RandomForestClassifier(), MLPClassifier()])
+def test_a_classifier_is_fitted_to_all_labels(estimator: Any) -> None:
+    x, y, _ = sample("regression", num_samples=60)
+    labels = torch.cat([y > 0, torch.zeros(60, 1)], 1)  # of which one is always no
+    with quiet():
+        found = Reference("multilabel", estimator).fit(x, labels)
+    assert found.score(x, labels) > 0.8 and found.blind_labels_.tolist() == [2]
+    assert found.left_out_.shape == (60, 3) and found.predict_proba(x)[:, 2].max() < 0.01
+
+
+UNKNOWN = torch.eye(2).repeat(12, 1).masked_fill(torch.arange(48).reshape(24, 2) == 0, torch.nan)
+REFUSED: dict[str, tuple[str, Any, Any, str]] = {
+    "parameters": ("regression", SVR(C=-1.0), torch.rand(24), "SVR can't be fitted: The 'C' parameter"),
+    "several targets": ("regression", SVR(), torch.rand(24, 2), "SVR can't be fitted: y should be a 1d array"),
+    "several labels": ("multilabel", GaussianNB(), torch.eye(2).repeat(12, 1), "GaussianNB can't be fitted: y should"),
+    "unknown labels": ("multilabel", RandomForestClassifier(), UNKNOWN, "RandomForestClassifier needs all labels"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_an_estimator_does_not_take_is_said_by_its_name(what: str) -> None:
+    task, estimator, labels, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        Reference(task, estimator).fit(sample()[0], labels)
 
 
 @pytest.mark.usefixtures("uncalibrated")

@@ -6,10 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LinearRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.naive_bayes import GaussianNB
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from lightning_sensitivity import Reference, label_noise
@@ -33,23 +30,6 @@ Y, Y_NEW = labels(X), labels(NEW, 1)
 U = some_unknown(Y)
 TARGETS = X[:, :2] + X[:, 2:4] ** 2 / 5
 UNKNOWN = some_unknown(TARGETS)
-
-
-def test_each_label_is_predicted_as_by_a_binary_reference_of_the_samples_that_have_it() -> None:
-    found = Reference("multilabel", GaussianNB()).fit(X, U)
-    assert found.predict(NEW).shape == (400, 3) and set(np.unique(found.predict(NEW))) == {0, 1}
-    for column in range(3):
-        known = ~U[:, column].isnan()
-        single = Reference("binary", GaussianNB()).fit(X[known], U[known, column])
-        np.testing.assert_allclose(found.predict_proba(NEW)[:, column], single.predict_proba(NEW)[:, 1], atol=1e-9)
-
-
-def test_an_estimator_leaves_out_whole_groups_also_where_labels_are_unknown() -> None:
-    who = torch.arange(400) % 40
-    x = torch.randn(40, 5, generator=generator())[who] + 0.01 * X
-    y = some_unknown((torch.randn(40, 3, generator=generator(2)) > 0)[who].double())
-    for groups, blind in ((None, []), (who, [0, 1, 2])):  # a neighbour of the same group knows all
-        assert Reference("multilabel", KNeighborsClassifier(1)).fit(x, y, groups).blind_labels_.tolist() == blind
 
 
 LEARNERS: dict[str, Any] = {"forest": {"_NEAR": 9.0, "_GAIN": 9.0}, "ridge": {"_MAX_CELLS": 0}}
@@ -77,12 +57,13 @@ def test_labels_that_can_not_be_told_are_named_and_left_out_of_what_is_said() ->
     chance = torch.zeros(400, 3).double()
     chance[:3, 0], chance[:, 1] = 1, math.nan
     chance[:, 2] = torch.randint(2, (400,), generator=generator(3))
-    found = Reference("multilabel", GaussianNB()).fit(X, torch.cat([Y, chance], 1))
-    only = Reference("multilabel", GaussianNB()).fit(X, Y)
+    found = Reference("multilabel").fit(X, torch.cat([Y, chance], 1))
+    only = Reference("multilabel").fit(X, Y)
     assert found.blind_labels_.tolist() == [3, 4, 5] and only.blind_labels_.tolist() == []
-    assert (found.skill_, found.accuracy_, found.auroc_) == pytest.approx((only.skill_, only.accuracy_, only.auroc_))
+    of_told = pytest.approx((only.skill_, only.accuracy_, only.auroc_), abs=0.02)  # of another learner
+    assert (found.skill_, found.accuracy_, found.auroc_) == of_told
     assert np.isfinite(found.predict_proba(NEW)).all()
-    blind = Reference("multilabel", GaussianNB()).fit(X, chance)
+    blind = Reference("multilabel").fit(X, chance)
     assert not blind.is_trusted_ and blind.blind_labels_.tolist() == [0, 1, 2]
 
 
@@ -95,13 +76,12 @@ def test_unexplained_labels_are_a_mean_over_labels() -> None:
     assert found == pytest.approx(unexplained_share(0.5 + 0 * clean[:, 0], clean[:, 0]), abs=0.1)
 
 
-@pytest.mark.parametrize("estimator", [None, LinearRegression()])
-def test_targets_that_are_unknown_are_left_out_of_their_column(estimator: Any) -> None:
-    found = Reference("regression", estimator).fit(X, UNKNOWN)
+def test_targets_that_are_unknown_are_left_out_of_their_column() -> None:
+    found = Reference("regression").fit(X, UNKNOWN)
     errors = (torch.from_numpy(found.predict(NEW)) - (NEW[:, :2] + NEW[:, 2:4] ** 2 / 5)).square().mean()
     assert float(errors) < 0.2 and found.score_ == pytest.approx(float(errors), abs=0.1)
     assert np.isfinite(found.residuals_).all() and not np.isnan(found.left_out_).any()
-    one = Reference("regression", estimator).fit(X, UNKNOWN[:, 0])
+    one = Reference("regression").fit(X, UNKNOWN[:, 0])
     assert one.num_samples_ == int((~UNKNOWN[:, 0].isnan()).sum())
 
 
