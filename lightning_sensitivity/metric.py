@@ -6,7 +6,7 @@ Its state is in double precision, even if the model that holds it is cast to 16 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning_utilities import apply_to_collection
@@ -71,6 +71,7 @@ class OutputSensitivity(Metric):
     is_differentiable: bool = False
     full_state_update: bool = False
     plot_lower_bound: float = 0.0
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "estimate", "stderr"]
 
     def __init__(self, per_output: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)

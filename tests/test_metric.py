@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.wrappers import BootStrapper, MultioutputWrapper
 
 from lightning_sensitivity import OutputSensitivity
 from lightning_sensitivity.functional import output_sensitivity
@@ -67,16 +70,36 @@ def cast_and_reset(metric: Any) -> Any:
 
 
 def merged(metric: Any) -> Any:
-    empty = type(metric)()
+    empty, state = type(metric)(), metric.metric_state
     empty.update(CLEAN[0][:0], NOISY[0][:0])
     empty.merge_state(metric)
+    other = filled(type(metric)(), [1])
+    other.merge_state(state)
+    close(other.compute(), expected(0, 1).value)
     return empty
+
+
+def loaded(metric: Any) -> Any:
+    assert not metric.state_dict()
+    other = type(metric)()
+    for each in (metric, other):
+        each.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    return other
+
+
+def scripted(metric: Any) -> Any:
+    torch.jit.script(metric)
+    return metric
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
     "called as a function": called_as_a_function,
     "merged into another": merged,
     "pickled": lambda metric: pickle.loads(pickle.dumps(metric)),
+    "cloned": lambda metric: metric.clone(),
+    "a state that is loaded": loaded,
+    "scripted": scripted,
     "cast with a model": lambda metric: nn.Sequential(metric).to(torch.bfloat16)[0],
     "cast, and filled anew": cast_and_reset,
     "in eval mode with a model": lambda metric: nn.Sequential(metric).train().eval()[0],
@@ -84,6 +107,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*called before the ``update``", "ignore:.*torch.jit.script")  # by scripting
 @pytest.mark.parametrize("way", WAYS)
 def test_it_resumes_as_if_nothing_had_happened(way: str) -> None:
     metric = WAYS[way](filled(OutputSensitivity(), [0]))
@@ -92,8 +116,8 @@ def test_it_resumes_as_if_nothing_had_happened(way: str) -> None:
     assert {x.dtype for x in metric.rows} == {torch.float64}
 
 
-def measure_in_process(rank: int, folder: Path) -> Tensor:
-    """The first process has no sample, the other all."""
+def measure_in_process(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """The first process has no sample, the other all; a step of each is that of both."""
     torch.distributed.init_process_group("gloo", world_size=2, rank=rank)
     metric = OutputSensitivity()
     if rank == 1:
@@ -101,12 +125,13 @@ def measure_in_process(rank: int, folder: Path) -> Tensor:
     metric._update_count = max(1, metric._update_count)  # else it warns that nothing came
     value: Tensor = metric.compute()
     assert len(metric.rows[-1]) == rank * SIZES[-1]  # again those of its own
-    return value
+    return value, OutputSensitivity(dist_sync_on_step=True)(CLEAN[rank], NOISY[rank])
 
 
 def test_two_processes_compute_what_one_computes_even_if_one_has_no_sample(tmp_path: Path) -> None:
-    for value in run_processes(measure_in_process, tmp_path):
+    for value, of_step in run_processes(measure_in_process, tmp_path):
         close(value, filled(OutputSensitivity()).compute())
+        close(of_step, expected(0, 1).value)
 
 
 @pytest.mark.long
@@ -133,9 +158,76 @@ def test_labels_that_a_collection_passes_are_refused() -> None:
         MetricCollection({"S": OutputSensitivity()})(CLEAN[0], LABELS[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_outputs_in_16_bits_give_what_their_numbers_give(dtype: torch.dtype) -> None:
+    clean, noisy = CLEAN[0].to(dtype), NOISY[0].to(dtype)
+    close(OutputSensitivity().half()(clean, noisy), OutputSensitivity()(clean.double(), noisy.double()))
+
+
 def test_what_is_no_flag_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected argument `per_output` to be a bool, but got 1"):
         OutputSensitivity(per_output=1)  # type: ignore[arg-type]
+
+
+# What torchmetrics does with any metric
+
+
+def in_a_group() -> tuple[Any, Any]:
+    collection = filled(MetricCollection({"S": OutputSensitivity(), "single": OutputSensitivity(per_output=True)}))
+    assert [*collection.compute_groups.values()] == [["S", "single"]]  # which share their rows
+
+    def values(*batches: int) -> dict[str, Tensor]:
+        return {"S": expected(*batches).value, "single": expected(*batches, per_output=True).value}
+
+    close(collection.compute(), values())
+    close(collection(CLEAN[0], NOISY[0]), values(0))
+    return collection.compute(), values(*range(NUM_BATCHES), 0)
+
+
+def by_columns() -> tuple[Any, Any]:
+    metric = filled(MultioutputWrapper(OutputSensitivity(), 5))
+    return metric.compute(), (ALL_NOISY.double() - ALL_CLEAN).var(0, correction=0)
+
+
+def followed() -> tuple[Any, Any]:
+    tracker = MetricTracker(OutputSensitivity(), maximize=False)
+    for batch in range(NUM_BATCHES):
+        tracker.increment()
+        filled(tracker, [batch])
+    with pytest.raises(AttributeError, match="`maximize`"):  # neither is better
+        MetricTracker(OutputSensitivity())
+    return tracker.compute_all(), torch.stack([expected(batch).value for batch in range(NUM_BATCHES)])
+
+
+def in_a_formula() -> tuple[Any, Any]:
+    root = OutputSensitivity() ** 0.5
+    return filled(root).compute(), expected().value.sqrt()
+
+
+@pytest.mark.parametrize("use", [in_a_group, by_columns, followed, in_a_formula])
+def test_what_torchmetrics_makes_of_it_is_what_all_samples_give(use: Callable[[], tuple[Any, Any]]) -> None:
+    close(*use())
+
+
+def test_a_bootstrap_finds_its_standard_error() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # which it draws by
+    of_bootstrap = filled(BootStrapper(OutputSensitivity(), num_bootstraps=300)).compute()
+    assert of_bootstrap["std"] == pytest.approx(float(expected().stderr), rel=0.2)
+
+
+def test_its_flags_stay_and_are_those_of_a_plot_from_0() -> None:
+    metric = filled(OutputSensitivity())
+    for flag in ("is_differentiable", "higher_is_better"):
+        with pytest.raises(RuntimeError, match="Can't change const"):
+            setattr(metric, flag, True)
+    outputs = CLEAN[0].clone().requires_grad_()
+    assert metric(outputs, NOISY[0]).requires_grad == metric.is_differentiable
+    figure, axes = metric.plot()
+    for value in (metric.compute(), [metric.compute()] * 3):
+        assert metric.plot(value, axes)[1] is axes
+    assert axes.get_ylim()[0] <= 0 < axes.get_ylim()[1]
+    plt.close(figure)
 
 
 # What it computes
