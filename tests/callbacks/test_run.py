@@ -127,6 +127,7 @@ def test_strategies_that_can_not_be_measured_under_are_refused() -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
 def test_strategies_that_lose_what_a_fit_leaves_are_said(strategy: str) -> None:
     chosen: Any = {"enable_validation": True, "callbacks": [], "lr_scheduler_configs": [], "fast_dev_run": False}
+    chosen |= {"global_step": 1}
     run = SimpleNamespace(strategy=trainer(strategy=strategy, devices=2).strategy, **chosen)
     with said() as texts:
         SensitivityMonitor().setup(run, Classifier(), "fit")
