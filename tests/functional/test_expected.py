@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -44,30 +44,26 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def sample(task: str = "multiclass", num_samples: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Outputs of a network, and predictions of a reference, which is another one."""
-    generator = torch.Generator().manual_seed(seed)
-    outputs, others = 2 * torch.randn(2, num_samples, SIZES[task], generator=generator, dtype=torch.float64)
+    outputs, others = 2 * torch.randn(2, num_samples, SIZES[task], generator=generator(seed), dtype=torch.float64)
     others = outputs + others
     return outputs, {"multiclass": others.softmax(1), "binary": others.sigmoid(), "regression": others}[task]
-
-
-def chances(q: Tensor) -> Tensor:
-    """Probabilities of all classes."""
-    return torch.cat([1 - q, q], 1) if q.shape[1] == 1 else q
 
 
 # The labels
 
 
 @given(seed=st.integers(0, 999), num_classes=st.integers(2, 12), num_samples=st.integers(300, 600))
+@example(seed=437, num_classes=9, num_samples=300)  # a mean that is farther off than most
 @settings(max_examples=15, deadline=None)
 def test_labels_are_drawn_by_their_probabilities(seed: int, num_classes: int, num_samples: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q = (3 * torch.randn(num_samples, num_classes, generator=generator)).softmax(1).double()
+    q = (3 * torch.randn(num_samples, num_classes, generator=generator(seed))).softmax(1).double()
     labels = draw_labels(q)
     assert labels.shape == (20, num_samples) and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
     counts = torch.nn.functional.one_hot(labels, num_classes).sum(0)
     assert ((counts - 20 * q).abs() < 1 + 1e-9).all()  # in each sample, to a label
-    assert ((counts.double().mean(0) / 20 - q.mean(0)).abs() < 0.003).all()  # and in all of them
+    # And in all of them: a count is one of two whole numbers, whose standard deviation is a half at most.
+    deviation = 0.5 / 20 / math.sqrt(num_samples)
+    assert ((counts.double().mean(0) / 20 - q.mean(0)).abs() < 5 * deviation).all()
     assert torch.equal(draw_labels(q), labels)
 
 
@@ -90,7 +86,7 @@ def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
 
 
 def test_several_labels_are_drawn_each_by_its_probability_and_independently() -> None:
-    q = torch.rand(400, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = torch.rand(400, 9, generator=generator(), dtype=torch.float64)
     labels = draw_labels(q, "multilabel")
     assert labels.shape == (20, 400, 9) and ((labels.sum(0) - 20 * q).abs() < 1 + 1e-9).all()
     halves = draw_labels(torch.full((400, 9), 0.5), "multilabel").flatten(0, 1).double()
@@ -141,9 +137,9 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
 
 
 def test_the_area_of_several_labels_is_torchmetrics_also_of_equal_predictions_and_costs_one_sort() -> None:
-    sorts, generator = list[int](), torch.Generator().manual_seed(0)
-    logits = torch.randn(80, 5, generator=generator).round(decimals=1)
-    q = torch.rand(80, 5, generator=generator)
+    sorts, random = list[int](), generator()
+    logits = torch.randn(80, 5, generator=random).round(decimals=1)
+    q = torch.rand(80, 5, generator=random)
     q[:, 4] = 0.0  # which is never yes
     metric, draws = TASKS["multilabel"].default_metrics(5)["auroc"], draw_labels(q, "multilabel")
     with Watch(lambda function, args, *_: sorts.append(args[0].numel()) if "sort" in str(function) else None):
@@ -154,8 +150,7 @@ def test_the_area_of_several_labels_is_torchmetrics_also_of_equal_predictions_an
 
 
 def test_of_several_labels_those_that_are_unknown_are_left_out_and_those_of_one_class_have_no_area() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits, y = torch.randn(90, 4, generator=generator), torch.randint(2, (90, 4), generator=generator)
+    logits, y = torch.randn(90, 4, generator=generator()), torch.randint(2, (90, 4), generator=generator(1))
     y[:, 2], y[:, 3], y[:30, 0] = 1, -100, -100
     metrics, task = TASKS["multilabel"].default_metrics(4), TASKS["multilabel"]
     found = {name: float(metric_value(each, logits.sigmoid(), y[None], task)) for name, each in metrics.items()}
@@ -179,19 +174,17 @@ def test_a_metric_stays_as_it_is() -> None:
     assert expected_metric(metric, logits, q) == fresh and metric.compute() == before
 
 
-@pytest.mark.parametrize(("task", "num_columns", "has_accuracy", "has_area"), [
-    ("multiclass", 100, True, True),
-    ("multiclass", 101, True, False),
-    ("binary", 2, True, True),
-    ("multilabel", 1, True, True),
-    ("multilabel", 200, True, True),
-    ("multilabel", 201, True, False),
-    ("regression", 2, False, False),
+@pytest.mark.parametrize(("task", "num_columns", "names"), [
+    ("multiclass", 100, ["accuracy", "auroc"]),
+    ("multiclass", 101, ["accuracy"]),
+    ("binary", 2, ["accuracy", "auroc"]),
+    ("multilabel", 200, ["accuracy", "auroc"]),
+    ("multilabel", 201, ["accuracy"]),
+    ("regression", 2, []),
 ])  # fmt: skip
-def test_metrics_by_default(task: str, num_columns: int, has_accuracy: bool, has_area: bool) -> None:
+def test_metrics_by_default(task: str, num_columns: int, names: list[str]) -> None:
     metrics = TASKS[task].default_metrics(num_columns)
-    assert ("accuracy" in metrics, "auroc" in metrics) == (has_accuracy, has_area)
-    assert all(each.higher_is_better for each in metrics.values())
+    assert [*metrics] == names and all(each.higher_is_better for each in metrics.values())
 
 
 def test_other_samples_or_classes_are_refused() -> None:
@@ -245,7 +238,7 @@ def test_the_expected_loss_is_the_mean_of_torchs_over_all_labels_with_their_chan
 def test_estimates_are_of_the_version_that_they_say(kind: str, task: str, expected: tuple[float, float]) -> None:
     """If it fails by intent, raise `ESTIMATES`, and judge the runs of `examples/studies/stopping` again."""
     digits, digit = (torch.tensor(each) for each in load_digits(return_X_y=True))
-    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(400, generator=generator())
     some = digits[:, 20:36]
     x = {"columns": some, "images": digits.reshape(-1, 1, 8, 8), "tokens": (some / 4).long()}[kind][order]
     y = digit[order] % 5 if task == "multiclass" else digits[order, 36]
@@ -324,23 +317,16 @@ def test_of_few_groups_the_interval_holds_by_students_t(sizes: list[int]) -> Non
 
 
 @pytest.mark.parametrize(("task", "name"), CLOSED)
-@pytest.mark.parametrize("size", [3, 40])
-def test_where_all_labels_are_right_the_interval_is_the_binomials(task: str, name: str, size: int) -> None:
-    y = torch.arange(size) % 2
-    p = torch.nn.functional.one_hot(y, 2).double()
-    found = estimate(
-        TASKS[task].default_metrics(2)[name].measure(p, (p if task == "multilabel" else y)[None]), size, None
-    )
+@pytest.mark.parametrize(("size", "of_group"), [(3, 1), (40, 1), (10, 100)])
+def test_where_all_labels_are_right_the_interval_is_the_binomials_of_samples_or_groups(
+    task: str, name: str, size: int, of_group: int
+) -> None:
+    y, groups = torch.arange(size * of_group) % 2, torch.arange(size).repeat_interleave(of_group)
+    p = one_hot(y, 2).double()
+    measured = TASKS[task].default_metrics(2)[name].measure(p, (p if task == "multilabel" else y)[None])
+    found = estimate(measured, size, groups if of_group > 1 else None)
     answers = 4 + (size if name == "accuracy" else size // 2)  # of the area: the rarer class
     assert found.value == 1 and found.variance == pytest.approx(2 * (answers - 2) / answers**3)
-
-
-@pytest.mark.parametrize(("name", "answers"), [("accuracy", 10), ("auroc", 5)])
-def test_where_all_labels_are_right_groups_count_and_not_their_samples(name: str, answers: int) -> None:
-    y, groups = torch.arange(1000) % 2, torch.arange(10).repeat_interleave(100)
-    p = torch.nn.functional.one_hot(y, 2).double()
-    found = estimate(TASKS["binary"].default_metrics(2)[name].measure(p, y[None]), 10, groups)
-    assert found.variance == pytest.approx(2 * (answers + 2) / (answers + 4) ** 3)
 
 
 @pytest.mark.parametrize(("positives", "least"), [(2, 0.74), (5, 0.74), (10, 0.8), (20, 0.85)])
@@ -355,16 +341,12 @@ def test_of_few_positives_the_interval_of_the_area_holds(positives: int, least: 
     assert held >= least * 400
 
 
-def test_a_single_positive_says_nothing_of_the_spread_of_areas() -> None:
+def test_a_single_positive_sample_or_group_says_nothing_of_the_spread() -> None:
     p, y = torch.linspace(0, 1, 9), (torch.arange(9) == 5).long()
-    found = estimate(TASKS["binary"].default_metrics(2)["auroc"].measure(torch.stack([1 - p, p], 1), y[None]), 9, None)
-    assert math.isnan(found.variance)
-
-
-def test_a_single_sample_or_group_says_nothing_of_its_spread() -> None:
-    measured = measure_mean(torch.rand(1, 30, 1))
-    assert math.isnan(estimate(measured, 1, torch.zeros(30)).variance)
+    area = TASKS["binary"].default_metrics(2)["auroc"].measure(torch.stack([1 - p, p], 1), y[None])
+    assert math.isnan(estimate(area, 9, None).variance)
     assert math.isnan(estimate(measure_mean(torch.ones(1, 1, 1)), 1, None).variance)
+    assert math.isnan(estimate(measure_mean(torch.rand(1, 30, 1)), 1, torch.zeros(30)).variance)
 
 
 def test_two_groups_that_differ_little_in_size_are_as_sure_as_two_of_one_size() -> None:
@@ -404,12 +386,6 @@ def test_labels_that_contradict_leave_the_reference_what_their_difference_allows
     assert abs(found.value - 0.7) < 0.25 * far
 
 
-@pytest.mark.parametrize("variance", [0.0, math.nan])
-def test_a_few_labels_that_are_all_right_contradict_no_more_than_others(variance: float) -> None:
-    few = Estimate(1.0, variance, 5)
-    assert weight_beside(of_size(0.7, 600), few) == 1000
-
-
 def test_the_reference_counts_as_the_median_of_three_validations_says() -> None:
     far, known = of_size(0.99, 600), of_size(0.7, 100)
     few = combine(far, known, 300).equivalent_labels
@@ -424,7 +400,10 @@ def test_the_reference_counts_as_the_median_of_three_validations_says() -> None:
 
 
 @pytest.mark.parametrize("variance", [0.0, math.nan])
-def test_of_few_labels_the_variance_is_that_of_the_reference(variance: float) -> None:
+def test_few_labels_that_are_all_right_do_not_contradict_and_have_the_variance_of_the_reference(
+    variance: float,
+) -> None:
+    assert weight_beside(of_size(0.7, 600), Estimate(1.0, variance, 5)) == 1000
     expected = Estimate(0.9, 0.09 / 600, 600)
     both = combine(expected, Estimate(0.9, variance, 2), 500)
     alone = combine(expected, None, 500)
