@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference
@@ -53,43 +53,27 @@ def names_of(task: str, num_columns: int = 2) -> set[str]:
     return {LOSS, *(f"val/expected_{name}" for name in find_task(task).default_metrics(num_columns))}
 
 
-class Multiclass:
+class Kind(NamedTuple):
     """How predictions are made, compared with labels or the reference, and turned into classes."""
 
-    @staticmethod
-    def predictions(outputs: Tensor) -> Tensor:
-        return outputs.softmax(1)
-
-    @staticmethod
-    def loss(outputs: Tensor, y: Tensor) -> float:
-        return float(cross_entropy(outputs, y))
-
-    @staticmethod
-    def classes(p: Tensor) -> Tensor:
-        return p.argmax(1)
+    predictions: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    classes: Callable[[Tensor], Tensor] = lambda p: p.argmax(1)
 
 
-class Binary(Multiclass):
-    @staticmethod
-    def predictions(outputs: Tensor) -> Tensor:
-        return outputs.reshape(-1, 1).sigmoid()
-
-    @staticmethod
-    def loss(outputs: Tensor, y: Tensor) -> float:
-        return float(binary_cross_entropy_with_logits(outputs.reshape(y.shape), y))
-
-    @staticmethod
-    def classes(p: Tensor) -> Tensor:
-        return p[:, 0] > 0.5
+def shaped(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda outputs, y: loss(outputs.reshape(y.shape), y)
 
 
-class Regression(Multiclass):
-    @staticmethod
-    def loss(outputs: Tensor, y: Tensor) -> float:
-        return float((outputs.reshape(y.shape) - y).square().mean())
-
-
-TASKS: dict[str, Any] = {"multiclass": Multiclass, "binary": Binary, "regression": Regression}
+KINDS = {
+    "multiclass": Kind(lambda outputs: outputs.softmax(1), cross_entropy),
+    "binary": Kind(
+        lambda outputs: outputs.reshape(-1, 1).sigmoid(),
+        shaped(binary_cross_entropy_with_logits),
+        lambda p: p[:, 0] > 0.5,
+    ),
+    "regression": Kind(lambda outputs: outputs, shaped(mse_loss)),
+}
 
 
 def label_matrix(labels: Tensor, task: str, num_outputs: int) -> Tensor:
@@ -118,13 +102,13 @@ def expected_by(reference: Any, outputs: Tensor, x: Any, shares: Any = None) -> 
     """What RiskMonitor logs, from outputs of the network, and what a reference sees of the same samples."""
     order = projection(by_kind(x)).argsort()  # of the samples, by which labels are drawn
     task, outputs, x = reference.task, outputs[order], {name: part[order] for name, part in by_kind(x).items()}
-    kind = TASKS[task]
+    kind = KINDS[task]
     q = torch.from_numpy(reference.predict(x) if task == "regression" else reference.predict_proba(x))
     q = q if shares is None else reweighed(q, torch.from_numpy(reference.shares_), shares)
     q = q[:, 1:] if task == "binary" else q.reshape(len(q), -1)
     labels, is_finite = drawn(q) if task != "regression" else q, outputs.reshape(len(q), -1).isfinite().all(1)
     outputs, q = outputs[is_finite], q[is_finite]
-    loss = kind.loss(outputs, q)
+    loss = float(kind.loss(outputs, q))
     if task == "regression":
         return {LOSS: loss + reference.score_}
     p = kind.predictions(outputs)
@@ -170,7 +154,7 @@ class Truth(History):
     ) -> None:
         super().__init__()
         self.estimator, self.shares = estimator, shares
-        self.task, self.kind, self.seen, self.has_labels = task, TASKS[task], seen, has_labels
+        self.task, self.kind, self.seen, self.has_labels = task, KINDS[task], seen, has_labels
         self.training: list[Any] = []
         self.holdout: list[Any] = []
         self.reference: Any = None
@@ -220,7 +204,7 @@ class Truth(History):
     def of_labels(self, outputs: Tensor, num_outputs: int) -> dict[str, float]:
         """The same values, of labels."""
         outputs, y = self.labelled(outputs, self.holdout, num_outputs)
-        loss = self.kind.loss(outputs, y)
+        loss = float(self.kind.loss(outputs, y))
         if self.task == "regression":
             return {LOSS: loss}
         p = self.kind.predictions(outputs)

@@ -265,6 +265,7 @@ SHARES: dict[str, tuple[str, Any, str]] = {
     "a class without samples": ("multiclass", [1.0, 0.0], "positive shares of all classes"),
     "words": ("multiclass", ["a", "b"], "can't be read"),
     "a regression": ("regression", [0.5, 0.5], "None"),
+    "several labels": ("multilabel", [0.25] * 4, "None"),
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -25,11 +24,6 @@ def persons(first: int, is_random: bool = False) -> tuple[Tensor, Tensor, Tensor
 
 def loader(first: int, is_random: bool = False) -> DataLoader:
     return DataLoader(TensorDataset(*persons(first, is_random)), 24)
-
-
-class Net(Quiet):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 TRAIN, VAL = loader(0), loader(1000)
@@ -58,7 +52,7 @@ def test_with_groups_nothing_is_expected_of_labels_that_tell_nothing_of_others()
     single, whole = (
         RiskMonitor(prefix=prefix, groups=each, targets=second) for prefix, each in (("a/", None), ("b/", names))
     )
-    fitted_and_said([single, whole], Net(), loader(0, True), VAL)
+    fitted_and_said([single, whole], Quiet(), loader(0, True), VAL)
     assert single.reference.accuracy_ > 0.8 and whole.reference.accuracy_ < 0.6
     assert single.summary["skill"] > 0.5 and whole.summary["skill"] < 0.1 and len(whole.reference.groups_) == 240
 
@@ -66,7 +60,7 @@ def test_with_groups_nothing_is_expected_of_labels_that_tell_nothing_of_others()
 def test_any_names_of_groups_say_the_same() -> None:
     histories = []
     for name, groups in WAYS.items():
-        fitted(risk := grouped(groups, prefix=f"{name}/"), Net(), TRAIN, VAL)
+        fitted(risk := grouped(groups, prefix=f"{name}/"), Quiet(), TRAIN, VAL)
         histories.append(risk.history)
     assert [row["reference"] for row in histories[0]] == [row["reference"] for row in histories[2]]
     assert len(histories[0]) == 2 and len({row["reference"] for row in histories[1]}) == 1
@@ -82,7 +76,7 @@ ONE_KNOWN = DataLoader(
 ])  # fmt: skip
 def test_groups_that_training_has_seen_are_said_once(val: Any, number: str | None) -> None:
     monitor = grouped()
-    texts = [text for text in fitted_and_said(monitor, Net(), TRAIN, val)[1] if "are of groups" in text]
+    texts = [text for text in fitted_and_said(monitor, Quiet(), TRAIN, val)[1] if "are of groups" in text]
     assert len(texts) == (number is not None) and all(f"finds that {number} samples" in text for text in texts)
 
 
@@ -123,7 +117,7 @@ LIKELY: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {  # training, valida
 def test_groups_that_are_likely_are_said_once(name: str) -> None:
     train, val, options, is_said = LIKELY[name]
     monitor = quick_risk(**{"targets": second, **options})
-    texts = fitted_and_said(monitor, Net(), train, val, max_epochs=3)[1]
+    texts = fitted_and_said(monitor, Quiet(), train, val, max_epochs=3)[1]
     assert sum("are farther from training samples" in text and "set `groups=`" in text for text in texts) == is_said
 
 
@@ -140,12 +134,12 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_are_no_groups_is_refused_before_the_first_step(name: str) -> None:
     groups, match = BAD[name]
     with pytest.raises(MisconfigurationException, match=match):
-        fitted(grouped(groups), Net(), TRAIN, VAL)
+        fitted(grouped(groups), Quiet(), TRAIN, VAL)
 
 
 def test_of_a_single_group_there_is_no_reference_which_is_said() -> None:
     monitor = grouped(lambda batch: torch.zeros(len(batch[0])))
-    _, texts = fitted_and_said(monitor, Net(), TRAIN, VAL)
+    _, texts = fitted_and_said(monitor, Quiet(), TRAIN, VAL)
     assert any("two or more groups, but all are of one" in text for text in texts) and monitor.reference is None
 
 
@@ -155,34 +149,12 @@ def test_validation_labels_of_one_group_count_as_one() -> None:
         prefix: grouped(groups, prefix=prefix, validation_labels=labelled)
         for prefix, labelled, groups in (("reference/", False, names), ("groups/", True, names))
     }
-    labels = Labels()
-    fitted([*monitors.values(), labels], Net(), TRAIN, VAL)
+    fitted([*monitors.values()], model := Quiet(), TRAIN, VAL)
+    x, y, _ = persons(1000)
+    accuracy = float((model.eval()(x).argmax(1) == y).double().mean())
     of_reference, both = (monitor.history[-1]["expected_accuracy"] for monitor in monitors.values())
-    expected = (1000 * of_reference + NUM_PERSONS * labels.accuracy) / (1000 + NUM_PERSONS)
+    expected = (1000 * of_reference + NUM_PERSONS * accuracy) / (1000 + NUM_PERSONS)
     assert both == pytest.approx(expected, abs=1e-5) and monitors["groups/"].history[-1]["num_labels"] == 240
-
-
-class Labels(RiskMonitor):
-    """It measures accuracy by labels."""
-
-    def __init__(self) -> None:
-        super().__init__(prefix="labels/", targets=second, groups=names, reference=GaussianNB())
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        x, y, _ = persons(1000)
-        with torch.no_grad():
-            self.accuracy = float((pl_module(x).argmax(1) == y).double().mean())
-        super().on_validation_epoch_end(trainer, pl_module)
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
-def test_a_resumed_fit_goes_on_as_if_it_were_one() -> None:
-    whole, first, second = (grouped(validation_labels=True) for _ in range(3))
-    fitted(whole, Net(dropout=0.0), TRAIN, VAL, max_epochs=3)
-    run = fitted(first, Net(dropout=0.0), TRAIN, VAL, max_epochs=2)
-    run.save_checkpoint(path := "/dev/shm/groups.ckpt")
-    fitted(second, Net(dropout=0.0), TRAIN, VAL, max_epochs=3, ckpt_path=path)
-    assert second.history == whole.history
 
 
 class Part(nn.Module):

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -14,7 +13,7 @@ from torchmetrics.classification import MultilabelAUROC, MultilabelF1Score
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.functional import draw_labels
 from tests.callbacks.plain_loop import Plain, batches_of
-from tests.helpers import fitted, fitted_and_said, inputs, quick_risk, refused
+from tests.helpers import fitted, fitted_and_said, inputs, quick_risk
 
 X, NEW = inputs(240), inputs(80, seed=1)
 
@@ -118,35 +117,3 @@ def test_a_loss_of_the_user_gets_a_number_for_every_label() -> None:
     # Draws depend on the order of samples, whose mean over 20 is close to the probability.
     expected = torch.stack([loss(outputs, each.double()) for each in draw_labels(q, "multilabel")]).mean()
     assert monitor.history[-1]["expected_loss"] == pytest.approx(float(expected), rel=0.02)
-
-
-def test_a_resumed_fit_goes_on_with_its_curve(tmp_path: Any) -> None:
-    data = batches_of(X, some_unknown(Y)), batches_of(NEW)
-    fitted(whole := quick_risk("multilabel"), network(), *data, max_epochs=4)
-    first = fitted(quick_risk("multilabel"), network(), *data, max_epochs=2)
-    first.save_checkpoint(tmp_path / "two.ckpt")
-    resumed = quick_risk("multilabel")
-    fitted(resumed, network(), *data, max_epochs=4, ckpt_path=tmp_path / "two.ckpt")
-    assert len(resumed.history) == 4 and resumed.summary["blind_labels"] == [3]
-    assert resumed.history[2]["reference"] == whole.history[2]["reference"]
-
-
-REFUSED: dict[str, tuple[Tensor, dict[str, Any], str]] = {
-    "class indices": (Y[:, 0].long(), {}, "one label per output"),
-    "-1 and 1": (2 * Y - 1, {}, "from 0 to 1"),
-    "class shares": (Y, {"class_shares": [0.25] * 4}, "None for 'multilabel'"),
-    "a loss that is a sum": (Y, {"loss": nn.BCEWithLogitsLoss(reduction="sum")}, "a mean over samples"),
-    "a loss that fails": (Y, {"loss": nn.NLLLoss()}, "`loss` fails"),
-    "a loss of nan": (Y, {"loss": lambda outputs, y: (outputs * math.nan).mean()}, "finite"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(what: str) -> None:
-    y, options, message = REFUSED[what]
-    fit = batches_of(X, y), batches_of(NEW)
-    if what == "class shares":
-        with pytest.raises(MisconfigurationException, match=message):
-            quick_risk("multilabel", **options)
-    else:
-        refused(quick_risk("multilabel", **options), network(), *fit, match=message)

@@ -181,7 +181,7 @@ def test_a_forward_that_is_defined_anew_as_in_a_notebook_is_read_anew() -> None:
     ({"prefix": None}, "`prefix` should be a str"),
     ({"inputs": "x"}, "`inputs` should be a function"),
     *(({name: 1.5}, f"`{name}` should be .*, got 1.5") for name in (
-        "task", "targets", "features", "validation_labels", "num_samples")),
+        "task", "loss", "targets", "features", "validation_labels", "num_samples")),
     *(({"loss_estimate": True, **each}, "`loss_estimate` should be False, unless") for each in (
         {"at": "net"}, {"per_output": True}, {"noise": lambda x, generator: x})),
 ])  # fmt: skip
