@@ -72,6 +72,11 @@ def first_tensor(batch: Any) -> Tensor:
     return batch
 
 
+def blind(batch: Any) -> Tensor:
+    """Features that say nothing."""
+    return torch.ones(len(first_tensor(batch)), 1)
+
+
 class Stream(IterableDataset):
     """Samples without a length."""
 

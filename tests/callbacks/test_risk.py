@@ -38,15 +38,7 @@ from tests.callbacks.plain_loop import (
     fit,
     names_of,
 )
-from tests.helpers import (
-    Classifier,
-    first_tensor,
-    fitted,
-    fitted_and_said,
-    loader,
-    logged,
-    quick_risk,
-)
+from tests.helpers import Classifier, blind, first_tensor, fitted, fitted_and_said, loader, logged, quick_risk
 from tests.helpers import unlabelled_loader as unlabelled
 
 INDEX = torch.arange(90)
@@ -111,10 +103,6 @@ class Case:
     seen: Any = first_tensor  # by the reference, of a batch
     is_blind: bool = False
     num_said: int = 0
-
-
-def blind(batch: Any) -> Tensor:
-    return torch.ones(len(first_tensor(batch)), 1)
 
 
 class Encoder(nn.Module):
@@ -304,17 +292,9 @@ def test_of_a_thousand_classes_there_is_no_auroc() -> None:
     helpers.refused([quick_risk(), stopping], Plain(1000), train, match=f"monitors `{AUROC}`, which is not logged")
 
 
-class Drawing(LogisticRegression):
-    """Draws from the global stream of random numbers, which is its right."""
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        np.random.rand(999)
-        return super().fit(*args, **kwargs)
-
-
 ESTIMATORS: dict[str, tuple[str, Any, Tensor, Any]] = {
     "LogisticRegression": ("multiclass", LogisticRegression(), NOISY, Plain),
-    "Drawing": ("binary", Drawing(), (NOISY > 1).float(), lambda: Plain(1, bce)),
+    # It draws from NumPy's stream of random numbers.
     "RandomForestClassifier": ("binary", RandomForestClassifier(9), (NOISY > 1).float(), lambda: Plain(1, bce)),
     "Ridge": ("regression", Ridge(), X[:, :2] + X[:, 2:4], lambda: Plain(2, mse)),
 }  # fmt: skip

@@ -7,9 +7,7 @@ from typing import Any
 
 import matplotlib
 import pytest
-import torch
 from lightning.pytorch import callbacks as cb
-from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor
 from lightning_sensitivity.callbacks.checks import callbacks_that_monitor
@@ -17,7 +15,7 @@ from lightning_sensitivity.expected.doubts import CONSTANT
 from lightning_sensitivity.expected.record import Verdict
 from lightning_sensitivity.expected.summary import Curve, summarize
 from tests.callbacks.plain_loop import ACCURACY, AUROC, LOSS, NOISY, Plain, X, batches_of, fit, names_of
-from tests.helpers import fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
+from tests.helpers import blind, fitted, fitted_and_said, labelled, quick_risk, trainer, unlabelled_loader
 
 SECOND = f"{LOSS}/dataloader_idx_1"
 DATA = batches_of(X, NOISY), unlabelled_loader(seed=1)
@@ -189,10 +187,6 @@ def test_in_a_debugging_run_there_is_none_and_before_a_value_a_warning(log: Any)
 
 
 # Where there is no value
-
-
-def blind(batch: Any) -> Tensor:
-    return torch.ones(len(batch if isinstance(batch, Tensor) else batch[0]), 1)
 
 
 @pytest.mark.parametrize(("name", "mode"), [(LOSS, "min"), (AUROC, "max")])
