@@ -140,9 +140,6 @@ BY_CHANCE: dict[str, tuple[Any, dict[str, int], int]] = {
     "as many shared numbers as samples": (
         net_of(lambda self, x, prior: x, x=torch.rand, prior=lambda size, length: torch.rand(10)),
         {"columns": 16}, 10),
-    "as many shared numbers as samples, beside integers": (
-        net_of(lambda self, x, prior: x.float(), x=integers, prior=lambda size, length: torch.rand(10)),
-        {"tokens": 16}, 10),
     "as many numbers as tokens": (
         net_of(lambda self, input_ids, attention_mask, token_type_ids, x: x, **TEXT, token_type_ids=integers,
                  x=lambda size, length: torch.rand(size, 16)),
