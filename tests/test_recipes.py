@@ -1,5 +1,6 @@
 """The recipes of the guide, section by section, on small networks without weights: nothing is downloaded."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_sensitivity import RiskMonitor
-from tests.helpers import fitted, small_forests
-from tests.test_docs import DOCS, RECIPES
+from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from tests.helpers import fitted, fitted_and_said, small_forests
+from tests.test_docs import DOCS, README, RECIPES
 
 NUM_TRAINING, NUM_UNSEEN, NUM_CLASSES = 150, 60, 3
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -281,3 +282,56 @@ def test_a_recipe_runs_as_it_stands(
             assert (risk.summary["features"] == "features") == ("features=" in version)
     if risk is not None:
         assert "by itself" in caplog.text
+
+
+# README's table of settings
+
+
+def of_rows(num_outputs: int, loss: Any, kept: slice = slice(3)) -> dict[str, Any]:
+    """Rows of a table, their labels or numbers, and the machine that each is of; `kept` says which a batch has."""
+    x, net = torch.randn(NUM_TRAINING + NUM_UNSEEN, 5), nn.Linear(5, num_outputs)
+    y = {cross_entropy: (x[:, 0] > 1).long(), mse_loss: x[:, :1] + 0.1 * torch.randn(len(x), 1)}
+    labels = y.get(loss, (x[:, :num_outputs] > 0).float())
+    model = Network(net)
+    model.loss = lambda batch: loss(model(batch[0]), batch[1])  # type: ignore[method-assign]
+    return {"model": model, **loaders(TensorDataset(*(x, labels, torch.arange(len(x)) // 10)[kept]))}
+
+
+def of_pixels() -> dict[str, Any]:
+    x, _ = pictures(8)
+    model = Network(nn.Conv2d(3, 4, 3, padding=1))
+    return {"model": model, **loaders(TensorDataset(x, x.argmax(1)))}
+
+
+PAIR = slice(2)
+ROWS: dict[str, Callable[[], dict[str, Any]]] = {
+    'RiskMonitor("binary")': of_few_positives,
+    "RiskMonitor()": lambda: of_rows(2, cross_entropy, PAIR),
+    'RiskMonitor("regression")': lambda: of_rows(1, mse_loss, PAIR),
+    'RiskMonitor("regression", inputs=lambda b: b[0], targets=lambda b: b[1], groups=lambda b: b[2])': (
+        lambda: of_rows(1, mse_loss)
+    ),
+    'RiskMonitor("multilabel")': lambda: of_rows(3, binary_cross_entropy_with_logits, PAIR),
+    "RiskMonitor(features=encoder)": lambda: of_images() | {"encoder": cnn(16)},
+    "RiskMonitor(validation_labels=True)": of_images,
+    "SensitivityMonitor()": of_pixels,
+    'SensitivityMonitor(at="model.bert.embeddings")': of_texts,
+    "SensitivityMonitor(noise=0.4)": of_images,
+    "SensitivityMonitor(per_output=True)": lambda: of_rows(2, cross_entropy, PAIR),
+}
+
+
+def test_every_setting_of_readme_is_tried() -> None:
+    table = README.read_text().partition("## Which setting")[2].partition("## Limits")[0]
+    assert {*re.findall(r"`(\w+Monitor\([^`]*\))`", table)} == ROWS.keys()
+
+
+@pytest.mark.parametrize("code", ROWS)
+def test_a_setting_of_readme_runs_as_it_stands(code: str) -> None:
+    seed_everything(0, verbose=False)
+    names = ROWS[code]()
+    monitor = eval(code, {"RiskMonitor": RiskMonitor, "SensitivityMonitor": SensitivityMonitor, **names})
+    run, texts = fitted_and_said([monitor], names["model"], names["train_loader"], names["val_loader"])
+    wanted = {"regression": "expected_loss", "Risk": "expected_auroc", "per_output": "per_output_sensitivity"}
+    name = next((value for word, value in wanted.items() if word in code), "output_sensitivity")
+    assert math.isfinite(run.callback_metrics[f"val/{name}"]) and texts == []

@@ -63,6 +63,10 @@ def middle(runs: Runs, rule: str) -> str:
     return f"{getattr(runs, rule).means.median():.1f}" if runs.frame[rule].notna().any() else "–"
 
 
+def short(runs: Runs, rule: str) -> str:
+    return f"{getattr(runs, rule):.1f}" if runs.frame[rule].notna().any() else "–"
+
+
 def interval(runs: Runs, rule: str) -> str:
     return f"{getattr(runs, rule).interval:.1f}" if runs.frame[rule].notna().any() else "–"
 
@@ -119,13 +123,11 @@ EXACT, NOISY = of_kind("regressions"), of_kind("regressions noisy")
 WORST = NUMBER.frame.loc[NUMBER.frame[RULE].idxmax()]
 OTHERS = NUMBER.where(f"{RULE} < {WORST[RULE]}")
 README = f"""
-On tables, a final run that stops where `stop_progress` passes 1 lost {interval(TABLES, RULE)} points of accuracy, one
-that is never stopped {interval(TABLES, "never")}, one of the tuned number of epochs {interval(TABLES, EPOCHS)}. On
-regressions it lost {middle(NUMBER, RULE)} % of the squared error in the median, never stopping
-{middle(NUMBER, "never")}, the tuned number {middle(NUMBER, EPOCHS)}; but in the mean {cell(NUMBER, RULE)}, for one run
-of {NUMBER.count} was stopped at a spike of its first epochs (never {cell(NUMBER, "never")}, tuned number
-{cell(NUMBER, EPOCHS)}). **Not for photos**: it lost {interval(PHOTOS, RULE)} points, never stopping
-{interval(PHOTOS, "never")}."""
+On tables, final runs that it stopped lost {interval(TABLES, RULE)} points of accuracy against their best epoch; never
+stopped, {short(TABLES, "never")}; after the tuned number of epochs, {short(TABLES, EPOCHS)}. It gains most where
+learning rate or batch size change. Regressions lost {middle(NUMBER, RULE)} % of the squared error in the median (never
+{middle(NUMBER, "never")}, epochs {middle(NUMBER, EPOCHS)}); one of {NUMBER.count} was stopped far too early. Photos
+lose by it, and texts gain nothing: **train these to the end**."""
 GUIDE = f"""
 **On tables, yes.** The final run stops at the first epoch at which (t / t*) (S / S*) > 1: t is its number of epochs, S
 its sensitivity (of single outputs), and t*, S* are those of the tuning run's last epoch whose validation loss is within

@@ -84,17 +84,6 @@ BLOCKS = {
     "groups: says": table("without, with `groups=` (runs)", ROWS, SAYS),
     "groups: level": table("points off: without, with `groups=` (runs)", ROWS, LEVEL),
     "groups: choice": table("without, with `groups=` (runs)", ROWS, CHOICE),
-    "groups: on the page": table(
-        "without, with `groups=` (runs)",
-        ROWS,
-        {
-            "the reference is right, it says, in %": pair("left_out", ".0f"),
-            "on new ones in %": pair("reference", ".0f"),
-            "expected accuracy off": pair("accuracy_level_error", runs="ROW_heard"),
-            "accuracy lost": pair("by_accuracy_accuracy_lost"),
-            "last epoch": "{ROW.never_accuracy_lost:.1f}",
-        },
-    ),
     "groups: spread": table(
         "with − without `groups=` (runs)",
         ROWS,

@@ -23,9 +23,6 @@ BLOCKS = {
             "loss above the lowest, %: mean": "{runs.ROW_loss_regret:.0f}",
         },
     ),
-    "sensitivity in README": """
-In {runs.count} other runs, its minimum, the untrained network, lost {runs.sensitivity_lowest_accuracy_lost:.0f},
-never stopping {runs.never_stop_accuracy_lost:.1f}.""",
     "augmented runs": """
 On {augmented.count} such runs with human labels (at most 10,000 images), the last epoch lost
 {augmented.never_stop_accuracy_lost:.1f} points against the best one.""",

@@ -177,12 +177,6 @@ SIZES = {
 ROWS_OF = {"classes": "large", "few positives": "few_large", "numbers": "numbers_large"}
 
 
-def heaviest() -> str:
-    """Say how large the largest network was, if one was large."""
-    found = [size for name, (_, size, _) in SIZES.items() if NAMES[name].count > 1]
-    return f"{found[0].removesuffix(' weights')} weights" if found else ""
-
-
 def sizes() -> str:
     """Say how large the networks and the tables were."""
     tried = [f"{', '.join(what)} ({NAMES[name].count} runs)" for name, what in SIZES.items() if NAMES[name].count > 1]
