@@ -133,6 +133,19 @@ class Linear(Quiet):
         return self.scale * self.net(x)
 
 
+class Plateau(Linear):
+    """Its rate falls by a schedule that monitors a value."""
+
+    def __init__(self, monitor: str, mode: str, **options: Any) -> None:
+        super().__init__()
+        self.mode, self.options = mode, {"monitor": monitor, **options}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.mode, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **self.options}}
+
+
 class Acting(Linear):
     """Its forward calls a function of the module, the inputs and the epoch in eval mode, where only our passes are."""
 

@@ -22,7 +22,18 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import Acting, Linear, failing, fitted, loader, quick_risk, refused, trainer, unlabelled_loader
+from tests.helpers import (
+    Acting,
+    Linear,
+    Plateau,
+    failing,
+    fitted,
+    loader,
+    quick_risk,
+    refused,
+    trainer,
+    unlabelled_loader,
+)
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
@@ -121,19 +132,6 @@ def test_a_log_of_fewer_arguments_costs_values() -> None:
 
 
 # Who monitors a value
-
-
-class Plateau(Linear):
-    """Its rate falls by a schedule."""
-
-    def __init__(self, monitor: str, mode: str) -> None:
-        super().__init__()
-        self.monitor, self.mode = monitor, mode
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.mode, patience=1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
 
 
 def watching(kind: str, monitor: str, mode: str) -> tuple[list[Callback], Any]:

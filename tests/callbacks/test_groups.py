@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_sensitivity import RiskMonitor, compare_models
-from tests.helpers import Quiet, fitted, fitted_and_said, quick_risk
+from tests.helpers import Quiet, fitted, fitted_and_said, module, quick_risk
 
 NUM_PERSONS = 60
 
@@ -157,19 +157,9 @@ def test_validation_labels_of_one_group_count_as_one() -> None:
     assert both == pytest.approx(expected, abs=1e-5) and monitors["groups/"].history[-1]["num_labels"] == 240
 
 
-class Part(nn.Module):
-    """Four of the inputs are its logits."""
-
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.first = first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 9 * x[:, self.first : self.first + 4] - 3
-
-
 def test_a_comparison_counts_groups() -> None:
-    models = {"right": Part(0), "wrong": Part(4)}
+    right, wrong = module(lambda self, x: 9 * x[:, :4] - 3), module(lambda self, x: 9 * x[:, 4:8] - 3)
+    models = {"right": right, "wrong": wrong}
     options = {"training": [persons(0)], "targets": second}
     with pytest.warns(UserWarning, match="samples of `dataloader` are farther from training samples"):
         plain = compare_models(models, [persons(1000)], **options)

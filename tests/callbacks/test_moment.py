@@ -13,7 +13,17 @@ from torch import Tensor
 import tests.helpers as helpers
 from lightning_sensitivity import SensitivityMonitor
 from tests.callbacks.plain_loop import Plain, Truth
-from tests.helpers import Linear, Quiet, fitted, fitted_and_said, loader, quick_estimator, quick_risk, unlabelled_loader
+from tests.helpers import (
+    Linear,
+    Plateau,
+    Quiet,
+    fitted,
+    fitted_and_said,
+    loader,
+    quick_estimator,
+    quick_risk,
+    unlabelled_loader,
+)
 
 SENSITIVITY = "val/output_sensitivity"
 WORST = float(torch.finfo(torch.float32).max)
@@ -70,19 +80,6 @@ def test_what_is_missing_is_the_worst_and_then_the_last_and_is_in_no_curve_and_n
     assert helpers.logged(run, "val/") == {"val/low": 7}  # of which a tuner reads the last
 
 
-class Scheduled(Linear):
-    """Its rate falls by a schedule that monitors a value."""
-
-    def __init__(self, mode: str, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.mode, self.options = mode, options
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, self.mode, patience=0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "strict": False, **self.options}}
-
-
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # of Trainer, EarlyStopping and scheduler
     "an epoch": ({}, {}, {}),
     "at the end of a validation": ({}, {"check_on_train_epoch_end": False}, {}),
@@ -97,7 +94,7 @@ def test_waiting_for_a_first_value_uses_up_no_patience_and_a_gap_after_it_does(w
     options, of_stopping, of_scheduler = WAYS[way]
     name = {"min": "val/low", "max": "val/high"}[mode]
     for script, num_validations in (("- - - - - - - 1", 8), ("- - - - 3 2 - -", 7)):
-        model = Scheduled(mode, {"monitor": name, **of_scheduler})
+        model = Plateau(name, mode, strict=False, **of_scheduler)
         stopping = cb.EarlyStopping(name, patience=1, mode=mode, **of_stopping)
         epochs = {"max_epochs": 4 if "several" in way else 8, "num_sanity_val_steps": 0}
         run = fitted([stopping, Scripted(script)], model, **epochs, **options)

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from lightning_sensitivity.functional.tensors import evenly_spaced
 from lightning_sensitivity.reading import kept
 from lightning_sensitivity.reading.kept import KeptObservations
 from tests.helpers import (
@@ -39,8 +38,6 @@ def sensitivity(run: Any, batches: Any) -> Any:
 
 # Which ones
 
-SIZES = [(0, 500), (1, 100)]
-
 
 def batches_of(sizes: list[int], is_stream: bool) -> tuple[list[Tensor], DataLoader]:
     batches = [inputs(size, seed=index) for index, size in enumerate(sizes)]
@@ -65,13 +62,6 @@ def test_whole_batches_are_kept_that_are_evenly_spaced_also_of_a_stream(
     values = helpers.validated(SensitivityMonitor(num_samples=num_samples), model, val)
     # They have the noise of their place in the loader.
     assert values[SENSITIVITY] == sensitivity(model, {index: batches[index] for index in chosen})
-
-
-def test_of_large_batches_evenly_spaced_samples_are_kept() -> None:
-    model, (batches, val) = Quiet(), batches_of([500, 100], is_stream=False)
-    values = helpers.validated(SensitivityMonitor(num_samples=60), model, val)
-    chosen = [batches[i][evenly_spaced(torch.arange(n), n / 10)] for i, n in SIZES]
-    assert values[SENSITIVITY] == sensitivity(model, chosen)
 
 
 class Recurrent(Quiet):

@@ -18,7 +18,7 @@ import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.expected.doubts import say_unused
 from lightning_sensitivity.running import isolated
-from tests.helpers import Quiet, fitted_and_said, inputs, labelled, quick_risk, refused, trainer
+from tests.helpers import Quiet, fitted_and_said, inputs, labelled, module, quick_risk, refused, trainer
 
 X, Y = labelled(200).tensors
 VAL = DataLoader(inputs(90, seed=1), 20)
@@ -249,20 +249,10 @@ PASSES = count()
 def checked(task: str, forward: Any, num_samples: int, seed: int) -> None:
     """Check a linear layer and a function before the first step."""
     torch.manual_seed(seed)
-    monitor, model = quick_risk(task), nn.Sequential(nn.Linear(12, 1 if task == "binary" else 10), Function(forward))
+    gate = module(lambda self, z: forward(z))
+    monitor, model = quick_risk(task), nn.Sequential(nn.Linear(12, 1 if task == "binary" else 10), gate)
     with isolated(model) as run:
         monitor.check_model(run, monitor.reader.call(model, inputs(num_samples, seed)))
-
-
-class Function(nn.Module):
-    """A layer of a function."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -36,6 +36,7 @@ from lightning_sensitivity.functional.tasks import TASKS, measure_mean
 from tests.helpers import Watch
 
 SIZES = {"multiclass": 4, "binary": 1, "regression": 2}
+ERRORS = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])  # of two targets
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -79,10 +80,9 @@ def test_rare_classes_get_their_share_and_impossible_ones_none() -> None:
 
 def test_targets_are_drawn_with_the_errors_of_the_reference() -> None:
     _, q = sample("regression")
-    errors = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])
-    targets = draw_labels(q, "regression", errors)
+    targets = draw_labels(q, "regression", ERRORS)
     assert targets.shape == (20, 60, 2) and torch.equal(draw_labels(q, "regression"), q[None])
-    torch.testing.assert_close(targets - q, torch.tensor(errors)[:, None].expand(20, 60, 2))
+    torch.testing.assert_close(targets - q, torch.tensor(ERRORS)[:, None].expand(20, 60, 2))
 
 
 def test_several_labels_are_drawn_each_by_its_probability_and_independently() -> None:
@@ -129,9 +129,8 @@ def test_a_metric_gets_probabilities_and_in_a_regression_outputs() -> None:
     outputs, q = sample("regression", 60)
     found = expected_metric(MeanSquaredError(), outputs, q, "regression", np.zeros((20, 2)))
     assert found == pytest.approx(float((outputs - q).square().mean()), rel=1e-5)
-    errors = np.linspace(-1, 2, 20)[:, None] * np.array([1.0, 3.0])
-    loss = expected_loss(outputs, q, "regression", errors)
-    assert expected_metric(MeanSquaredError(), outputs, q, "regression", errors) == pytest.approx(float(loss), rel=1e-5)
+    loss = expected_loss(outputs, q, "regression", ERRORS)
+    assert expected_metric(MeanSquaredError(), outputs, q, "regression", ERRORS) == pytest.approx(float(loss), rel=1e-5)
     single = expected_metric(MeanSquaredError(), outputs[:, 0], q[:, :1], "regression", np.zeros((20, 1)))
     assert single == pytest.approx(float((outputs - q)[:, 0].square().mean()), rel=1e-5)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sensitivity.running import GaussianNoise, ModelCall, isolated, noise_generator
 from lightning_sensitivity.running.perturbation import check_noise, noisy_outputs, perturbation, submodule
+from tests.helpers import module
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -58,21 +59,12 @@ class Pair(NamedTuple):
     name: str
 
 
-class Body(nn.Module):
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.make = make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(x)
-
-
 @pytest.mark.parametrize("make", [lambda x: (x, "b"), lambda x: [x, "b"], lambda x: Pair(x, "b")])
 def test_a_submodule_returns_the_kind_of_collection_that_it_did(make: Any) -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = Body(make)
+            self.body = module(lambda self, x: make(x))
 
         def forward(self, x: Tensor) -> Tensor:
             result = self.body(x)
@@ -91,9 +83,9 @@ def test_the_output_of_a_submodule_is_perturbed_each_time_that_it_runs() -> None
     model, x = Siamese(), torch.rand(5, 4)
 
     def outputs(at: str | None, noise: Any) -> list[Tensor]:
-        module = None if at is None else submodule(model, at)
+        layer = None if at is None else submodule(model, at)
         with isolated(model) as run:
-            return noisy_outputs(run, ModelCall(model, x), noise, (0, 1, 2, 3), 2, module)
+            return noisy_outputs(run, ModelCall(model, x), noise, (0, 1, 2, 3), 2, layer)
 
     noise = [0.5 * torch.randn(5, 4, generator=noise_generator(0, 1, 2, 3, draw)) for draw in range(2)]
     torch.testing.assert_close(outputs(None, GaussianNoise(0.5)), [model(x + each) for each in noise])
