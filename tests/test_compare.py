@@ -5,7 +5,7 @@ import gc
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas
@@ -319,18 +319,12 @@ class Named(Linear):
         return {"loss": image.sum(), "logits": self.net(image)}
 
 
-class Weighted(NamedTuple):
-    label: Tensor
-    image: Tensor
-
-
-def test_batches_are_dicts_or_tuples_with_names_or_what_functions_make_of_them() -> None:
+def test_batches_are_dicts_or_what_functions_make_of_them() -> None:
     named = {name: Named(seed=seed) for seed, name in enumerate("abc")}
     of_dicts = compare(named, [{"image": V}], training=[{"image": X, "label": Y}])
-    of_tuples = compare(named, [Weighted(L, V)], training=[Weighted(Y, X)])
     options = {"inputs": lambda batch: batch["x"] / 2, "targets": lambda batch: batch["z"] - 1}
     selected = compare(batches=[{"x": 2 * V}], training=[{"x": 2 * X, "z": Y + 1}], **options)
-    for rows in (of_dicts, of_tuples, selected):
+    for rows in (of_dicts, selected):
         assert [*found(rows).values()] == pytest.approx([*found(compare()).values()], rel=1e-5)
 
 

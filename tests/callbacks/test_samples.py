@@ -15,17 +15,7 @@ import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.reading import kept
 from lightning_sensitivity.reading.kept import KeptObservations
-from tests.helpers import (
-    NUM_FEATURES,
-    Linear,
-    Quiet,
-    first_tensor,
-    fitted,
-    inputs,
-    loader,
-    quick_risk,
-    unlabelled_loader,
-)
+from tests.helpers import NUM_FEATURES, Linear, Quiet, fitted, inputs, loader, quick_risk, unlabelled_loader
 
 SENSITIVITY = "val/output_sensitivity"
 
@@ -205,7 +195,10 @@ def test_training_batches_may_be_of_two_views_and_validation_batches_of_one() ->
     x, y = helpers.labelled(50).tensors
     views = DataLoader([[[one, two], label] for one, two, label in zip(x, x.flip(1), y, strict=True)], 16)
     for num_sanity_val_steps in (0, 2):
-        monitors: list[Any] = [SensitivityMonitor(), quick_risk(inputs=first_tensor, targets=lambda batch: batch[1])]
+        monitors: list[Any] = [
+            SensitivityMonitor(),
+            quick_risk(inputs=helpers.first_tensor, targets=lambda batch: batch[1]),
+        ]
         options = {"num_sanity_val_steps": num_sanity_val_steps}
         run, texts = helpers.fitted_and_said(monitors, TwoViews(), views, unlabelled_loader(seed=1), **options)
         assert not texts and run.callback_metrics[SENSITIVITY] > 0 and run.callback_metrics["val/expected_loss"] < 2

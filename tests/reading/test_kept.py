@@ -23,13 +23,16 @@ CALL = ModelCall(nn.Identity(), torch.zeros(0))  # of no bytes
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=60)
 
 
-def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf) -> KeptSamples:
-    """Samples of batches of these sizes, each of 4 bytes."""
+def kept(sizes: list[int], num_wanted: float, max_bytes: float = math.inf, has_rows: bool = False) -> KeptSamples:
+    """Samples of batches of these sizes, each of 4 bytes; of 8, if some rows of a batch can be kept."""
     samples = KeptSamples(num_wanted, max_bytes=max_bytes)
     for index, size in enumerate(sizes):
         if samples.wants(index):
-            samples.add(KeptBatch(index, size, size, CALL, seen={"columns": torch.full((size, 1), float(index))}))
+            numbers = torch.arange(size, dtype=torch.float32)[:, None]
+            call = ModelCall(nn.Identity(), numbers) if has_rows else CALL
+            samples.add(KeptBatch(index, size, size, call, seen={"columns": numbers}))
     samples.complete()
+    samples.complete()  # which changes nothing
     return samples
 
 
@@ -58,15 +61,7 @@ def test_they_are_evenly_spaced_whatever_the_length_of_a_stream(num_batches: int
 
 
 def kept_rows(sizes: list[int], max_bytes: float = math.inf, num_wanted: int = 600) -> KeptSamples:
-    """Samples of batches of these sizes, each of 4 bytes."""
-    samples = KeptSamples(num_wanted, max_bytes=max_bytes)
-    for index, size in enumerate(sizes):
-        if samples.wants(index):
-            call = ModelCall(nn.Identity(), torch.arange(size, dtype=torch.float32)[:, None])
-            samples.add(KeptBatch(index, size, size, call, seen=call.arguments))  # type: ignore[arg-type]
-    samples.complete()
-    samples.complete()  # which changes nothing
-    return samples
+    return kept(sizes, num_wanted, max_bytes, has_rows=True)
 
 
 @pytest.mark.parametrize(("sizes", "sizes_kept"), [
