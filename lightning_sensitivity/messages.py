@@ -84,7 +84,7 @@ def check_task(task: str, loss: object, reference: object) -> Task:
     check_argument("task", task, task in TASKS, f"one of {TASK_NAMES}")
     check_argument("loss", loss, loss is None or callable(loss), "a function of outputs and labels, or None")
     method = TASKS[task].estimator_method
-    needed = ("get_params", "fit", "predict", method)  # `cross_val_predict` wants `predict` in any case
+    needed = ("get_params", "fit", method)
     is_estimator = all(hasattr(reference, each) for each in needed) and not isinstance(reference, type)
     expected = f"an estimator of scikit-learn with `{method}`, or None"
     check_argument("reference", reference, reference is None or is_estimator, expected)

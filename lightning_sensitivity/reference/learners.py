@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from lightning_sensitivity.reference.calibration import Calibration, MeanLabel, 
 from lightning_sensitivity.reference.kinds import KINDS, MAX_FOREST_COLUMNS, MOST, Array, Seen, possible_blocks
 from lightning_sensitivity.reference.observations import Observations, count_groups
 from lightning_sensitivity.reference.unknown import ByColumns, Folds, KnownTargets, same_samples
+
+Model: TypeAlias = Callable[[Matrix], Array]  # predicts labels, (M, C), of the matrix that features make
 
 _EQUAL = 1e-12  # relative squared distance of equal rows
 _PART = 1000  # samples on which a learner is chosen
@@ -103,7 +105,7 @@ class Learner:
     Args:
         name: ``"forest"``, ``"ridge"``, or the class of an estimator.
         features: What it sees of the samples.
-        model: An estimator of scikit-learn, fitted to a matrix.
+        predict: Its model.
         left_out: What it would have predicted of each sample without it, or without its group.
         samples: The samples.
         task: The task.
@@ -117,14 +119,14 @@ class Learner:
     """
 
     def __init__(
-        self, name: str, features: Features, model: Any, left_out: Array, samples: Observations, task: Task
+        self, name: str, features: Features, predict: Model, left_out: Array, samples: Observations, task: Task
     ) -> None:
         self.name = name
         self.features = features
         self.labels = samples.labels
         self.groups = samples.groups
-        self._model = model
-        p = self._as_matrix(left_out)
+        self._predict = predict
+        p = torch.from_numpy(left_out).reshape(self.labels.shape)
         calibration = calibrate(p, samples.labels, task, samples.groups)
         self.calibration: Calibration | MeanLabel = calibration
         self.left_out = calibration(p)
@@ -137,19 +139,8 @@ class Learner:
 
     def predict(self, seen: Seen) -> Tensor:
         """Predict new samples, ``(M, C)``."""
-        predict = getattr(self._model, "predict_proba", self._model.predict)
-        return self.calibration(self._as_matrix(predict(self.features(seen))))
-
-    def _as_matrix(self, predicted: Any) -> Tensor:
-        """Give classes that no sample has a column, too; of several labels, take the probability of yes."""
-        if isinstance(predicted, list):
-            classes = self._model.classes_
-            predicted = [p @ values for p, values in zip(predicted, classes, strict=True)]
-            return torch.from_numpy(np.stack(predicted, 1))
-        is_classifier = hasattr(self._model, "predict_proba")  # some regressors have `classes_`, too
-        p = np.zeros((len(predicted), self.labels.shape[1]))
-        p[:, self._model.classes_ if is_classifier else slice(None)] = predicted.reshape(len(predicted), -1)
-        return torch.from_numpy(p)
+        p = torch.from_numpy(self._predict(self.features(seen)))
+        return self.calibration(p.reshape(len(p), -1))
 
 
 @contextmanager
@@ -218,7 +209,7 @@ def fit_learners(samples: Observations, task: Task) -> tuple[Learner, Tensor]:
         samples = samples.take(indices)
         features = Features(best.blocks, samples.seen)
         model, left_out = best.fit(features(samples.seen), samples.labels.numpy(), _folds_of(samples, are_all=True))
-    return Learner(best.name, features, model, left_out, samples, task), indices
+    return Learner(best.name, features, model.predict, left_out, samples, task), indices
 
 
 def _score(left_out: Array, samples: Observations, task: Task) -> float:
@@ -386,11 +377,26 @@ def fit_estimator(estimator: BaseEstimator, samples: Observations, task: Task) -
     is_stratified = has_one_class and max(np.bincount(labels)) >= FOLDS
     kind = StratifiedKFold if is_stratified else KFold
     # Shuffled: samples come in an order that depends on their inputs.
-    folds = _folds_of(samples, are_all=True) or kind(min(FOLDS, len(labels)), shuffle=True, random_state=0)
+    folds = kind(min(FOLDS, len(labels)), shuffle=True, random_state=0).split(labels, labels)
+    left_out = np.empty(samples.labels.shape)
+    predict = partial(_predict, task=task, num_columns=left_out.shape[1])
     with quiet():
         try:
-            left_out = cross_val_predict(model, matrix, labels, cv=folds, method=task.estimator_method)
+            for known, new in _folds_of(samples, are_all=True) or folds:
+                left_out[new] = predict(matrix[new], clone(model).fit(matrix[known], labels[known]))
             model.fit(matrix, labels)
         except Exception as error:
             raise ValueError(f"{name} can't be fitted: {error}") from error
-    return Learner(name, features, model, left_out, samples, task), torch.arange(len(samples))
+    return Learner(name, features, partial(predict, model=model), left_out, samples, task), torch.arange(len(samples))
+
+
+def _predict(matrix: Matrix, model: Any, task: Task, num_columns: int) -> Array:
+    """Predict labels, ``(M, C)``: 0 of a class without a sample, and of several labels the probability of yes."""
+    p = getattr(model, task.estimator_method)(matrix)
+    if isinstance(p, list):  # of both answers to each label, or of the only one that there was
+        p = np.stack([each @ classes for each, classes in zip(p, model.classes_, strict=True)], 1)
+    elif task.is_by_column and num_columns == 1:
+        p = p @ model.classes_
+    elif not task.is_by_column and not task.is_regression:
+        p = p @ np.eye(num_columns)[model.classes_]
+    return np.asarray(p, dtype=float).reshape(matrix.shape[0], num_columns)

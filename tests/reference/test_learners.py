@@ -240,10 +240,12 @@ def test_what_an_estimator_does_not_take_is_said_by_its_name(what: str) -> None:
 
 
 @pytest.mark.usefixtures("uncalibrated")
-def test_an_estimator_knows_classes_without_a_sample_and_two_classes_of_one_output() -> None:
+def test_an_estimator_knows_classes_without_a_sample_and_both_answers_of_one_output() -> None:
     x, y, new = sample("binary", num_samples=40)
     q = GaussianNB().fit(x.numpy(), y[:, 0].numpy()).predict_proba(new.numpy())
     np.testing.assert_allclose(Reference("binary", GaussianNB()).fit(x, y).predict_proba(new), q, atol=1e-4)
+    of_label = Reference("multilabel", GaussianNB()).fit(x, y).predict_proba(new)
+    np.testing.assert_allclose(of_label, q[:, 1:], atol=1e-4)
     gaps = Reference(estimator=GaussianNB()).fit(x, one_hot(3 * y[:, 0].long(), 6).float())
     np.testing.assert_allclose(gaps.predict_proba(new), np.insert(q, [1, 1, 2, 2], 0, axis=1), atol=1e-4)
 
