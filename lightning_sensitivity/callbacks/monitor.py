@@ -275,17 +275,19 @@ class Monitor(Callback, ABC):
         return values or {} if agree(trainer, values is not None) else {}
 
     def _log_values(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
-        """Log the values of a loader, and note which are missing."""
+        """Log the values of a loader."""
         for name, is_highest in self.directions.items():
             logged_name = self.logged_name(trainer, name, dataloader_idx)
-            if name not in values:
-                self.run.missing.add(trainer, logged_name, name, dataloader_idx, is_highest)
-            else:
-                self.run.missing.remember(dataloader_idx, {name: float(values[name])})
-                with self.run.report_failure(f"could not log `{logged_name}`", NO_VALUE):
-                    trainer.lightning_module.log(
-                        logged_name,
-                        values[name],
-                        sync_dist=trainer.world_size > 1,
-                        add_dataloader_idx=False,
-                    )
+            self.log_value(trainer, logged_name, (name, dataloader_idx), values.get(name), is_highest)
+
+    def log_value(
+        self, trainer: Trainer, logged_name: str, key: tuple[str, int], value: Tensor | float | None, is_highest: bool
+    ) -> None:
+        """Log a value, by its name and loader, or note that it is missing."""
+        if value is None:
+            self.run.missing.add(logged_name, key, is_highest)
+            return
+        self.run.missing.remember(key, float(value))
+        sync_dist = trainer.world_size > 1
+        with self.run.report_failure(f"could not log `{logged_name}`", NO_VALUE):
+            trainer.lightning_module.log(logged_name, value, sync_dist=sync_dist, add_dataloader_idx=False)

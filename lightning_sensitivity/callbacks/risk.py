@@ -174,8 +174,8 @@ class RiskMonitor(Monitor):
         """Go on with the history of an earlier part of this fit."""
         self.history, names = history, {*self.names}
         for row in history:
-            values = {name: value for name, value in row.items() if name in names and value is not None}
-            self.run.missing.remember(row["dataloader_idx"], values)
+            for name in names & {name for name, value in row.items() if value is not None}:
+                self.run.missing.remember((name, row["dataloader_idx"]), row[name])
         lacking = [row for row in history if not row.keys() >= names]
         self.run.missing.num_incomplete = len({(row["epoch"], row["step"]) for row in lacking})
 

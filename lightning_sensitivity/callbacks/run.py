@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any
@@ -162,13 +162,14 @@ class MissingValues:
         """Forget what the last validation lacked."""
         self._given = {}
 
-    def remember(self, dataloader_idx: int, values: Mapping[str, float]) -> None:
-        """Remember the values of a loader, but for nan and inf."""
-        self._last |= {(name, dataloader_idx): value for name, value in values.items() if math.isfinite(value)}
+    def remember(self, key: tuple[str, int], value: float) -> None:
+        """Remember a value by its name and loader, but for nan and inf."""
+        if math.isfinite(value):
+            self._last[key] = value
 
-    def add(self, trainer: Trainer, logged_name: str, name: str, dataloader_idx: int, is_highest: bool) -> None:
-        """Note that a value is missing; it is best where it is highest or lowest."""
-        value = self._last.get((name, dataloader_idx))
+    def add(self, logged_name: str, key: tuple[str, int], is_highest: bool) -> None:
+        """Note that a value is missing, by its name and loader; it is best where it is highest or lowest."""
+        value = self._last.get(key)
         if value is None:  # the worst one that ends no run by a bound, a little better in each further validation
             value = -_WORST if is_highest else _WORST
             gain = (1 - _BETTER**self.num_incomplete) * max(abs(value), _SMALLEST)

@@ -132,7 +132,7 @@ class SensitivityMonitor(Monitor):
         names = [self._kind, f"{self._kind}_stderr", *[_ESTIMATE] * self.loss_estimate]
         return dict.fromkeys(names, False)
 
-    def early_stopping(self, monitor: str = "val/loss", mode: str = "min") -> EarlyStopping:
+    def early_stopping(self, monitor: str = "val/loss", mode: str | None = None) -> EarlyStopping:
         """Make the callback that stops a final run, by the tuning run that this monitor has watched.
 
         The tuning run stopped gaining at the last validation whose value is within the curve's own noise of the
@@ -141,21 +141,23 @@ class SensitivityMonitor(Monitor):
 
         Args:
             monitor: Name by which the tuning run logged the loss, or a metric, on labelled validation samples.
-            mode: ``"min"`` if it is best where it is lowest, ``"max"`` where it is highest.
+            mode: ``"min"`` if it is best where it is lowest, ``"max"`` where it is highest; None for
+                ``"val/loss"`` alone, whose lowest is best.
 
         Returns:
             The callback for the final run's Trainer, beside this monitor.
 
         Raises:
             ValueError: If the tuning run has logged no such value.
-            MisconfigurationException: If ``mode`` is something else.
+            MisconfigurationException: If ``mode`` is something else, or missing.
 
         Example:
             >>> from lightning_sensitivity import SensitivityMonitor
             >>> watch = SensitivityMonitor(tuned=(12, 0.031))
             >>> callbacks = [watch, watch.early_stopping()]  # of the final run's Trainer
         """
-        check_argument("mode", mode, mode in ("min", "max"), "'min' or 'max'")
+        mode = "min" if mode is None and monitor == "val/loss" else mode
+        check_argument("mode", mode, mode in ("min", "max"), f"'min' or 'max' for {monitor!r}")
         if any(monitor in row for row in self._validations):
             self.tuned, text = self._find_tuned(monitor, mode)
             if self.tuned is None:
@@ -169,7 +171,7 @@ class SensitivityMonitor(Monitor):
         options: dict[str, Any] = {"mode": "max", "stopping_threshold": 1.0, "patience": _PATIENCE}
         return EarlyStopping(self.prefix + _PROGRESS, **options, strict=self.tuned is not None)
 
-    def _find_tuned(self, monitor: str, mode: str) -> tuple[tuple[float, float] | None, str]:
+    def _find_tuned(self, monitor: str, mode: str | None) -> tuple[tuple[float, float] | None, str]:
         """Find epochs and sensitivity where the last fit stopped gaining, if it did, and say so."""
         rows = [row for row in self._validations if row[_EPOCHS] > 0 and 0 < row[_PER_OUTPUT] < math.inf]
         rows = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
@@ -228,19 +230,13 @@ class SensitivityMonitor(Monitor):
                 )
                 self.run.warn("stop-by-sensitivity", message, kind=kind)
             if name == self.prefix + _PROGRESS and isinstance(callback, EarlyStopping):
-                is_known = not callback.strict or self._is_logged(trainer, name)
                 is_patient = callback.mode == "max" and callback.patience >= _PATIENCE
-                if not (is_known and is_patient and callback.stopping_threshold):
+                if not (is_patient and callback.stopping_threshold):
                     raise Refused(
-                        f"`EarlyStopping` of `{monitored}` needs a monitor with `tuned=` and `mode='max', "
-                        f"stopping_threshold=1, patience={_PATIENCE}`; the monitor's `early_stopping()` makes it.",
+                        f"`EarlyStopping` of `{monitored}` needs `mode='max', stopping_threshold=1, "
+                        f"patience={_PATIENCE}`; the monitor's `early_stopping()` makes it.",
                         "stop-by-sensitivity",
                     )
-
-    def _is_logged(self, trainer: Trainer, progress: str) -> bool:
-        """Return whether this monitor, or another one of the Trainer, knows a tuning run and logs the progress."""
-        monitors = [each for each in trainer.callbacks if isinstance(each, SensitivityMonitor)]  # type: ignore[attr-defined]
-        return any(each.tuned is not None and each.prefix + _PROGRESS == progress for each in monitors)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where a tuning run stopped gaining, or how far a final run is."""
@@ -268,16 +264,12 @@ class SensitivityMonitor(Monitor):
         self._validations.append(row)
         if self.tuned is None:
             return
-        name, has_value = self.prefix + _PROGRESS, _PER_OUTPUT in values and row[_EPOCHS] > 0
+        name = self.prefix + _PROGRESS
         if not row[_EPOCHS] > 0:
             message = f"does not log `{name}` within an epoch of a training loader without a length."
             self.run.warn("stop-by-sensitivity", message, kind=name)
-        if has_value:
-            progress = self._progress(**row)
-            self.run.missing.remember(0, {_PROGRESS: progress})
-            trainer.lightning_module.log(name, progress, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
-        else:
-            self.run.missing.add(trainer, name, _PROGRESS, 0, is_highest=True)
+        progress = self._progress(**row) if _PER_OUTPUT in values and row[_EPOCHS] > 0 else None
+        self.log_value(trainer, name, (_PROGRESS, 0), progress, is_highest=True)
 
     def _progress(self, epochs: float, per_output_sensitivity: float) -> float:
         """Return how far a final run is: 1 where it is as far as the tuning run was when it stopped gaining."""

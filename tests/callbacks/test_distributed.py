@@ -284,9 +284,27 @@ def half_an_epoch(folder: Path) -> Any:
     return steps, monitor.summary["num_training"], counting.size, texts
 
 
+class Gaining(Moving):
+    """Its loss is lowest after three epochs; each process logs its own."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", [5.0, 4, 2, 6, 7, 8][self.current_epoch] + (self.current_epoch - 9) * rank())
+
+
+def stopping(folder: Path) -> Any:
+    """A tuning run, and a final one that stops by it."""
+    mine, options = slice(rank(), None, world_size()), {"use_distributed_sampler": False}
+    small, large = (batches_of(X[mine], CORRECT[mine], batch_size=size // world_size()) for size in (16, 48))
+    val, watch = dealt([20, 40] if world_size() > 1 else [60]), SensitivityMonitor()
+    fitted([watch], Gaining(), small, val, max_epochs=6, **options)
+    stop = watch.early_stopping()
+    run, texts = fitted([watch, stop], Moving(), large, val, max_epochs=20, **options)
+    return watch.tuned, [values["val/stop_progress"] for values in run.epochs], texts
+
+
 SCENARIOS = (
     unequal, identical, failing, failing_metric, failing_training, failing_features, labels, resuming, half_an_epoch,
-    refusing,
+    refusing, stopping,
 )  # fmt: skip
 
 
@@ -317,6 +335,15 @@ def test_a_pass_that_fails_in_one_process_costs_the_value_of_both_and_stops_nobo
     assert epochs[0][LOSS] == epochs[1][LOSS] != epochs[2][LOSS]  # the last one again
     assert texts == [] and all("out of luck" in text and "This epoch has no value" in text for text in other_texts)
     assert len(other_texts) == 2
+
+
+def test_a_final_run_of_two_processes_stops_where_that_of_one_does(both: Any, tmp_path: Path) -> None:
+    assert both["stopping"][0] == both["stopping"][1]
+    (epochs, sensitivity), progress, texts = both["stopping"][0]
+    (one_epochs, one_sensitivity), one_progress, _ = stopping(tmp_path)
+    assert texts == [] and epochs == one_epochs == 3
+    assert sensitivity == pytest.approx(one_sensitivity, rel=0.3)  # noise is drawn by rank
+    assert len(progress) == len(one_progress) < 20 and progress[-1] > 1 >= progress[-2]
 
 
 def test_what_one_process_refuses_before_the_first_step_all_refuse(both: Any) -> None:

@@ -198,9 +198,10 @@ def test_where_nothing_is_known_it_says_so_and_stops_nothing(values: Any, match:
 def test_a_name_that_was_not_logged_is_refused_with_those_that_were() -> None:
     watch, _ = tuned()
     with pytest.raises(ValueError, match=r"got 'val_loss'. Logged were \['train_loss', 'val/loss', 'val/output_sens"):
-        watch.early_stopping("val_loss")
-    with pytest.raises(MisconfigurationException, match="`mode` should be 'min' or 'max'"):
-        watch.early_stopping(mode="lowest")
+        watch.early_stopping("val_loss", mode="min")
+    for arguments in ({"mode": "lowest"}, {"monitor": "train_loss"}):  # of another name, nobody knows which is best
+        with pytest.raises(MisconfigurationException, match="`mode` should be 'min' or 'max' for"):
+            watch.early_stopping(**arguments)
     with pytest.raises(ValueError, match=r"Logged were \[\]"):
         SensitivityMonitor().early_stopping()
 
@@ -208,10 +209,9 @@ def test_a_name_that_was_not_logged_is_refused_with_those_that_were() -> None:
 @pytest.mark.parametrize("options", [{}, {"mode": "max"}, {"mode": "max", "stopping_threshold": 1.0}])
 def test_early_stopping_by_hand_that_would_stop_too_early_is_refused(options: dict[str, Any]) -> None:
     watch = SensitivityMonitor(tuned=(12, 0.031))
-    match = r"`EarlyStopping` of `val/stop_progress` needs a monitor with `tuned=` and `mode='max'"
+    match = "`EarlyStopping` of `val/stop_progress` needs `mode='max'"
     helpers.refused([watch, EarlyStopping(PROGRESS, **options)], Linear(), match=match)
     right = EarlyStopping(PROGRESS, mode="max", stopping_threshold=1.0, patience=1000)
-    helpers.refused([SensitivityMonitor(), right], Linear(), match=match)
     fitted([watch, right], Linear(), max_epochs=1)
 
 
@@ -220,6 +220,16 @@ class Late(SensitivityMonitor):
 
     def should_measure(self, trainer: Any) -> bool:
         return trainer.current_epoch > 0
+
+
+def test_a_module_that_does_not_let_it_log_ends_no_run() -> None:
+    class Mute(Linear):
+        def log(self, name: str, value: Any) -> None:
+            """Take no options."""
+
+    watch = SensitivityMonitor(tuned=(2, 1e-9))
+    run, texts = helpers.fitted_and_said(watch, Mute(), val=unlabelled_loader(60), max_epochs=2)
+    assert run.current_epoch == 2 and ["`val/stop_progress`: TypeError" in text for text in texts].count(True) == 1
 
 
 def test_a_validation_without_a_value_stops_nothing() -> None:
