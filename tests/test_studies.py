@@ -205,16 +205,6 @@ def test_pairs_of_trainings_are_measured_as_a_monitor_does(run: Any, tmp_path: P
     assert measured == pytest.approx([values["val/per_output_sensitivity"]], rel=1e-5)
 
 
-@pytest.mark.long
-def test_a_clock_stops_where_it_passes_and_counts_from_the_end_of_a_plateau(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(STUDIES / "bounds")
-    judge = importlib.import_module("judge")
-    cases = [([1, 2, 3, 2], 2), ([1, 2, 3, 2], 3), ([4, 1, 1, 1], 2), ([1, 2, np.nan, 1], 2)]
-    assert [judge.passing(np.array(curve, float), bound) for curve, bound in cases] == [2, 3, 0, 2]
-    curves = [[5, 3, 2, 2.1, 1.9, 2, 2.4, 9], [4, 3, 2, 1]]  # noise 0.31, and none
-    assert [judge.last_best(np.array(curve, float)) for curve in curves] == [5, 3]
-
-
 def test_the_refined_score_follows_accuracy_and_not_how_sure_a_network_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(STUDIES / "stopping")
     rules = importlib.import_module("rules")

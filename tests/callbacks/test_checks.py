@@ -22,18 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
-from tests.helpers import (
-    Acting,
-    Linear,
-    Plateau,
-    failing,
-    fitted,
-    loader,
-    quick_risk,
-    refused,
-    trainer,
-    unlabelled_loader,
-)
+from tests.helpers import Acting, Linear, Plateau, failing, fitted, loader, quick_risk, refused, unlabelled_loader
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 BEFORE = [{}, {"num_sanity_val_steps": 0}]  # in the sanity check, and in the first training batch without one
@@ -66,7 +55,7 @@ def test_a_failure_before_the_first_step_is_an_error_that_says_what_to_do(
 
 
 def test_running_out_of_memory_before_the_first_step_stays_the_error_that_it_is() -> None:
-    run = trainer(callbacks=[SensitivityMonitor()])
+    run = helpers.trainer(callbacks=[SensitivityMonitor()])
     with pytest.raises(torch.cuda.OutOfMemoryError):  # which the batch-size finder looks for
         run.fit(failing(torch.cuda.OutOfMemoryError("CUDA out of memory.")), loader(), loader())
 
@@ -219,18 +208,11 @@ def test_labels_among_the_inputs_are_refused_before_the_first_step_unless_featur
     fitted([quick_risk(features=lambda batch: batch[0], **selectors)], OfBatch(), **options)
 
 
-class Filling(Linear):
-    """It fills in what is nan."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.nan_to_num())
-
-
 def test_a_column_of_nan_is_refused_before_the_first_step_unless_labels_say_what_is_expected() -> None:
     x, y = helpers.labelled(50).tensors
     data = DataLoader(TensorDataset(x.index_fill(1, torch.tensor(0), torch.nan), y), 16)
-    refused(RiskMonitor(), Filling(), data, data, match="all samples have nan or inf in inputs or features")
-    run, _ = helpers.fitted_and_said(quick_risk(validation_labels=True), Filling(), data, data)
+    refused(RiskMonitor(), helpers.Filling(), data, data, match="all samples have nan or inf in inputs or features")
+    run, _ = helpers.fitted_and_said(quick_risk(validation_labels=True), helpers.Filling(), data, data)
     assert "val/expected_loss" in run.callback_metrics
 
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import FirstStep
 from lightning_sensitivity.reading.reader import BatchReader
-from tests.helpers import Linear, fitted_and_said, labelled, loader, quick_risk
+from tests.helpers import Linear, fitted_and_said, labelled, loader, module, quick_risk
 
 Step = Callable[[Any, Tensor, Tensor], Any]
 ADVICE = "Do what the step does with inputs and outputs in `forward`, or in `inputs=` and `outputs=`."
@@ -79,10 +79,10 @@ CASES = {
 }  # fmt: skip
 
 
-def said(module: Any, monitors: Any, **options: Any) -> list[str]:
+def said(model: Any, monitors: Any, **options: Any) -> list[str]:
     """What monitors say in a short fit."""
     kwargs = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1, **options}
-    return fitted_and_said(monitors, module, loader(64, seed=2), **kwargs)[1]
+    return fitted_and_said(monitors, model, loader(64, seed=2), **kwargs)[1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,21 +140,11 @@ def test_only_the_first_step_is_watched_and_nothing_stays_also_when_it_raises() 
     assert not model._forward_pre_hooks
 
 
-class Wrapper(nn.Module):
-    """Calls a module as DDP does."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        return self.module(*args)
-
-
 def test_a_call_by_which_lightning_runs_a_step_is_not_one_of_the_network() -> None:
     model, (x, y), watch = Stepping(scaled), next(iter(loader(16))), FirstStep()
     watch.start(model, (x, y), BatchReader())
-    _ForwardRedirection()(Wrapper(model), model, "training_step", (x, y), 0)
+    as_ddp_does = module(lambda self, *args: model(*args))
+    _ForwardRedirection()(as_ddp_does, model, "training_step", (x, y), 0)
     assert re.match(SCALED, watch.stop() or "")
 
 

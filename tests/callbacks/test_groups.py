@@ -92,23 +92,20 @@ def rounded(first: int) -> DataLoader:
     return DataLoader(TensorDataset(x[:, :2].round().repeat(1, 6), *others), 24)
 
 
-class Single(TensorDataset):
+def single(first: int) -> TensorDataset:
     """One sample of each person."""
-
-    def __init__(self, first: int) -> None:
-        super().__init__(
-            *(torch.cat([persons(first + 100 * each)[part][::4] for each in range(4)]) for part in range(3))
-        )
+    parts = zip(*(persons(first + 100 * each) for each in range(4)), strict=True)
+    return TensorDataset(*(torch.cat([each[::4] for each in part]) for part in parts))
 
 
-REPEATING = RandomSampler(Single(0), replacement=True, generator=torch.Generator().manual_seed(0))
+REPEATING = RandomSampler(single(0), replacement=True, generator=torch.Generator().manual_seed(0))
 LIKELY: dict[str, tuple[Any, Any, dict[str, Any], bool]] = {  # training, validation, options, and is it said?
     "persons": (TRAIN, VAL, {}, True),
     "persons, and groups=": (TRAIN, VAL, {"groups": names}, False),
     "persons, of whom both parts know": (*split_at_random(), {}, False),
     "features=": (TRAIN, VAL, {"features": lambda batch: batch[0]}, False),
-    "one sample a person": (DataLoader(Single(0), 24), DataLoader(Single(1000), 24), {}, False),
-    "a sampler that repeats": (DataLoader(Single(0), 24, sampler=REPEATING), DataLoader(Single(1000), 24), {}, False),
+    "one sample a person": (DataLoader(single(0), 24), DataLoader(single(1000), 24), {}, False),
+    "a sampler that repeats": (DataLoader(single(0), 24, sampler=REPEATING), DataLoader(single(1000), 24), {}, False),
     "categories": (rounded(0), rounded(1000), {}, False),
 }
 

@@ -18,7 +18,7 @@ import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.expected.doubts import say_unused
 from lightning_sensitivity.running import isolated
-from tests.helpers import Quiet, fitted_and_said, inputs, labelled, module, quick_risk, refused, trainer
+from tests.helpers import Filling, Quiet, fitted_and_said, inputs, labelled, module, quick_risk, refused, trainer
 
 X, Y = labelled(200).tensors
 VAL = DataLoader(inputs(90, seed=1), 20)
@@ -36,17 +36,13 @@ def said(monitor: Any, model: Any = None, train: Any = None, val: Any = VAL, **k
 
 
 def test_a_missing_number_costs_its_sample_and_is_said() -> None:
-    class Filling(Quiet):
-        lr = 0.0
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.nan_to_num())
-
     x, new, scores = X.clone(), inputs(90, seed=1), []
     x[5, 2] = new[7, 1] = torch.nan
     for is_there in (True, False):
         rows, others = (torch.arange(200) != 5) | is_there, (torch.arange(90) != 7) | is_there
-        texts = said(monitor := quick_risk(), Filling(), of(x[rows], Y[rows]), DataLoader(new[others], 20))
+        model = Filling()
+        model.lr = 0.0
+        texts = said(monitor := quick_risk(), model, of(x[rows], Y[rows]), DataLoader(new[others], 20))
         scores.append(monitor.history[0]["expected_loss"])
         assert monitor.summary["num_training"] == 199 and len(texts) == 2 * is_there
         assert all("leaves out 1 " in text and "with nan or inf in inputs or features" in text for text in texts)

@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.functional.tensors import evenly_spaced
 from lightning_sensitivity.running import ModelCall, select_outputs, select_targets
-from lightning_sensitivity.running.batches import at, tensors_in
-from lightning_sensitivity.running.rules import find_labels
+from lightning_sensitivity.running.batches import tensors_in
 from tests.helpers import module
 
 X, IDS = torch.zeros(3, 2), torch.full((3,), 20)
@@ -110,10 +109,6 @@ class AttrDict(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
-def test_a_mapping_of_attributes_is_a_mapping() -> None:
-    assert torch.equal(call(ONE, AttrDict(x=X, y=X[:, 0]))(), X)
-
-
 TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and stays so
     "a tensor": (lambda: select_outputs(X), X),
     "the first of a tuple": (lambda: select_outputs((X, "attention")), X),
@@ -129,6 +124,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).arguments["mask"], IDS),
     "a field of a named tuple": (lambda: call(ONE, Weighted(IDS, IDS, X))(), X),
     "the first fields of a named tuple of other names": (lambda: call(DENOISER, Pair(X, IDS))(), X),
+    "an item of a dict of attributes": (lambda: call(ONE, AttrDict(x=X, y=X[:, 0]))(), X),
     "items of a dict that are its attributes": (
         lambda: call(module(lambda self, batch: batch.x.add_(1)), AttrDict(x=X), lambda batch: (batch,))(),
         X + 1,
@@ -142,14 +138,11 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "labels of an object with a property that fails": (lambda: select_targets(ONE, Unlabelled(target=IDS)), IDS),
     "labels that are called Y": (lambda: select_targets(ONE, {"x": X, "Y": IDS}), IDS),
     "labels that are called class": (lambda: select_targets(ONE, {"x": X, "class": IDS}), IDS),
-    "the only tensor beside labels": (lambda: call(ONE, {"image": X, "label": IDS})(), X),
     "the only tensor for a forward of any arguments": (lambda: call(ANYTHING, {"image": X, "label": IDS})(), X),
     "the only tensor of a batch without labels": (lambda: call(ONE, {"image": X})(), X),
     "beside what is empty": (lambda: call(ONE, {"a": X, "b": torch.zeros(3, 4, 0), "c": [], "y": IDS})(), X),
     "the whole dict, of whose entries none is named": (lambda: call(OF_DICT, {"a": X, "b": X, "label": IDS})(), X),
     "inputs in a pair, as many as arguments": (lambda: call(TWO, [[X, IDS], IDS]).arguments["mask"], IDS),
-    "labels beside inputs in a pair": (lambda: select_targets(TWO, [[X, X], IDS]), IDS),
-    "labels before what is no tensor": (lambda: select_targets(ONE, [X, IDS, ["a"], [IDS, IDS]]), IDS),
     "a dict of arguments from `inputs`": (lambda: call(TWO, X, lambda x: {"mask": IDS, "x": x})(), X),
     "a dict as an argument from `inputs`": (lambda: call(OF_DICT, X, lambda x: {"a": x, "b": x})(), X),
     "an option that is a field": (lambda: call(OPTIONAL, Masked(X, IDS, IDS)).arguments["mask"], IDS),
@@ -167,12 +160,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "noise on sparse inputs": (lambda: call(ONE, X.to_sparse())(torch.clone), "dense floating.*got none"),
     "noise where only labels float": (lambda: call(DENOISER, {"y": X, "t": IDS})(torch.clone), "got none.*`inputs="),
     "noise on one of two": (lambda: call(TWO, {"x": X, "mask": X})(torch.clone), "got `x`, `mask` among"),
-    "noise on several entries": (
-        lambda: call(OF_DICT, ({"a": X, "b": X, "target": X}, IDS))(torch.clone),
-        r"got `batch\['a'\]`, `batch\['b'\]` among.*`at=`",
-    ),
-    "noise on one in a pair": (lambda: call(TWO, (([X, X], IDS), IDS))(torch.clone), r"got `x\[0\]`, `x\[1\]` among"),
-    "noise on ids": (lambda: call(ONE, IDS)(torch.clone), "got none"),
     "outputs in entries of a tuple": (
         lambda: select_outputs(({"z": X}, {"px": X[:, :1]})),
         "which of several outputs are the logits, of ",
@@ -180,14 +167,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "what `outputs` fails on": (lambda: select_outputs((X, X), lambda y: y[..., 1]), "`outputs` failed on tuple of 2"),
     "integer outputs": (lambda: select_outputs(IDS), "int64"),
     "a loss that comes first": (lambda: select_outputs((X.sum(), X)), r"shape \(\)"),
-    "features and logits in a tuple": (lambda: select_outputs((X[:, :1], X)), "which of several"),
-    "classes last": (lambda: call(THREE_LAST, IMAGES)(), r"move the classes to dimension 1, got \[2, 5, 4, 3\]; if"),
-    "a mapping without logits": (lambda: select_outputs({"a": X, "b": X}), r"got NoneType.*which `forward` returned. "),
     "a mapping of other names": (lambda: call(TWO, {"image": X}), "names none of dict of 'image'"),
     "an entry that may be a label": (lambda: call(ANYTHING, {"past_target": X, "weight": X}), "names none"),
     "several tensors for any arguments": (lambda: call(ANYTHING, {"a": X, "b": X}), "names none"),
     "a dict in a dict": (lambda: call(ONE, {"all": {"a": X}, "label": IDS}), "names none"),
-    "labels of two tensors": (lambda: select_targets(ONE, (X, IDS, IDS)), "return the labels from tuple of 3"),
     "labels in a pair": (lambda: select_targets(ONE, (X, (IDS, None))), "return the labels from"),
     "labels that `targets` fails on": (lambda: select_targets(ONE, X, lambda batch: batch["y"]), "`targets` failed on"),
     "labels that are no tensor": (lambda: select_targets(ONE, X, lambda batch: [1, 0]), "return the labels from a ten"),
@@ -200,9 +183,3 @@ def test_what_leaves_doubt_is_refused(what: str) -> None:
     select, match = REFUSED[what]
     with pytest.raises(MisconfigurationException, match=match):
         select()
-
-
-def test_labels_are_expected_where_they_are_usual() -> None:
-    for model, batch in ((ONE, (X, IDS)), (ONE, {"x": X, "y": IDS}), (TWO, [X, X, IDS])):
-        assert at(batch, find_labels(model, batch)) is IDS
-    assert not any(find_labels(ONE, batch) is not None for batch in (X, [X], {"x": X}, (X, X, IDS)))
