@@ -36,7 +36,8 @@ def test_the_first_example_keeps_the_checkpoint_of_the_highest_expected_accuracy
     steps = {name: [event.step for event in logged.Scalars(name)] for name in logged.Tags()["scalars"]}
     curves = {name: each for name, each in steps.items() if "/" in name and len(each) > 1}
     assert all(each == [0, 1, 2] for each in curves.values())  # one axis of epochs
-    assert {"train/loss", "train/accuracy", "val/output_sensitivity", "val/expected_loss"} < curves.keys()
+    wanted = {"train/loss", "train/accuracy", "val/output_sensitivity", "val/stop_progress", "val/expected_loss"}
+    assert wanted < curves.keys()
 
 
 @pytest.mark.parametrize("option", ["--labels", "--regression"])
