@@ -11,7 +11,7 @@ WORTH = runpy.run_path(str(Path(__file__).parents[1] / "stopping" / "blocks.py")
 BLOCKS = {
     "gain": f"""
 On tables, the kept epoch loses {{as_they_are.expected_accuracy_accuracy_lost:.1f}} points of accuracy against the best
-one of its run, the last epoch {{as_they_are.never_stop_accuracy_lost:.1f}}. The estimate is as good as that of
+one, the last epoch {{as_they_are.never_stop_accuracy_lost:.1f}}. The estimate is as good as that of
 {WORTH("as_they_are")} validation labels."""
     if NAMES["as_they_are"].count
     else "",
