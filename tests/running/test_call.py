@@ -1,4 +1,4 @@
-from collections import UserDict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
 from threading import Lock
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_sensitivity.functional.tensors import evenly_spaced
@@ -118,11 +118,8 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "classes that come first": (lambda: call(ONE, IMAGES)(), IMAGES),
     "logits of an object": (lambda: select_outputs(SimpleNamespace(logits=X)), X),
     "logits of a named tuple, beside features": (lambda: select_outputs(Output(X[:, :1], X)), X),
-    "logits of a mapping": (lambda: select_outputs(UserDict(loss=IDS, logits=X)), X),
-    "arguments by name": (lambda: call(TWO, {"x": X, "mask": IDS, "z": X}).arguments["x"], X),
     "arguments of compiled code": (lambda: call(torch.compile(TWO, backend="eager"), {"x": X, "mask": IDS})(), X),
     "as many elements as arguments": (lambda: call(TWO, (X, IDS, X)).arguments["mask"], IDS),
-    "a field of a named tuple": (lambda: call(ONE, Weighted(IDS, IDS, X))(), X),
     "the first fields of a named tuple of other names": (lambda: call(DENOISER, Pair(X, IDS))(), X),
     "an item of a dict of attributes": (lambda: call(ONE, AttrDict(x=X, y=X[:, 0]))(), X),
     "items of a dict that are its attributes": (
@@ -130,10 +127,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
         X + 1,
     ),
     "what `inputs` returns": (lambda: call(ONE, {"image": X}, lambda batch: batch["image"])(), X),
-    "the last element as labels": (lambda: select_targets(TWO, (X, X, IDS)), IDS),
-    "labels of a named tuple": (lambda: select_targets(ONE, Weighted(IDS, X, X)), IDS),
     "labels of a named tuple that has inputs called so": (lambda: select_targets(DENOISER, Weighted(X, X, IDS)), IDS),
-    "labels of a mapping": (lambda: select_targets(TWO, UserDict(x=X, labels=IDS)), IDS),
     "labels of an object": (lambda: select_targets(ONE, SimpleNamespace(target=IDS)), IDS),
     "labels of an object with a property that fails": (lambda: select_targets(ONE, Unlabelled(target=IDS)), IDS),
     "labels that are called Y": (lambda: select_targets(ONE, {"x": X, "Y": IDS}), IDS),
@@ -142,11 +136,8 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "the only tensor of a batch without labels": (lambda: call(ONE, {"image": X})(), X),
     "beside what is empty": (lambda: call(ONE, {"a": X, "b": torch.zeros(3, 4, 0), "c": [], "y": IDS})(), X),
     "the whole dict, of whose entries none is named": (lambda: call(OF_DICT, {"a": X, "b": X, "label": IDS})(), X),
-    "inputs in a pair, as many as arguments": (lambda: call(TWO, [[X, IDS], IDS]).arguments["mask"], IDS),
     "a dict of arguments from `inputs`": (lambda: call(TWO, X, lambda x: {"mask": IDS, "x": x})(), X),
     "a dict as an argument from `inputs`": (lambda: call(OF_DICT, X, lambda x: {"a": x, "b": x})(), X),
-    "an option that is a field": (lambda: call(OPTIONAL, Masked(X, IDS, IDS)).arguments["mask"], IDS),
-    "what a function returns": (lambda: call(nn.Module(), (X, IDS), function=lambda model, batch: batch[0])(), X),
 }
 
 

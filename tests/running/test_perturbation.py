@@ -61,17 +61,13 @@ class Pair(NamedTuple):
 
 @pytest.mark.parametrize("make", [lambda x: (x, "b"), lambda x: [x, "b"], lambda x: Pair(x, "b")])
 def test_a_submodule_returns_the_kind_of_collection_that_it_did(make: Any) -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = module(lambda self, x: make(x))
+    def forward(self: Any, x: Tensor) -> Tensor:
+        result = self.body(x)
+        assert type(result) is type(make(x)) and result[1:] == make(x)[1:]
+        return result[0]
 
-        def forward(self, x: Tensor) -> Tensor:
-            result = self.body(x)
-            assert type(result) is type(make(x)) and result[1:] == make(x)[1:]
-            return result[0] if type(result) is not Pair else result.hidden
-
-    model, x = Whole(), torch.rand(5, 4)
+    model, x = module(forward), torch.rand(5, 4)
+    model.body = module(lambda self, x: make(x))
     with isolated(model) as run:
         call = ModelCall(model, x)
         noisy = noisy_outputs(run, call, lambda x, generator: x + 1, (0, 1, 2, 3), 1, submodule(model, "body"))
