@@ -179,11 +179,6 @@ CASES = {
         seen=lambda b: b.x),
     "numbers and categories": Case(batch=lambda x, y: (x, ids(x), y), forward=lambda m, x, ids: m.net(x) + ids[:, :4],
         step=lambda m, b, noise: m(noise(b[0]), b[1]), seen=lambda b: torch.cat(b[:2], 1)),
-    "numbers beside a text": Case(
-        batch=lambda x, y: {"x": x, "words": 200 * ids(x), "attention_mask": torch.ones_like(ids(x)), "y": y},
-        forward=lambda m, x, words, attention_mask: m.net(x + m.embedding(words // 200).mean(1)),
-        step=lambda m, b, noise: m(noise(b["x"]), b["words"], b["attention_mask"]),
-        seen=lambda b: {"columns": b["x"], "tokens": b["words"]}, r_options=DEFAULT),
     "a column of names": Case(r="?can't show the reference all of `n`", batch=lambda x, y: {"x": x, "y": y,
         "n": torch.stack([(9999 * x[:, 0]).long(), ids(x)[:, 1]], 1)}, forward=lambda m, x, n: m.net(x) + n[:, 1:],
         step=lambda m, b, noise: m(noise(b["x"]), b["n"])),

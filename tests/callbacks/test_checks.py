@@ -170,7 +170,6 @@ def test_a_name_that_the_users_code_logs_too_is_said() -> None:
 
 METRICS: dict[str, tuple[Any, str]] = {
     "a metric alone": (MulticlassAccuracy(4), "`metrics` should be a dict of names and torchmetrics metrics"),
-    "a function": ({"f": len}, "`metrics` should be a dict of names and torchmetrics metrics"),
     "no direction": ({"sum": SumMetric()}, r"`metrics\['sum'\].higher_is_better` should be True or False, got None"),
     "our name": ({"loss": MulticlassAccuracy(4)}, "`metrics` should be named otherwise"),
     "a vector": ({"a": MulticlassAccuracy(4, average=None)}, r"`metrics\['a'\]` should be one number"),

@@ -13,17 +13,7 @@ from torch import Tensor
 import tests.helpers as helpers
 from lightning_sensitivity import SensitivityMonitor
 from tests.callbacks.plain_loop import Plain, Truth
-from tests.helpers import (
-    Linear,
-    Plateau,
-    Quiet,
-    fitted,
-    fitted_and_said,
-    loader,
-    quick_estimator,
-    quick_risk,
-    unlabelled_loader,
-)
+from tests.helpers import Linear, Plateau, Quiet, fitted, fitted_and_said, loader, quick_risk, unlabelled_loader
 
 SENSITIVITY = "val/output_sensitivity"
 WORST = float(torch.finfo(torch.float32).max)
@@ -106,7 +96,6 @@ WAYS_OF_RISK: dict[str, dict[str, Any]] = {
     "without a sanity check": {"num_sanity_val_steps": 0},
     "all of the validation as a sanity check": {"num_sanity_val_steps": -1},
     "fast_dev_run": {"fast_dev_run": True},
-    "fast_dev_run of three batches": {"fast_dev_run": 3},
     "epochs of one batch": {"limit_train_batches": 1, "num_sanity_val_steps": 0},
     "a part of the validation": {"limit_val_batches": 2},
     "a validation in two epochs": {"check_val_every_n_epoch": 2, "max_epochs": 4, "num_sanity_val_steps": 0},
@@ -119,7 +108,7 @@ WAYS_OF_RISK: dict[str, dict[str, Any]] = {
 def test_values_are_right_and_nothing_is_said_in(way: str) -> None:
     train, val = loader(90, 64), unlabelled_loader(50, seed=1)
     train = loader(90, 16) if "too early" in way else train
-    monitors = [quick_risk(), truth := Truth(estimator=quick_estimator())]
+    monitors = [quick_risk(), truth := Truth(estimator=helpers.quick_estimator())]
     _, texts = fitted_and_said(monitors, Plain(), train, val, **{"max_epochs": 2, **WAYS_OF_RISK[way]})
     assert not texts and truth.expected[-1] and (None in truth.expected) == ("too early" in way)
 

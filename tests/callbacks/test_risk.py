@@ -24,20 +24,7 @@ from lightning_sensitivity import Reference, RiskMonitor
 from lightning_sensitivity.functional import expected_metric
 from lightning_sensitivity.reference.calibration import reweigh
 from lightning_sensitivity.reference.observations import projection
-from tests.callbacks.plain_loop import (
-    ACCURACY,
-    AUROC,
-    CORRECT,
-    HOLDOUT,
-    LOSS,
-    NOISY,
-    Plain,
-    Truth,
-    X,
-    batches_of,
-    fit,
-    names_of,
-)
+from tests.callbacks.plain_loop import AUROC, CORRECT, HOLDOUT, LOSS, NOISY, Plain, Truth, X, batches_of, fit, names_of
 from tests.helpers import Classifier, blind, first_tensor, fitted, fitted_and_said, loader, logged, quick_risk
 from tests.helpers import unlabelled_loader as unlabelled
 
@@ -167,7 +154,7 @@ def test_the_reference_is_made_once_in_the_first_validation_after_a_whole_epoch(
     run = fit(Plain(), monitor, train=train, val_check_interval=3, num_sanity_val_steps=0)
     assert [row["step"] for row in monitor.history] == [3, 6, 9, 12, 15, 18]
     assert [row["reference"] for row in monitor.history] == [None] * 2 + [monitor.reference.score_] * 4
-    assert [epoch[LOSS] < 1e38 and epoch[ACCURACY] > -1e38 for epoch in run.epochs] == [False] * 2 + [True] * 4
+    assert [epoch[LOSS] < 1e38 and epoch[AUROC] > -1e38 for epoch in run.epochs] == [False] * 2 + [True] * 4
     assert monitor.summary["num_training"] == 90 and monitor.summary["num_gaps"] == 2 and len(fits) == 1
 
 

@@ -92,8 +92,6 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
         f"{BEST}. Chosen by the reference of an earlier part of this fit. {REACH}."),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
         f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {REACH}."),
-    "another estimator, many classes": (verdict(learner="GaussianNB"), validations(),
-        f"{BEST}. {CHOSE.replace('random forest', 'GaussianNB')} {REACH}."),
     "a regression": (verdict(**NUMBERS), validations(), f"{BEST}. {CHOSE} {REACH}."),
     "large errors": (verdict(**NUMBERS), [{**row, "expected_loss": 3740.5 * row["expected_loss"]}
         for row in validations(expected_loss_stderr=12.0, reference_expected_loss=1488.0)[1:]],

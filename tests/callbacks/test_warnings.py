@@ -68,7 +68,6 @@ def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_t
 
 ONE_HOT = one_hot((3.999 * inputs(400, seed=5)[:, :4]).long(), 4).float().flatten(1)[:, :12]  # 97 % and 99 % recur
 REPEATED: dict[str, tuple[Any, Any, bool]] = {  # training samples, validation samples, and is it said?
-    "others": (X, inputs(90, seed=1), False),
     "the same": (X, X[50:], True),
     "a few": (X, torch.cat([X[:5], inputs(90, seed=1)]), False),
     "a fifth": (X, torch.cat([X[:20], inputs(80, seed=1)]), True),
