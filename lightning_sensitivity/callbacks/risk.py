@@ -333,7 +333,7 @@ class RiskMonitor(Monitor):
         self._reference.prepare(trainer, self.run.samples)
 
     def compute_values(self, trainer: Trainer, dataloader_idx: int, *rows: Tensor) -> Values:
-        """Compute what to expect on a loader, over all processes, of the network, and of the reference itself."""
+        """Compute what to expect on a loader, over all processes."""
         assert self._expectation is not None and self._reference is not None
         outputs, labels, numbers = rows
         if self.validation_labels and bool(labels.isnan().all()):
@@ -347,9 +347,6 @@ class RiskMonitor(Monitor):
         # Losses and metrics of the user may be parts of the module, or draw numbers.
         with isolated_with(trainer.lightning_module, self.loss) as run:
             values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
-            if values:
-                with self.run.report_failure("can't tell what to expect of the reference", "It is left out."):
-                    values |= run(self._expectation.values_of_reference, dataloader_idx, outputs, known)
         verdict = self._reference.verdict
         if not values and verdict is not None and not verdict.is_trusted:
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")

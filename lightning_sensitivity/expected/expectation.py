@@ -103,7 +103,6 @@ class Expectation:
         self._like = in_32_bits(labels[:0]).to(outputs.device)
         self._doubts = doubts
         self.are_predictions = not task.has_any_outputs(loss)
-        self._reference_values: dict[int, Values] = {}  # what to expect of the reference itself, by loader
 
     def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
         """Compute what to expect on a loader, by the reference and by labels, and note what makes it doubtful.
@@ -139,20 +138,6 @@ class Expectation:
             return {}
         num_labels = self._count(known.labels[self._task.has_label(known.labels) & is_finite])
         return values | {"num_labels": num_labels, "reference": score}
-
-    def values_of_reference(self, dataloader_idx: int, outputs: Tensor, known: Known) -> Values:
-        """Compute what to expect of the reference itself, by names that say so; none if it has no such outputs."""
-        if dataloader_idx in self._reference_values:  # the samples stay the same
-            return self._reference_values[dataloader_idx]
-        if known.unseen is None or not self.are_predictions:
-            return {}
-        as_outputs = self._task.outputs_of(known.unseen.q, outputs.shape[1:])
-        outputs = torch.full_like(outputs, math.nan)  # for samples that it can't read
-        outputs[known.unseen.indices] = as_outputs.to(outputs)
-        values = self._combined(outputs, self._are_finite(outputs), known, ())
-        of_reference = {f"reference_{name}": values[name] for name in self._names if name in values}
-        self._reference_values[dataloader_idx] = of_reference
-        return of_reference
 
     def rank(self, models: Mapping[str, Tensor], known: Known) -> list[tuple[str, float, float, float]]:
         """Rank models by the first value, on the same samples and labels.

@@ -56,7 +56,6 @@ def summarize(
         "direction": "highest" if curve.is_highest else "lowest",
         "epoch": best.get("epoch"),
         "network": best.get(curve.value),
-        "reference": best.get(f"reference_{curve.value}"),
         "chosen_by": " and ".join(chosen_by) or "nothing",
         "num_labels": num_labels,
         "is_tied": bool(curve_rows) and not best,
@@ -113,7 +112,7 @@ def _of_best(s: Summary, value: str) -> list[str]:
         _what_chose(s),
         *[f"This is doubtful: {REASONS[each]}" for each in s["doubts"]],
         nothing * bool(s.get("inputs_tell_nothing")),
-        _rival(s, value),
+        _reached(s, value),
         f"The reference has no skill on these labels: {blind}. Averages leave them out, but for your own."
         * bool(blind),
         f"There is no value for {num_gaps} of {s['num_validations']} validations." * (num_gaps > 0),
@@ -151,14 +150,11 @@ def why_blind(majority: float, skill: float) -> str:
     return f"the reference sees too little of the inputs (on labels that it has not seen, it is {better}){BLIND}"
 
 
-def _rival(s: Summary, value: str) -> str:
-    """Compare what is expected of the network and of the reference, on the same samples."""
-    if s["network"] is None or s["reference"] is None:
-        return ""
+def _reached(s: Summary, value: str) -> str:
+    """Say what is expected of the network, and how sure that is."""
     what, stderr = _WORDS.get(value, f"`{value}` ="), s.get(f"{EXPECTED}{value}_stderr")
     sure = "" if stderr is None else f" ± {_short(QUANTILE * stderr, 1)}"
-    reached = f"{what} {_short(s['network'])}{sure}, the reference by itself {_short(s['reference'])}"
-    return f"There the network is expected to reach {reached}."
+    return f"There the network is expected to reach {what} {_short(s['network'])}{sure}."
 
 
 def _short(number: float, digits: int = 3) -> str:

@@ -11,7 +11,7 @@ from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from lightning_sensitivity.functional.expected import metric_value
-from lightning_sensitivity.functional.tasks import FLOOR, NUM_DRAWS, Task, find_task
+from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, find_task
 from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.kinds import Array
@@ -26,6 +26,7 @@ _SHARES = torch.cat([_FEW, _MANY]).double()  # r
 _SHARPNESS = 2.0 ** torch.arange(0, 7.01, 0.5).double()  # b
 _SMALLEST = 1e-3  # share of a class
 _UNLIKELY = 1e-12
+_FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 _MAX_ERRORS = 10_000  # errors, of which quantiles are taken
 
 _NO_SKILL, _NO_SKILL_PER_SAMPLE = 0.01, 1.5  # permuted labels reach 0.013, and more below 150 samples
@@ -101,7 +102,7 @@ class MeanLabel:
 def _logarithms(p: Tensor) -> Tensor:
     """Return the logarithms of numbers near probabilities."""
     p = p.clamp(0, 1)
-    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=FLOOR).log()
+    return (p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)).clamp(min=_FLOOR).log()
 
 
 def calibrate(p: Tensor, y: Tensor, task: Task, groups: Tensor | None = None) -> Calibration:

@@ -1,4 +1,4 @@
-"""The summary and the line at the end of a fit say what is true of it: the epoch and file, what chose, and why."""
+"""The summary and the line at the end of a fit say what is true of it: the epoch, what chose, and why."""
 
 import json
 import math
@@ -47,7 +47,6 @@ def validations(best: int = 3, **changes: Any) -> Rows:
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0, "expected_loss_stderr": 0.03,
-         "reference_expected_loss": 0.35, "reference_expected_accuracy": 0.84,
          "reference": 0.3 if epoch > 0 else 0.2, **changes}
         for epoch in range(5)
     ]  # fmt: skip
@@ -63,7 +62,7 @@ CURVES = {LOSS: Curve("expected_loss", 0, False), ACCURACY: Curve("expected_accu
 SKILL = "on labels that it has not seen, it is 50% better than chance"
 BEST = f"`{LOSS}` was lowest at epoch 3"
 CHOSE = "Chosen by the reference (random forest, 2,000 training labels)."
-REACH = "There the network is expected to reach a loss of 0.4 ± 0.05, the reference by itself 0.35"
+REACH = "There the network is expected to reach a loss of 0.4 ± 0.05."
 IMPROVING = "It was still improving."
 NONE = f"`{LOSS}` has no value to choose by: "
 LAST = (
@@ -72,38 +71,36 @@ LAST = (
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
 NUMBERS = dict.fromkeys(("majority", "unexplained"), math.nan) | {"skill": 0.62}
-LABELS: dict[str, Any] = {"num_labels": 70, "reference": None, "reference_expected_loss": None}
+LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
-    "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {REACH}."),
-    "no such outputs": (verdict(), [{k: v for k, v in row.items() if "reference_" not in k} for row in validations()],
-        f"{BEST}. {CHOSE}"),
-    "many labels are left": (verdict(unexplained=0.12), validations(), f"{BEST}. {CHOSE} {REACH}. About 12% of the "
+    "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {REACH}"),
+    "many labels are left": (verdict(unexplained=0.12), validations(), f"{BEST}. {CHOSE} {REACH} About 12% of the "
         "training labels can't be explained: they are wrong, or not to be known from the inputs."),
     "labels and the reference chose": (verdict(), validations(num_labels=70),
-        f"{BEST}. Chosen by 70 validation labels and the{CHOSE[13:]} {REACH}."),
-    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. Chosen by 70 validation labels."),
+        f"{BEST}. Chosen by 70 validation labels and the{CHOSE[13:]} {REACH}"),
+    "labels chose": (verdict(**BLIND), validations(**LABELS)[1:], f"{BEST}. Chosen by 70 validation labels. {REACH}"),
     "labels chose, without a reference": (None, validations(**LABELS)[1:],
-        f"{BEST}. Chosen by 70 validation labels."),
+        f"{BEST}. Chosen by 70 validation labels. {REACH}"),
     "without a standard error": (verdict(), validations(expected_loss_stderr=None),
-        f"{BEST}. {CHOSE} {REACH.replace(' ± 0.05', '')}."),
+        f"{BEST}. {CHOSE} {REACH.replace(' ± 0.05', '')}"),
     "nothing to know": (verdict(skill=0.0, inputs_tell_nothing=True), validations(), f"{BEST}. {CHOSE} The inputs seem "
-        f"to tell nothing of the labels: no network is expected to beat the mean label. {REACH}."),
+        f"to tell nothing of the labels: no network is expected to beat the mean label. {REACH}"),
     "before a resume": (None, validations(),
-        f"{BEST}. Chosen by the reference of an earlier part of this fit. {REACH}."),
+        f"{BEST}. Chosen by the reference of an earlier part of this fit. {REACH}"),
     "ridge regression": (verdict(learner="ridge", features="patches"), validations(),
-        f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {REACH}."),
-    "a regression": (verdict(**NUMBERS), validations(), f"{BEST}. {CHOSE} {REACH}."),
+        f"{BEST}. {CHOSE.replace('random forest', 'ridge regression on patches')} {REACH}"),
+    "a regression": (verdict(**NUMBERS), validations(), f"{BEST}. {CHOSE} {REACH}"),
     "large errors": (verdict(**NUMBERS), [{**row, "expected_loss": 3740.5 * row["expected_loss"]}
-        for row in validations(expected_loss_stderr=12.0, reference_expected_loss=1488.0)[1:]],
-        f"{BEST}. {CHOSE} {REACH.replace('0.4 ± 0.05', '1500 ± 20')[:-4]}1490."),
-    "still improving": (verdict(), validations(4), f"{BEST[:-1]}4. {CHOSE} {REACH}. {IMPROVING}"),
-    "a single epoch": (verdict(), validations(4)[4:], f"{BEST[:-1]}4. {CHOSE} {REACH}."),
+        for row in validations(expected_loss_stderr=12.0)[1:]],
+        f"{BEST}. {CHOSE} {REACH.replace('0.4 ± 0.05', '1500 ± 20')}"),
+    "still improving": (verdict(), validations(4), f"{BEST[:-1]}4. {CHOSE} {REACH} {IMPROVING}"),
+    "a single epoch": (verdict(), validations(4)[4:], f"{BEST[:-1]}4. {CHOSE} {REACH}"),
     "gaps, one at the end": (verdict(), without(validations()[:1]) + validations(4) + [{**validations()[0], **{
         "expected_loss": math.nan}}],
-        f"{BEST[:-1]}4. {CHOSE} {REACH}. There is no value for 2 of 7 validations."),
+        f"{BEST[:-1]}4. {CHOSE} {REACH} There is no value for 2 of 7 validations."),
     "another value, where losses are equal": (verdict(), validations(expected_loss=0.5)[1:],
-        f"`{ACCURACY}` was highest at epoch 4. {CHOSE} There the network is expected to reach an accuracy of 0.9, the "
-        f"reference by itself 0.84. {IMPROVING}"),
+        f"`{ACCURACY}` was highest at epoch 4. {CHOSE} There the network is expected to reach an accuracy of 0.9. "
+        f"{IMPROVING}"),
     "ties": (verdict(), validations(expected_loss=0.5, expected_accuracy=0.5)[1:],
         f"All values of `{LOSS}` are equal, so that no epoch was chosen."),
     "a blind reference": (verdict(**BLIND), without(validations()),

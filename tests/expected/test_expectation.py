@@ -152,7 +152,6 @@ def test_where_a_table_tells_nothing_the_network_that_claims_least_is_the_best()
     expected = -(model.eval()(NOTHING[:50]).detach().log_softmax(1) * shares).sum(1).mean()
     assert monitor.history[-1]["expected_loss"] == pytest.approx(float(expected))
     assert monitor.summary["inputs_tell_nothing"] and monitor.summary["skill"] == 0 and texts == []
-    assert monitor.summary["reference_expected_accuracy"] == pytest.approx(0.8)
 
 
 def test_models_are_compared_by_the_mean_label_where_a_table_tells_nothing() -> None:

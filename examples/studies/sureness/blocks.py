@@ -1,4 +1,4 @@
-"""What pages tell of how sure expected values are, of labels beside them, and of advice."""
+"""What pages tell of how sure expected values are, of labels beside them, and of how far the reference leads."""
 
 from collections.abc import Iterable
 from itertools import chain, product
@@ -164,8 +164,8 @@ def chosen(label: str) -> str:
     return line(f"{marked(label)} ({runs(rows)})", *lost)
 
 
-# %% Advice.
-def advised(label: str, value: str) -> list[str]:
+# %% How far the reference leads.
+def led(label: str, value: str) -> list[str]:
     rows = GROUPS[label]
     rows = rows[(rows["value_of"] == value) & ~rows["is_design"]]
     if rows.empty:
@@ -203,9 +203,9 @@ BLOCKS = {
         ["all runs; accuracy lost by", *(f"{count}: {rule}" for count, rule in product(COUNTS, CHOOSE))],
         (chosen(label) for label, rows in GROUPS.items() if (rows["value_of"] == "accuracy").any()),
     ),
-    "sureness: advice": table(
-        ["reference ahead", "it is better", "the mean is", "by half an error: the mean is", "by a whole: it is",
+    "sureness: leads": table(
+        ["all runs", "the reference is better", "the mean is", "by half an error: the mean is", "by a whole: it is",
          "by half: the mean gains"],
-        chain(*(advised(*each) for each in product(TOLD, VALUES.values()))),
+        chain(*(led(*each) for each in product(TOLD, VALUES.values()))),
     ),
 }  # fmt: skip

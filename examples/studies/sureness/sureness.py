@@ -1,4 +1,4 @@
-"""How sure expected values are, what labels beside them are worth, and whether the last line's advice is right.
+"""How sure expected values are, what labels beside them are worth, and how far the reference leads.
 
     python examples/studies/sureness/sureness.py RUNS     # results.csv.gz: a row a run, judge, and value; minutes
     python examples/studies/tables.py                     # results.csv.gz -> the pages
@@ -117,7 +117,7 @@ def how_sure(run: Judged, name: str, epoch: int) -> Row:
     return {"error": expected.value - truth.value, **variances, **sizes}
 
 
-def advice(run: Judged, name: str, epoch: int) -> Row:
+def leads(run: Judged, name: str, epoch: int) -> Row:
     """Return by how much the reference is expected to be better than the network, and it and the mean of both are."""
     found: Row = {}
     for part, draws in (("test", run.targets("test")), ("unseen", run.draws)):
@@ -189,7 +189,7 @@ def rows_of(file: Path) -> Iterator[Row]:
     for name in run.names:
         epoch = by_loss if name == "loss" or by_accuracy is None else by_accuracy
         row = {"run": stem, "judge": judge, "is_design": is_design, "value_of": name, "version": ESTIMATES}
-        row |= how_sure(run, name, epoch) | advice(run, name, epoch)
+        row |= how_sure(run, name, epoch) | leads(run, name, epoch)
         if name != "auroc":
             off = beside_labels(run, name)
             others = tuple(f"off_at_{least}" for least in THRESHOLDS[1:])  # are told of the design half alone

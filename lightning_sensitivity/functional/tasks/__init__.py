@@ -5,7 +5,7 @@ also where one output tells two classes apart, or for each number of a regressio
 is nan there. What differs between tasks is asked here alone: of a task that is looked up once.
 """
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, NUM_DRAWS, Binary, Multiclass
+from lightning_sensitivity.functional.tasks.base import IGNORED, NUM_DRAWS, Binary, Multiclass
 from lightning_sensitivity.functional.tasks.metrics import (
     AUROC,
     Accuracy,
@@ -22,7 +22,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (Multiclass(), Binary(), M
 TASK_NAMES = ", ".join(map(repr, TASKS))
 
 __all__ = [
-    "AUROC", "FLOOR", "IGNORED", "NUM_DRAWS", "TASKS", "TASK_NAMES", "Accuracy", "AnyMetric", "ClosedForm", "Measured",
+    "AUROC", "IGNORED", "NUM_DRAWS", "TASKS", "TASK_NAMES", "Accuracy", "AnyMetric", "ClosedForm", "Measured",
     "Task", "find_task", "measure_mean",
 ]  # fmt: skip
 

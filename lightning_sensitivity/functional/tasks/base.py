@@ -13,7 +13,6 @@ from lightning_sensitivity.functional.tensors import in_32_bits, num_outputs, sp
 
 IGNORED = -100  # the `ignore_index` of torch's cross-entropy
 _SEVERAL = "If several classes are right for one sample, set `task='multilabel'`"
-FLOOR = 1e-6  # of probabilities, whose logarithms are taken
 NUM_DRAWS = 20  # of labels for each sample
 
 
@@ -181,10 +180,6 @@ class Multiclass(TaskBase):
         one_hot = torch.nn.functional.one_hot(drawn, num_columns) if num_columns > 1 else drawn
         return super().as_labels(one_hot, like)
 
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the outputs of a network, of a shape for each sample, that has these predictions."""
-        return p.clamp(min=FLOOR).log().reshape(len(p), *shape)
-
     # Labels as they are drawn
 
     def hard_labels(self, p: Tensor) -> Tensor:
@@ -243,10 +238,6 @@ class Binary(Multiclass):
         if y.shape[1] == 1:
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
         return super().label_matrix(y)
-
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return logits of class 1."""
-        return p.clamp(min=FLOOR).log().diff(dim=1).reshape(len(p), *shape)
 
     def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
         """Make the metrics that are expected by default, by name."""

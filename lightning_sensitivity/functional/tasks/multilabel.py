@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchmetrics import Metric
 
-from lightning_sensitivity.functional.tasks.base import FLOOR, IGNORED, TaskBase, check_probabilities, quantiles
+from lightning_sensitivity.functional.tasks.base import IGNORED, TaskBase, check_probabilities, quantiles
 
 
 class Multilabel(TaskBase):
@@ -42,10 +42,6 @@ class Multilabel(TaskBase):
         """Compute the same for each of several labels, ``(R, N, L)``."""
         z = self.output_matrix(outputs)
         return (softplus(z) - draws.to(z) * z).where(~y.isnan(), torch.nan)
-
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the logits of probabilities; 0 where these are unknown."""
-        return p.nan_to_num(0.5).clamp(FLOOR, 1 - FLOOR).logit().reshape(len(p), *shape)
 
     # Labels as they are drawn
 

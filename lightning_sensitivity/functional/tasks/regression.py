@@ -1,7 +1,6 @@
 """The task of predicting numbers."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,10 +61,6 @@ class Regression(TaskBase):
     def losses_of_draws(self, outputs: Tensor, y: Tensor, draws: Tensor) -> Tensor:
         """Compute the same for each of several targets, ``(R, N, C)``."""
         return (self.output_matrix(outputs) - draws.where(~y.isnan(), torch.nan)).square().double()
-
-    def outputs_of(self, p: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return predictions as outputs."""
-        return p.reshape(len(p), *shape)
 
     def hard_labels(self, p: Tensor) -> Tensor:
         """Return predictions or labels ``(N, C)``, which are numbers that may be drawn."""
