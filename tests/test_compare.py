@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sensitivity import Reference, compare_models
-from lightning_sensitivity.compare import Comparison, ModelScores
+from lightning_sensitivity.compare import Comparison, ModelScores, _scores
 from lightning_sensitivity.functional import draw_labels
 from lightning_sensitivity.reference.observations import projection
 from tests.helpers import Classifier, Linear, Stream, inputs, labelled, small_forests, trainer, unlabelled_loader
@@ -148,6 +148,11 @@ def test_equal_models_are_seldom_told_apart() -> None:
 def test_models_that_choose_the_same_classes_may_be_equal_and_no_more() -> None:
     _, other = compare({"a": linear(), "b": linear(scale=5.0)}).values()
     assert other.difference == 0 and 0.005 < other.difference_stderr < 0.05 and other.may_be_best
+
+
+def test_a_model_may_be_the_best_if_the_interval_of_its_difference_holds_0() -> None:
+    rows = _scores([("first", 0.5, 0.0, 0.0), ("near", 0.3, 0.2, 0.2 / 1.95), ("far", 0.3, 0.2, 0.2 / 1.97)])
+    assert [(row.rank, row.may_be_best) for row in rows] == [(1, True), (2, True), (3, False)]
 
 
 def test_features_are_what_the_reference_sees_and_ignored_labels_teach_it_nothing() -> None:

@@ -185,6 +185,12 @@ def test_targets_that_the_step_changes_are_said_after_three_validations(name: st
         assert found == [True] * (is_said and max_epochs == 5)
 
 
+def test_a_good_regression_that_does_not_improve_is_not_asked_about_its_targets() -> None:
+    model = Changed(CHANGED["as they are"][1], 1)
+    model.lr, model.net.weight.data = 0.0, 0.8 * torch.eye(12)[:2].sum(0, keepdim=True)
+    assert said(quick_risk("regression"), model, of(X, X[:, :1] + X[:, 1:2]), max_epochs=5) == []
+
+
 # Outputs that are no logits
 
 

@@ -137,6 +137,7 @@ TAKEN: dict[str, tuple[Callable[[], Tensor], Tensor]] = {  # all of X is 0, and 
     "beside what is empty": (lambda: call(ONE, {"a": X, "b": torch.zeros(3, 4, 0), "c": [], "y": IDS})(), X),
     "the whole dict, of whose entries none is named": (lambda: call(OF_DICT, {"a": X, "b": X, "label": IDS})(), X),
     "a dict of arguments from `inputs`": (lambda: call(TWO, X, lambda x: {"mask": IDS, "x": x})(), X),
+    "an option that is a field": (lambda: call(OPTIONAL, Masked(X, IDS, IDS)).arguments["mask"], IDS),
     "a dict as an argument from `inputs`": (lambda: call(OF_DICT, X, lambda x: {"a": x, "b": x})(), X),
 }
 
