@@ -63,9 +63,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]
 
 def are_probabilities(outputs: Tensor) -> bool:
     """Check whether outputs can only be those of a softmax, within rounding; waits for the device."""
-    if num_outputs(outputs) < 2 or outputs.numel() < _MIN_NUMBERS:
-        return False
-    if bool((outputs < 0).any()) or bool((outputs == outputs.flatten()[0]).all()):  # a head may begin at 1 / K
+    if num_outputs(outputs) < 2 or outputs.numel() < _MIN_NUMBERS or bool((outputs < 0).any()):
         return False
     sums = outputs.to(wide_dtype(outputs.device)).sum(1)
     return bool((sums - 1).abs().max() < _ROUNDING)

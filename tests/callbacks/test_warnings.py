@@ -221,7 +221,6 @@ def test_outputs_of_torchs_sigmoid_are_refused_before_the_first_step(task: str) 
 GATES = {  # what networks that nobody has trained give: logits, of any sign, of some, of one, or in [0, 1]
     "a linear layer": lambda z: z,
     "zeros": lambda z: 0 * z,
-    "0.1 each": lambda z: 0 * z + 0.1,
     "in [0, 1]": lambda z: 0.5 + 0.01 * z,
     "rectified": lambda z: z.relu(),
     "softplus": softplus,

@@ -119,7 +119,7 @@ def test_probabilities_are_told_from_logits(dtype: torch.dtype) -> None:
     p, log_p = logits.softmax(1), logits.log_softmax(1)
     wide = logits.to(torch.promote_types(dtype, torch.float32))
     assert torch.equal(T.TASKS["multiclass"].predictions(logits[..., 0]), wide[..., 0].softmax(1))
-    assert tensors.are_probabilities(log_p.exp()) and tensors.are_probabilities(p)
+    assert all(tensors.are_probabilities(each) for each in (log_p.exp(), p, (0 * logits).softmax(1)))
     assert tensors.are_probabilities(logits.bfloat16().softmax(1).float())  # as autocast widens them after rounding
     for others in (logits, logits[:, :1], logits[:0], -logits.abs(), log_p - 0.5, p):
         assert not tensors.are_probabilities(others.exp())
