@@ -183,8 +183,8 @@ class SensitivityMonitor(Monitor):
             return None, f"`{monitor}` had not got worse by the tuning run's end, so a final run is not stopped."
         epochs, sensitivity = (f"{rows[end][name]:.4g}" for name in (_EPOCHS, _PER_OUTPUT))
         text = (
-            f"`{monitor}` stopped gaining after {epochs} epochs, at a sensitivity of {sensitivity}. For a final run in "
-            f"another script: `SensitivityMonitor(tuned=({epochs}, {sensitivity}))`."
+            f"`{monitor}` stopped gaining after {epochs} epochs, at a per-output sensitivity of {sensitivity}. For a "
+            f"final run in another script: `SensitivityMonitor(tuned=({epochs}, {sensitivity}))`."
         )
         return (float(epochs), float(sensitivity)), text
 

@@ -74,8 +74,8 @@ def test_time_and_sensitivity_stop_a_final_run_and_the_last_lines_say_so(lines: 
     epochs, sensitivity = watch.tuned
     assert epochs == 4 and sensitivity == pytest.approx(tuning.epochs[3][PER_OUTPUT], rel=1e-3)
     assert {*lines} == {
-        f"`SensitivityMonitor`: `val/loss` stopped gaining after 4 epochs, at a sensitivity of {sensitivity}. For a "
-        f"final run in another script: `SensitivityMonitor(tuned=(4, {sensitivity}))`."
+        f"`SensitivityMonitor`: `val/loss` stopped gaining after 4 epochs, at a per-output sensitivity of "
+        f"{sensitivity}. For a final run in another script: `SensitivityMonitor(tuned=(4, {sensitivity}))`."
     }  # of both monitors
     both = [watch, stop, SensitivityMonitor(per_output=True)]
     final = fitted(both, Linear(seed=1), loader(80), unlabelled_loader(seed=2), max_epochs=30)
