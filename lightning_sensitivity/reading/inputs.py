@@ -56,7 +56,8 @@ def _encode(encoder: nn.Module, call: ModelCall, size: int) -> Tensor:
         result = encoder(*inputs.values())
     else:
         result = encoder(**{name: value for name, value in inputs.items() if name in names})
-    features = rules.find_features(result, inputs.get("attention_mask"))
+    mask = next((x for place, x in tensors_in(inputs) if rules.MASK in place), None)
+    features = rules.find_features(result, mask)
     if not isinstance(features, Tensor) or features.shape[:1] != (size,):
         raise Refused(f"it should return a tensor ({size}, D), got {describe(result)}.")
     return features.float()[:, None].flatten(1).cpu()

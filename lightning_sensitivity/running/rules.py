@@ -35,7 +35,7 @@ _ANY, _KEYWORDS = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWOR
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 _MAX_DIMENSIONS = 4  # those of images
-_MASK = "attention_mask"  # in transformers, where tokens are, and not padding
+MASK = "attention_mask"  # in transformers, where tokens are, and not padding
 _NO_INPUTS = re.compile("mask|position_ids|token_type_ids")
 GRAPHS, INTEGERS = "graphs", "integers"  # that become columns
 _FEATURES = ("sentence_embedding", "pooler_output", "logits")  # in what transformers return
@@ -288,11 +288,11 @@ def find_sight(named: Mapping[str, object], size: int) -> Sight:
     if _are_graphs(named):  # one graph may be all inputs together
         return [Input((), GRAPHS)], []
     readable, unread = _find_readable(named, size)
-    masks = {x.shape: place for place, x in readable if place[0] == _MASK}
+    masks = {x.shape: place for place, x in readable if MASK in place}
     numbers = {x.shape for _, x in readable if x.is_floating_point()}
     # A mask is an input only if it may say which numbers are missing.
-    candidates = [(place, x) for place, x in readable if x.shape in numbers or not _NO_INPUTS.search(place[0])]
-    inputs = [(place, x) for place, x in candidates if place[0] != _MASK]
+    candidates = [(place, x) for place, x in readable if x.shape in numbers or not _NO_INPUTS.search(code_of(place))]
+    inputs = [(place, x) for place, x in candidates if MASK not in place]
     has_numbers = not all(_are_integers(x) for _, x in inputs)
     seen = []
     for place, x in inputs:

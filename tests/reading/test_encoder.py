@@ -68,6 +68,8 @@ GETS: dict[str, tuple[Forward, nn.Module, Any, Tensor]] = {  # an encoder, a mod
     "hidden states, without padding": (
         lambda self, ids, attention_mask: {"last_hidden_state": torch.stack([ids, -ids], 2), "logits": ids},
         KEYWORDS, TEXTS, torch.stack([MEANS, -MEANS], 1)),
+    "hidden states of a dict": (lambda self, x: {"last_hidden_state": torch.stack([x["ids"], -x["ids"]], 2)}, ONE,
+        TEXTS, torch.stack([MEANS, -MEANS], 1)),
     "a list, of which each item is a sample": (lambda self, x: torch.stack(x), ONE, ([*X], Y), X),
 }  # fmt: skip
 

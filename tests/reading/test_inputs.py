@@ -42,6 +42,8 @@ SEEN: dict[str, tuple[dict[str, Any], Seen]] = {  # inputs by name, and what a r
     "a sound, and not its mask": ({"x": X, "attention_mask": FLAGS}, {"columns": X}),
     "a floating mask": ({"x": X, "mask": Z}, beside(X, Z)),
     "token ids with padding": ({"ids": IDS, "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
+    "a dict of token ids with padding": ({"batch": {"ids": IDS, "attention_mask": MASK, "token_type_ids": IDS}},
+        {"tokens": IDS.where(MASK > 0, -1)}),
     "token ids in 8 bits": ({"ids": IDS.byte(), "attention_mask": MASK}, {"tokens": IDS.where(MASK > 0, -1)}),
     "token ids beside what is none": ({"token_type_ids": IDS * 0, "position_ids": IDS, "ids": IDS}, {"tokens": IDS}),
     "two texts, whose words do not mix": ({"title": IDS, "body": IDS, "attention_mask": MASK},
