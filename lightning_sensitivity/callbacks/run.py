@@ -147,7 +147,8 @@ class MissingValues:
     """Stand-ins for values, so that callbacks that monitor a name always find it.
 
     After a first value they get the last one again. Before it they get the worst one, a little better in each
-    further validation, so that waiting uses up no patience, and the last one is the best if no value comes.
+    further validation, so that waiting uses up no patience, and the last one is the best if no value comes. It passes
+    no ``stopping_threshold``, but every ``divergence_threshold``.
 
     Attributes:
         num_incomplete: How many validations lacked a value, also in an earlier part of a fit.
@@ -170,7 +171,7 @@ class MissingValues:
     def add(self, logged_name: str, key: tuple[str, int], is_highest: bool) -> None:
         """Note that a value is missing, by its name and loader; it is best where it is highest or lowest."""
         value = self._last.get(key)
-        if value is None:  # the worst one that ends no run by a bound, a little better in each further validation
+        if value is None:  # the worst one, a little better in each further validation
             value = -_WORST if is_highest else _WORST
             gain = (1 - _BETTER**self.num_incomplete) * max(abs(value), _SMALLEST)
             value += gain if is_highest else -gain
