@@ -1,9 +1,9 @@
 """Private names of torch, Lightning and torchmetrics that may change in a release, each with a plain name.
 
 Elsewhere are only attributes of what a file is about: `_version` of a tensor and `_buffers` of a module in
-`running/isolation.py`, `_defaults` in `metric.py`, `_generate_state_key` in `callbacks/risk.py`.
+`running/isolation.py`, `_defaults` in `metric.py`, `_generate_state_key` in `callbacks/`.
 
-Lightning is imported inside the functions that use it, so that the metrics do not need it.
+Lightning is imported for types alone, so that the metrics do not need it.
 """
 
 from __future__ import annotations
