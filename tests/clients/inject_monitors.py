@@ -5,18 +5,18 @@ from functools import wraps
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
+from lightning_sensitivity.callbacks.run import Phase
 
 COUNTS = Counter()
+Risk = type("Risk", (RiskMonitor,), {})  # by this name of the module, spawned processes load it
+Sensitivity = type("Sensitivity", (SensitivityMonitor,), {})
 
 
-class Risk(RiskMonitor):  # at the top of a module, from which a spawned process can load it
-    pass
-
-
-class Sensitivity(SensitivityMonitor):
-    pass
+def labels(batch):  # most of Lightning's batches are tensors, without labels
+    return (batch[:, 0] > 0).long() if isinstance(batch, Tensor) else batch[1]
 
 
 def until_refused(hook):
@@ -24,7 +24,8 @@ def until_refused(hook):
         if not hasattr(self, "has_refused"):
             try:
                 hook(self, *args, **kwargs)
-            except MisconfigurationException as error:  # what a user reads before the first step
+            except MisconfigurationException as error:
+                assert self.run.phase is Phase.BEFORE_FIRST_STEP  # where a user reads it; later nothing ends a run
                 COUNTS[f"refused: {str(error)[:150]}"] += 1
                 self.has_refused = True
                 self.run.free()
@@ -45,9 +46,8 @@ def pytest_configure():
     def init_with_monitors(self, *args, **kwargs):
         init(self, *args, **kwargs)
         COUNTS["Trainers"] += 1
-        is_last = [isinstance(each, pl.callbacks.Checkpoint) for each in self.callbacks]
-        at = is_last.index(True) if any(is_last) else len(is_last)
-        self.callbacks[at:at] = [Risk(prefix="injected/"), Sensitivity(prefix="injected/")]
+        self.callbacks += [Risk(targets=labels, prefix="injected/"), Sensitivity(prefix="injected/")]
+        self.callbacks.sort(key=lambda each: isinstance(each, pl.callbacks.Checkpoint))  # these stay last
 
     pl.Trainer.__init__ = init_with_monitors
 
