@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from lightning_sensitivity.callbacks import SensitivityMonitor as SensitivityMonitor
     from lightning_sensitivity.compare import ModelScores as ModelScores
     from lightning_sensitivity.compare import compare_models as compare_models
-    from lightning_sensitivity.reference.calibration import unexplained_share as unexplained_share
     from lightning_sensitivity.reference.reference import Reference as Reference
     from lightning_sensitivity.reference.reference import label_noise as label_noise
 
@@ -23,7 +22,6 @@ _MODULES = {
     "SensitivityMonitor": "callbacks",
     "compare_models": "compare",
     "label_noise": "reference.reference",
-    "unexplained_share": "reference.calibration",
 }
 __all__ = ["OutputSensitivity", "__version__", *_MODULES]
 

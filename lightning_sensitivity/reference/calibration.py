@@ -11,8 +11,7 @@ from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from lightning_sensitivity.functional.expected import metric_value
-from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task, find_task
-from lightning_sensitivity.functional.tensors import as_tensor, num_outputs
+from lightning_sensitivity.functional.tasks import NUM_DRAWS, Task
 from lightning_sensitivity.reference.blocks import spread
 from lightning_sensitivity.reference.kinds import Array
 from lightning_sensitivity.reference.observations import count_groups, stderr_of_mean
@@ -186,63 +185,8 @@ def reweigh(q: Tensor, training_shares: Tensor, shares: Tensor) -> Tensor:
     return p / p.sum(1, keepdim=True).clamp(min=_UNLIKELY)
 
 
-def unexplained_share(predictions: object, labels: object, task: str | None = None) -> float:
-    r"""Estimate the share of labels that predictions can't explain, made without the label of each sample.
-
-    Such labels are wrong, or the inputs do not determine them. It takes labels as redrawn at random among the
-    K classes that occur, with a chance r, and else from the predictions q after these were sharpened by b
-    around the shares s of the classes:
-
-    .. math::
-        L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
-        N = (1 - 1/K)\, \mathbb{E}\,r
-
-    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is redrawn is right
-    by chance in 1 of K cases.
-
-    It can't see noise that always turns one class into the same other one. Correct labels count, too, where
-    classes overlap so much that inputs do not tell them. To find *which* labels are wrong, use
-    `cleanlab <https://github.com/cleanlab/cleanlab>`_.
-
-    Args:
-        predictions: Probabilities of the classes, ``(N, K)``; those of class 1, ``(N,)`` or ``(N, 1)``, for
-            two classes. A :class:`~lightning_sensitivity.Reference` has them as ``left_out_``.
-        labels: Class indices ``(N,)``, or probabilities, such as one-hot labels, of the shape of
-            ``predictions``.
-        task: ``"multilabel"`` for labels that are yes, no or unknown, ``(N, L)``, each by itself; None for one class
-            a sample.
-
-    Returns:
-        N, the expected share, up to 0.85 (1 - 1/K); the mean over several labels, or nan if none is known.
-
-    Raises:
-        ValueError: If shapes do not fit, there is no sample, or numbers are no probabilities or class
-            indices.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sensitivity import unexplained_share
-        >>> labels, certainty = torch.arange(1000) % 4, torch.linspace(0, 1, 1000)[:, None]
-        >>> predictions = certainty * torch.eye(4)[labels] + (1 - certainty) / 4
-        >>> noisy = labels.where(torch.arange(1000) % 10 < 8, (labels + 1) % 4)  # 20 % are wrong
-        >>> [round(unexplained_share(predictions, each), 2) for each in (labels, noisy)]
-        [0.0, 0.2]
-    """
-    q, y = as_tensor(predictions).cpu(), as_tensor(labels).cpu()
-    task_rules = find_task(task or ("binary" if num_outputs(q) == 1 else "multiclass"))
-    y = y.double() if y.ndim > 1 else y.to(torch.promote_types(y.dtype, torch.uint8))  # no bools
-    task_rules.check(q, y)
-    y = task_rules.label_matrix(y, task_rules.num_columns(tuple(q.shape[1:]))).double()
-    q = task_rules.label_matrix(q).double()
-    are_probabilities = len(q) > 0 and bool(((q >= 0) & (q <= 1)).all())
-    if not are_probabilities or not bool(task_rules.has_label(y).all()):
-        raise ValueError("Expected `predictions` to be probabilities from 0 to 1, and a label of each.")
-    shares = [_unexplained(*question) for _, *question in task_rules.classifications(q, y) if len(question[0]) > 0]
-    return sum(shares) / len(shares) if shares else math.nan
-
-
 def _unexplained(q: Tensor, y: Tensor) -> float:
-    """Compute the share of one question, of probabilities and labels ``(N, K)``."""
+    """Compute the share of labels that can't be explained, of probabilities and labels ``(N, K)`` of one question."""
     occurs = (y > 0).any(0)  # labels are not redrawn among classes without any, such as an unused output
     q, y = q[:, occurs], y[:, occurs]
     q = q / q.sum(1, keepdim=True).clamp(min=_UNLIKELY)

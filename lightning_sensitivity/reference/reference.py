@@ -270,10 +270,18 @@ def _frame(x: Samples) -> Any:
 
 
 def label_noise(x: Samples, y: Array, task: str = "multiclass", groups: Array = None) -> float:
-    """Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
+    r"""Estimate the share of labels that can't be explained: wrong, or not to be known from the inputs.
 
-    It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions
-    (:func:`~lightning_sensitivity.unexplained_share`).
+    It fits a :class:`~lightning_sensitivity.Reference`, and compares labels with its left-out predictions q. It takes
+    labels as redrawn at random among the K classes that occur, with a chance r, and else from q after these were
+    sharpened by b around the shares s of the classes:
+
+    .. math::
+        L(r, b) = \prod_i \big[(1 - r)\, \operatorname{softmax}(\log s + b\,(q_i - s))_{y_i} + r / K\big], \qquad
+        N = (1 - 1/K)\, \mathbb{E}\,r
+
+    The mean is over r from 0 to 0.85, weighed by :math:`\max_b L(r, b)`. A label that is redrawn is right by chance in
+    1 of K cases. To find *which* labels are wrong, use `cleanlab <https://github.com/cleanlab/cleanlab>`_.
 
     **A low number is no proof of correct labels, and a high one no proof of wrong ones.** Labels that are
     redrawn at random are found if the reference can learn the task. Where one class is turned into another,

@@ -31,7 +31,7 @@ from torch.nn.functional import one_hot, pad
 from lightning_sensitivity import Reference
 from lightning_sensitivity.functional.tasks import TASKS
 from lightning_sensitivity.reference import learners, reference
-from lightning_sensitivity.reference.calibration import Calibration, error_quantiles, unexplained_share
+from lightning_sensitivity.reference.calibration import Calibration, _unexplained, error_quantiles
 from lightning_sensitivity.reference.kinds import KINDS
 from lightning_sensitivity.reference.learners import Features, Learner
 from lightning_sensitivity.reference.observations import Observations
@@ -62,7 +62,7 @@ def test_what_it_says_of_itself_is_what_sklearn_says_of_its_left_out_predictions
     classes = labels.argmax(1)
     area = roc_auc_score(classes, p if task == "multiclass" else p[:, 1], multi_class="ovr")
     expected = accuracy_score(classes, p.argmax(1)), area, np.bincount(classes).max() / 60
-    assert of_classes == pytest.approx((*expected, unexplained_share(p, labels)))
+    assert of_classes == pytest.approx((*expected, _unexplained(*map(torch.as_tensor, (p, labels)))))
     assert str(found).startswith(f"Reference({found.learner_} on ") and not len(found.residuals_)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_sensitivity import Reference, label_noise
 from lightning_sensitivity.reference import learners
-from lightning_sensitivity.reference.calibration import unexplained_share
 from tests.reference.conftest import generator
 
 X, NEW = torch.randn(2, 400, 5, generator=generator())
@@ -72,8 +71,6 @@ def test_unexplained_labels_are_a_mean_over_labels() -> None:
     clean, noisy = (X[:, :3] > 0).double(), (X[:, :3] > 0).double()
     noisy = noisy.where(~wrong, 1 - noisy)
     assert label_noise(X, some_unknown(clean), "multilabel") < 0.1 < 0.2 < label_noise(X, noisy, "multilabel") < 0.4
-    found = unexplained_share(0.5 + 0 * clean, clean, "multilabel")
-    assert found == pytest.approx(unexplained_share(0.5 + 0 * clean[:, 0], clean[:, 0]), abs=0.1)
 
 
 def test_targets_that_are_unknown_are_left_out_of_their_column() -> None:
