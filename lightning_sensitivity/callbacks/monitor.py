@@ -65,10 +65,6 @@ class Monitor(Callback, ABC):
         Values are nan if all outputs are; what could not be measured is left out.
         """
 
-    def should_measure(self, trainer: Trainer) -> bool:
-        """Decide whether to measure the current validation. Override it to measure at other times."""
-        return True
-
     def start(self, trainer: Trainer, module: LightningModule, batch: object) -> None:
         """Check the first training batch of a run; before the first step, what fails here fails in all processes."""
 
@@ -134,7 +130,7 @@ class Monitor(Callback, ABC):
         if is_fitting(trainer) and self.run.phase is Phase.BEFORE_FIRST_STEP:
             self.run.phase = Phase.RESUMED
         self.run.validation = Validation.SKIPPED
-        if self.is_ready(trainer) and self.should_measure(trainer):
+        if self.is_ready(trainer):
             self.run.validation = Validation.KEEPING
             if not self.run.samples:
                 num_loaders, world_size = compat.num_loaders(trainer), trainer.world_size

@@ -218,7 +218,7 @@ def test_early_stopping_by_hand_that_would_stop_too_early_is_refused(options: di
 class Late(SensitivityMonitor):
     """It measures the second epoch and the third, and fails in the latter."""
 
-    def should_measure(self, trainer: Any) -> bool:
+    def is_ready(self, trainer: Any) -> bool:
         return trainer.current_epoch > 0
 
 

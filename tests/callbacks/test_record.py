@@ -181,7 +181,7 @@ def test_a_fit_that_goes_back_to_a_checkpoint_without_a_state_begins_anew(tmp_pa
 def test_a_fit_may_go_on_with_fewer_validation_loaders(num_skipped: int) -> None:
     loader = DataLoader(HOLDOUT, 16)
     run = fit(model := Still(), monitor := quick_risk(), val=[loader, loader], max_epochs=1)
-    monitor.should_measure = lambda trainer: trainer.current_epoch > num_skipped  # type: ignore[method-assign]
+    monitor.is_ready = lambda trainer: trainer.current_epoch > num_skipped  # type: ignore[method-assign]
     run.fit_loop.max_epochs = 2 + num_skipped
     with said() as texts:
         run.fit(model, batches_of(X, NOISY), loader)
