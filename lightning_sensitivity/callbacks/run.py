@@ -22,7 +22,6 @@ from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 
 _WORST = float(torch.finfo(torch.float32).max)  # of values that are best where low
-_SMALLEST = 1e-3  # size of one by which the next ones improve, such as of a bound of 0
 _BETTER = 0.999  # factor in each further validation without a value; a scheduler needs an improvement of 1e-4
 _OF_FEW_SAMPLES = ("blind", "few-samples")  # entries of what is said where few samples are the reason
 
@@ -172,9 +171,7 @@ class MissingValues:
         """Note that a value is missing, by its name and loader; it is best where it is highest or lowest."""
         value = self._last.get(key)
         if value is None:  # the worst one, a little better in each further validation
-            value = -_WORST if is_highest else _WORST
-            gain = (1 - _BETTER**self.num_incomplete) * max(abs(value), _SMALLEST)
-            value += gain if is_highest else -gain
+            value = (-_WORST if is_highest else _WORST) * _BETTER**self.num_incomplete
         self._given[logged_name] = torch.tensor(value, dtype=torch.float32)  # inf in 16 bits
 
     def publish(self, trainer: Trainer) -> None:

@@ -71,13 +71,13 @@ def label_draws(y: Tensor, task: Task) -> Tensor:
     return draws.where(~y.isnan(), math.nan) if task.is_by_column else draws
 
 
-def complete_labels(labels: Tensor, draws: Tensor, indices: Tensor | slice = slice(None)) -> Tensor:
+def complete_labels(labels: Tensor, draws: Tensor, indices: Tensor) -> Tensor:
     """Complete labels by drawn ones where they are unknown.
 
     Args:
         labels: Labels as they are drawn, ``(1, N, ...)`` or ``(R, N, ...)``, nan where unknown.
         draws: Labels that are drawn for some of the samples, ``(R, M, ...)``.
-        indices: Which samples these are, ``(M,)``; all by default.
+        indices: Which samples these are, ``(M,)``.
 
     Returns:
         The labels ``(R, N, ...)``; as they are if all are known.
