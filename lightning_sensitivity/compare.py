@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.fitted import FittedReference, finite_samples
 from lightning_sensitivity.expected.record import Unseen
@@ -154,7 +153,7 @@ def compare_models(
         check_count(y, len(some))
     # Accuracy comes first; in a regression there is none.
     metrics = {} if loss is not None else task_rules.default_metrics(num_columns)
-    expectation = Expectation(task_rules, loss, metrics, some, like, Doubts(warn))
+    expectation = Expectation(task_rules, loss, metrics, some, like, warn)
     read = {name: each[rows] for name, each in outputs_of.items()}
     for name, each in read.items():
         if not bool(task_rules.predictions(each).isfinite().all()):  # a logit of -inf masks a class
@@ -250,5 +249,5 @@ def _ask_reference(reader: BatchReader, training: Observations, estimator: objec
 
 
 def warn(entry: str, message: str, kind: str = "") -> None:
-    """Warn, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`."""
+    """Warn, as for :class:`~lightning_sensitivity.expected.expectation.Expectation`."""
     warnings.warn(f"`compare_models` {message}{link_to(entry)}", stacklevel=3)

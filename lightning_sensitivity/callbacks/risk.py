@@ -219,7 +219,8 @@ class RiskMonitor(Monitor):
             return
         with self.run.report_failure("could not say which epoch to choose", "Look at the curve."):
             verdict = None if self._reference is None else self._reference.verdict
-            told = self._curves(trainer), self.history, verdict, self.run.doubts.reasons
+            doubts = [] if self._expectation is None else self._expectation.doubts
+            told = self._curves(trainer), self.history, verdict, doubts
             self.summary, line = summarize([name for _, name in checks.callbacks_that_monitor(trainer)], *told)
             say = rank_zero_warn if self.summary["epoch"] is None else rank_zero_info
             say(line)
@@ -252,7 +253,7 @@ class RiskMonitor(Monitor):
             checks.check_class_shares(self._class_shares, self.task, num_columns)
             metrics = self._metrics_of(num_columns)
             checks.try_values(module, metrics, self.loss, outputs, labels, self.task)
-            self._expectation = Expectation(self.task, self.loss, metrics, outputs, labels, self.run.doubts)
+            self._expectation = Expectation(self.task, self.loss, metrics, outputs, labels, self.run.warn)
             self._reference = RunReference(self.reader, self.run, self._estimator, self._class_shares, shape)
         checks.check_monitored(trainer, self.prefix, self.directions)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_sensitivity.callbacks.checks import FirstStep
-from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.messages import Refused, describe_error, link_to
 from lightning_sensitivity.reading.kept import KeptObservations, KeptSamples
 
@@ -60,7 +59,6 @@ class Run:
         validation: What is done with the current validation.
         first_step: Watches the first training step.
         missing: What other callbacks get in place of values.
-        doubts: What makes all values doubtful.
         samples: The kept validation samples, by loader.
         training: The kept training samples, of which a reference is made; None if there are none, or no more needed.
         measured: What was measured of them, by loader; None where that failed.
@@ -70,7 +68,6 @@ class Run:
         self.phase = Phase.BEFORE_FIRST_STEP
         self.first_step = FirstStep()
         self.missing = MissingValues()
-        self.doubts = Doubts(self.warn)
         self.free()
         self._monitor = monitor
         self._prefix = prefix

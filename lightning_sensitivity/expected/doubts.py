@@ -16,42 +16,15 @@ from lightning_sensitivity.reference.observations import (
 )
 
 _SHARES_DIFFER = 4.0  # standard errors between mean predictions; no false alarm in 79 runs of the design half
-_SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
-_FALLING = 0.9  # of the last score: below, a network is still learning
+SOME_VALIDATIONS = 3  # after which a network is better than a constant prediction
 _FEWEST_OUTPUTS, _LABELS_OF_EACH, _MANY = 4, 5, 100  # from which on it is odd that most classes never occur
 
 CONSTANT = "worse than a constant"  # as a summary has it
 REASONS = {
-    CONSTANT: f"the network was worse than a constant prediction in {_SOME_VALIDATIONS} validations. If your step "
+    CONSTANT: f"the network was worse than a constant prediction in {SOME_VALIDATIONS} validations. If your step "
     "scales targets or takes logarithms, do the same in `targets=`.",
 }
 Warn: TypeAlias = Callable[..., None]  # by an entry of the page on troubleshooting, a message, and what is special
-
-
-class Doubts:
-    """What several validations of a run tell of its outputs, and what is said of it.
-
-    Args:
-        warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
-
-    Attributes:
-        reasons: What makes all values doubtful, as a summary has it.
-    """
-
-    def __init__(self, warn: Warn) -> None:
-        self.warn = warn
-        self.reasons: list[str] = []
-        self._num_bad = 0  # validations in a row in which a regression was worse than a constant prediction
-        self._last_score = 0.0  # of it
-
-    def note_score(self, score: float, by_mean: float) -> None:
-        """Note the error of a regression, and that of a constant; warn if it stays worse, and does not improve."""
-        is_bad = score > max(by_mean, _FALLING * self._last_score)
-        self._last_score = score
-        self._num_bad = self._num_bad + 1 if is_bad else 0
-        if self._num_bad == _SOME_VALIDATIONS:
-            self.reasons = [CONSTANT]
-            self.warn("targets", f"finds that {REASONS[CONSTANT]}")
 
 
 def say_unused(shares: Sequence[float], num_labels: int) -> str:
@@ -82,7 +55,7 @@ def say_differences(training: Observations, new: Observations, where: str, are_i
         new: New samples.
         where: What these are called, such as ``"dataloader 0"``.
         are_inputs: Whether columns are those of inputs, and not of ``features=``.
-        warn: As for :class:`Doubts`.
+        warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
     """
     if share := repeated_share(new.projected, training.projected):
         message = (
@@ -114,7 +87,7 @@ def say_shares(where: str, fitted: Any, q: Tensor, groups: Tensor | None, warn: 
         fitted: The reference.
         q: What it predicts for new samples, ``(N, C)``.
         groups: The group of each new sample, ``(N,)``; None without groups.
-        warn: As for :class:`Doubts`.
+        warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
     """
     left_out = torch.from_numpy(fitted.left_out_)
     known_groups = None if groups is None else torch.from_numpy(fitted.groups_)

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_sensitivity.expected.doubts import Doubts
+from lightning_sensitivity.expected.doubts import CONSTANT, REASONS, SOME_VALIDATIONS, Warn
 from lightning_sensitivity.expected.record import EXPECTED, Row, Unseen, Values
 from lightning_sensitivity.functional.expected import (
     Estimate,
@@ -27,6 +27,7 @@ from lightning_sensitivity.functional.tensors import in_32_bits
 from lightning_sensitivity.reference.observations import count_groups
 
 _ROUNDING = 1e-6  # of a number of labels
+_FALLING = 0.9  # of the last score: below, a network is still learning
 _LOSS = f"{EXPECTED}loss"
 Estimates: TypeAlias = dict[str, Estimate]
 
@@ -77,13 +78,14 @@ class Expectation:
         metrics: The metrics by name.
         outputs: Outputs of any samples, whose shape and type those of all processes have.
         labels: Labels of any samples, in the form that the loss takes.
-        doubts: Notes what is doubtful, and warns.
+        warn: Warns, by an entry of the page on troubleshooting, a message, and what tells it from others of the entry.
 
     Attributes:
         metrics: The metrics by name.
         are_predictions: Whether outputs are what a reference predicts; with a loss of the user in a regression they may
             be quantiles, or logarithms of rates.
         no_outputs: Outputs of no sample.
+        doubts: What makes all values doubtful, as a summary has it.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Expectation:
         metrics: Mapping[str, AnyMetric],
         outputs: Tensor,
         labels: Tensor,
-        doubts: Doubts,
+        warn: Warn,
     ) -> None:
         self._task = task
         self._loss = loss
@@ -101,7 +103,10 @@ class Expectation:
         self._names = [EXPECTED + name for name in (*metrics, "loss")]
         self.no_outputs = in_32_bits(outputs[:0]).cpu()
         self._like = in_32_bits(labels[:0]).to(outputs.device)
-        self._doubts = doubts
+        self._warn = warn
+        self.doubts: list[str] = []
+        self._num_bad = 0  # validations in a row in which a regression was worse than a constant prediction
+        self._last_score = 0.0  # of it
         self.are_predictions = not task.has_any_outputs(loss)
 
     def values(self, dataloader_idx: int, outputs: Tensor, known: Known, history: Sequence[Row]) -> Values:
@@ -120,7 +125,7 @@ class Expectation:
         if not bool(is_finite.all()):
             number = int((~is_finite).sum())
             message = f"on dataloader {dataloader_idx}: {number} samples gave nan or inf, and were left out."
-            self._doubts.warn("nan", message, kind=str(dataloader_idx))
+            self._warn("nan", message, kind=str(dataloader_idx))
         if len(outputs) > 0 and not bool(is_finite.any()):
             return dict.fromkeys(self._names, math.nan)
         if len(outputs) > 0 and dataloader_idx == 0:  # once in a validation
@@ -132,7 +137,7 @@ class Expectation:
                 "goes on with another reference than an earlier part of this fit had: the last line compares no values "
                 "of both, but other callbacks do."
             )
-            self._doubts.warn("checkpoint", message)
+            self._warn("checkpoint", message)
         values = self._combined(outputs, is_finite, known, [row for row in rows if row["reference"] == score])
         if not values:
             return {}
@@ -190,13 +195,18 @@ class Expectation:
         return self._task.predictions(outputs).isfinite().all(1)
 
     def _note(self, outputs: Tensor, is_finite: Tensor, unseen: Unseen | None) -> None:
-        """Note what several validations tell of the outputs of a network."""
+        """Note how far a regression is from the reference; warn if a constant stays nearer, and it does not improve."""
         if unseen is None or not self._task.is_regression or not self.are_predictions:
             return
         rows = is_finite[unseen.indices]
         numbers, q = self._task.output_matrix(outputs[unseen.indices][rows]), unseen.q[rows]
-        by_mean = q.var(0, correction=0).mean()
-        self._doubts.note_score(float(self._task.distances(numbers, q).mean()), float(by_mean))
+        score, by_mean = float(self._task.distances(numbers, q).mean()), float(q.var(0, correction=0).mean())
+        is_bad = score > max(by_mean, _FALLING * self._last_score)
+        self._last_score = score
+        self._num_bad = self._num_bad + 1 if is_bad else 0
+        if self._num_bad == SOME_VALIDATIONS:
+            self.doubts = [CONSTANT]
+            self._warn("targets", f"finds that {REASONS[CONSTANT]}")
 
     def _labelled(self, outputs: Tensor, is_finite: Tensor, known: Known) -> list[Labelled | None]:
         """Return the samples that a reference has labelled, and those that somebody has; None without any."""
@@ -231,7 +241,7 @@ class Expectation:
         values = _joined(expected, of_labels, known.unseen, earlier)
         if not math.isfinite(loss := values.get(_LOSS, 0.0)):
             what = "finds labels of classes that the outputs mask" if self._loss is None else f"gets {loss} from `loss`"
-            self._doubts.warn("loss", f"{what}, and logs no `{_LOSS}` then.")
+            self._warn("loss", f"{what}, and logs no `{_LOSS}` then.")
             values = {name: value for name, value in values.items() if not name.startswith(_LOSS)}
         return values
 

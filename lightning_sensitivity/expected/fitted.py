@@ -24,7 +24,7 @@ class FittedReference:
         reader: What reads the batches of the run.
         training: Training samples, with a matrix of labels.
         estimator: What is fitted; None for the reference's own learners.
-        warn: Warns, as for :class:`~lightning_sensitivity.expected.doubts.Doubts`.
+        warn: Warns, as for :class:`~lightning_sensitivity.expected.expectation.Expectation`.
         class_shares: The class shares of unseen samples; None for those of training.
 
     Attributes:

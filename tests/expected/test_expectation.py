@@ -10,7 +10,6 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
 from lightning_sensitivity import RiskMonitor, compare_models
-from lightning_sensitivity.expected.doubts import Doubts
 from lightning_sensitivity.expected.expectation import Expectation, Known
 from lightning_sensitivity.expected.record import Unseen
 from lightning_sensitivity.functional import draw_labels
@@ -84,7 +83,7 @@ def test_soft_labels_are_as_often_right_as_they_say(task: str) -> None:
     y = torch.cat([1 - yes, yes], 1) if task == "multiclass" else yes
     outputs = torch.cat([torch.zeros(60, 1), torch.ones(60, 1)], 1) if task == "multiclass" else torch.ones(60, 1)
     known = Known(y, None, None)
-    told = Expectation(rules, None, rules.default_metrics(y.shape[1]), outputs, y, Doubts(print))
+    told = Expectation(rules, None, rules.default_metrics(y.shape[1]), outputs, y, print)
     assert told.values(0, outputs, known, [])["expected_accuracy"] == pytest.approx(1.3 / 3, abs=0.01)
 
 
@@ -136,7 +135,7 @@ NOTHING = torch.ones(200, 12)
 def test_where_all_predictions_are_equal_so_are_all_areas(metrics: Any) -> None:
     task, q = TASKS["multiclass"], torch.tensor([[0.8, 0.2]]).repeat(50, 1)
     metrics = task.default_metrics(2) if metrics is None else metrics
-    expected = Expectation(task, None, metrics, torch.zeros(1, 2), torch.zeros(1), Doubts(lambda *_: None))
+    expected = Expectation(task, None, metrics, torch.zeros(1, 2), torch.zeros(1), print)
     unseen = Unseen(torch.arange(50), q, draw_labels(q), 0.2, 100, "table")
     known = Known(torch.full((50, 2), math.nan), None, unseen)
     values = [expected.values(0, inputs(50, seed)[:, :2], known, []) for seed in range(3)]
