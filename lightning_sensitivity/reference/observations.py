@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -105,7 +104,8 @@ def choose_different(samples: Observations, num_columns: int, task: Task) -> tup
     """
     seen, labels = samples.seen, samples.labels
     group = torch.zeros(len(samples), dtype=torch.int64) if samples.groups is None else samples.groups
-    keys = samples.projected, _remainders(seen), group
+    doubles = [_projected(x - x.float()) for x in seen.values() if x.dtype == torch.float64]  # what 32 bits leave out
+    keys = samples.projected, *doubles, group
     order = torch.from_numpy(np.lexsort([each.numpy() for each in (_projected(labels), *reversed(keys))]))
     order = order[task.has_label(labels[order])]
     order = order[spread(len(order), max(1, _MAX_LABELS // num_columns))]
@@ -148,15 +148,6 @@ def projection(seen: Seen) -> Tensor:
     nothing.
     """
     return torch.stack([_projected(values, seed) for seed, values in enumerate(seen.values())]).sum(0).double()
-
-
-def _remainders(seen: Seen) -> Tensor:
-    """Return the projection of what single precision leaves out of doubles, ``(N,)``; 0 where that is nothing."""
-    remainders = torch.zeros(len(next(iter(seen.values()))), dtype=torch.int64)
-    for seed, values in enumerate(seen.values()):
-        if values.dtype == torch.float64:
-            remainders += torch.cat([_projected(part - part.float(), seed) for part in torch.split(values, _CHUNK)])
-    return remainders
 
 
 def _projected(values: Tensor, seed: int = 0) -> Tensor:
@@ -244,7 +235,7 @@ def group_numbers(groups: Array) -> Tensor:
         groups: Numbers or strings, ``(N,)`` or ``(N, 1)``: a tensor, an array, a column or a list.
 
     Raises:
-        ValueError: If there is not one for each sample, or some are None, nan or inf.
+        ValueError: If there is not one for each sample, or some are None or nan.
     """
     if isinstance(groups, Tensor):
         groups = in_32_bits(groups).detach().cpu()
@@ -252,34 +243,26 @@ def group_numbers(groups: Array) -> Tensor:
     names = np.asarray(groups, dtype=object if isinstance(groups, list | tuple) else None)
     if names.ndim == 0 or names.size != len(names):
         raise ValueError(f"Expected groups to be numbers or strings, one per sample, but got shape {names.shape}.")
-    if names.dtype.kind in "mM":
-        names = names.astype(f"{names.dtype.kind}8[us]")  # a time is the same in any unit
     return torch.tensor([*map(_number_of, names.ravel())], dtype=torch.int64)
 
 
 def _number_of(name: Any) -> int:
     """Return whole numbers unchanged, and a digest of the string form of anything else."""
-    if isinstance(name, np.floating):
-        name = float(str(name))  # 0.1 is the same number in any precision
-    elif isinstance(name, np.generic | Tensor):
+    if isinstance(name, np.generic | Tensor):
         name = name.item()
-    if is_missing(name) or (isinstance(name, float) and math.isinf(name)):  # which would become a group of their own
-        raise ValueError(
-            "Expected each sample to have a group, but some are None, nan or inf: give them one of their own."
-        )
+    if _is_missing(name):  # all of these would become one group
+        raise ValueError("Expected each sample to have a group, but some are None or nan: give them one of their own.")
     if isinstance(name, int | float) and name // 1 == name and abs(name) < 2**63:
         return int(name)
     return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") - 2**63
 
 
-def is_missing(name: object) -> bool:
+def _is_missing(name: object) -> bool:
     """Return whether a name is None, nan, or what pandas and NumPy have in its place, which equals nothing."""
-    with suppress(ValueError, RuntimeError):  # of an array
-        try:
-            return name is None or bool(name != name)
-        except TypeError:  # of `pandas.NA`
-            return True
-    return False
+    try:
+        return name is None or bool(name != name)
+    except TypeError:  # of `pandas.NA`
+        return True
 
 
 def count_groups(groups: Tensor | None, number: int) -> int:

@@ -121,7 +121,7 @@ def test_groups_that_are_likely_are_said_once(name: str) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "no function": ("patient", "`groups` should be a function"),
     "another number": (lambda batch: batch[2][:5], "`groups` should return a group for each of 24 samples, got 5"),
-    "nan": (lambda batch: batch[2] * float("nan"), "`groups` failed on .* some are None, nan"),
+    "nan": (lambda batch: batch[2] * float("nan"), "`groups` failed on .* some are None or nan"),
     "not there": (lambda batch: batch["patient"], "`groups` failed on "),
 }
 
