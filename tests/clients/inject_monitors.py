@@ -11,8 +11,14 @@ from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.run import Phase
 
 COUNTS = Counter()
-Risk = type("Risk", (RiskMonitor,), {})  # by this name of the module, spawned processes load it
-Sensitivity = type("Sensitivity", (SensitivityMonitor,), {})
+
+
+class Risk(RiskMonitor):  # at the top of a module, where spawned processes find it
+    pass
+
+
+class Sensitivity(SensitivityMonitor):
+    pass
 
 
 def labels(batch):  # most of Lightning's batches are tensors, without labels
