@@ -51,7 +51,7 @@ class Monitor(Callback, ABC):
         """Refuse outputs that can't be measured, before the first step."""
 
     @abstractmethod
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
+    def measure(self, module: LightningModule, run_isolated: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Run the model on the kept samples of a loader in this process.
 
         Returns:
@@ -229,17 +229,17 @@ class Monitor(Callback, ABC):
             with (
                 self.run.report_failure(what, NO_VALUE),
                 trainer.precision_plugin.val_step_context(),
-                isolated(pl_module) as run,
+                isolated(pl_module) as run_isolated,
             ):
                 if self.run.phase is Phase.BEFORE_FIRST_STEP and samples.size > 0:
-                    self.check_model(run, samples.batches[0].call.to(pl_module.device))
-                self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run, samples)
+                    self.check_model(run_isolated, samples.batches[0].call.to(pl_module.device))
+                self.run.measured[samples.dataloader_idx] = self.measure(pl_module, run_isolated, samples)
 
-    def check_model(self, run: RunIsolated, call: ModelCall) -> Tensor:
+    def check_model(self, run_isolated: RunIsolated, call: ModelCall) -> Tensor:
         """Refuse a model that can't be measured, by two passes over a batch, and return the outputs."""
-        outputs = run(call)
+        outputs = run_isolated(call)
         with Sigmoids() as sigmoids:
-            again = run(call)
+            again = run_isolated(call)
         if outputs.shape != again.shape or not are_close(outputs, again):  # though we restore all that we can
             raise Refused(
                 "`forward` gives other outputs when it is called again on the same batch, in eval mode and with the "

@@ -240,8 +240,8 @@ class RiskMonitor(Monitor):
         with self.run.report_failure("can't read the first training batch", "Nothing is expected."):
             self.reader.check_encoder(module)
             call = self.reader.call(module, batch)
-            with isolated(module) as run, trainer.precision_plugin.val_step_context():
-                outputs = self.check_model(run, call)
+            with isolated(module) as run_isolated, trainer.precision_plugin.val_step_context():
+                outputs = self.check_model(run_isolated, call)
             any_outputs = self.task.has_any_outputs(self.loss)
             shape = tuple(without_ones(outputs).shape[1:])
             labels = self.reader.labels(batch, call, None if any_outputs else shape)
@@ -308,14 +308,14 @@ class RiskMonitor(Monitor):
             shape = None if self._reference is None else self._reference.output_shape
             kept.labels = self.reader.kept_labels(batch, kept, shape)
 
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
+    def measure(self, module: LightningModule, run_isolated: RunIsolated, samples: KeptSamples) -> tuple[Tensor, ...]:
         """Run the model on the kept samples of a loader.
 
         Returns:
             Its outputs ``(N, ...)``; labels ``(N, C)``, nan where a sample has none; and the number of the group of
             each sample, ``(N,)``, or ``(0,)`` without groups, on the CPU.
         """
-        outputs = [in_32_bits(run(batch.call.to(module.device))).cpu() for batch in samples.batches]
+        outputs = [in_32_bits(run_isolated(batch.call.to(module.device))).cpu() for batch in samples.batches]
         if self._reference is None or self._expectation is None:  # a sanity check, which logs nothing
             return tuple(outputs)
         num_columns = self._reference.num_columns
@@ -346,8 +346,8 @@ class RiskMonitor(Monitor):
         unseen = self._reference.unseen.get(dataloader_idx)
         known = Known(labels, numbers if self.reader.has_groups else None, unseen)
         # Losses and metrics of the user may be parts of the module, or draw numbers.
-        with isolated_with(trainer.lightning_module, self.loss) as run:
-            values: Values = run(self._expectation.values, dataloader_idx, outputs, known, self.history)
+        with isolated_with(trainer.lightning_module, self.loss) as run_isolated:
+            values: Values = run_isolated(self._expectation.values, dataloader_idx, outputs, known, self.history)
         verdict = self._reference.verdict
         if not values and verdict is not None and not verdict.is_trusted:
             self.run.warn("blind", f"logs nothing: {why_blind(verdict.majority, verdict.skill)}")

@@ -300,7 +300,9 @@ class SensitivityMonitor(Monitor):
                 "logits are needed, got (log-)probabilities: select logits with `outputs=`, or use `per_output=True`."
             )
 
-    def measure(self, module: LightningModule, run: RunIsolated, samples: KeptSamples) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, module: LightningModule, run_isolated: RunIsolated, samples: KeptSamples
+    ) -> tuple[Tensor, Tensor]:
         """Run the model on the kept samples of a loader, clean and with noise.
 
         Returns:
@@ -318,10 +320,10 @@ class SensitivityMonitor(Monitor):
 
         for batch in samples.batches:
             call = batch.call.to(module.device)
-            clean = run(call)
+            clean = run_isolated(call)
             key = self.seed, module.global_rank, samples.dataloader_idx, batch.index
             perturb = noise if self.loss_estimate else self._noise
-            noisy = noisy_outputs(run, call, perturb, key, self.num_draws, at)
+            noisy = noisy_outputs(run_isolated, call, perturb, key, self.num_draws, at)
             rows.append(sensitivity_sums(clean, noisy).cpu())
         return torch.cat(rows), power
 
