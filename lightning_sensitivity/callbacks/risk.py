@@ -356,4 +356,4 @@ class RiskMonitor(Monitor):
     def remember(self, trainer: Trainer, dataloader_idx: int, values: Values) -> None:
         """Add a row to the history, with the left-out score of the reference, by which it is known."""
         row: Values = {"epoch": trainer.current_epoch, "step": trainer.global_step, "dataloader_idx": dataloader_idx}
-        self.history.append({**row, "reference": None, "num_labels": 0, **values})
+        self.history.append({**row, "reference_score": None, "num_labels": 0, **values})

@@ -132,17 +132,17 @@ class Expectation:
             self._note(outputs, is_finite, known.unseen)
         score = None if known.unseen is None else known.unseen.score
         rows = [row for row in history if row["dataloader_idx"] == dataloader_idx]
-        if any(row["reference"] not in (None, score) for row in rows):
+        if any(row["reference_score"] not in (None, score) for row in rows):
             message = (
                 "goes on with another reference than an earlier part of this fit had: the last line compares no values "
                 "of both, but other callbacks do."
             )
             self._warn("checkpoint", message)
-        values = self._combined(outputs, is_finite, known, [row for row in rows if row["reference"] == score])
+        values = self._combined(outputs, is_finite, known, [row for row in rows if row["reference_score"] == score])
         if not values:
             return {}
         num_labels = self._count(known.labels[self._task.has_label(known.labels) & is_finite])
-        return values | {"num_labels": num_labels, "reference": score}
+        return values | {"num_labels": num_labels, "reference_score": score}
 
     def rank(self, models: Mapping[str, Tensor], known: Known) -> list[tuple[str, float, float, float]]:
         """Rank models by the first value, on the same samples and labels.

@@ -97,7 +97,7 @@ class Unseen:
 
 # Validations
 
-KEYS = {"epoch", "step", "dataloader_idx", "reference", "num_labels"}  # of each row
+KEYS = {"epoch", "step", "dataloader_idx", "reference_score", "num_labels"}  # of each row
 
 Row = dict[str, Any]
 History = list[Row]

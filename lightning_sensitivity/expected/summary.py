@@ -50,7 +50,7 @@ def summarize(
     curve = curves[name]
     best, curve_rows, finite, rows = _choose(curve, history)
     num_labels = int(best.get("num_labels", 0))
-    chosen_by = ["reference"] * (best.get("reference") is not None) + ["labels"] * (num_labels > 0)
+    chosen_by = ["reference"] * (best.get("reference_score") is not None) + ["labels"] * (num_labels > 0)
     summary = {
         "monitored": name,
         "direction": "highest" if curve.is_highest else "lowest",
@@ -77,7 +77,7 @@ def _choose(curve: Curve, history: Sequence[Row]) -> tuple[Row, list[Row], list[
     """
     rows = [row for row in history if row["dataloader_idx"] == curve.dataloader_idx]
     finite = [row for row in rows if math.isfinite(row.get(curve.value, math.nan))]
-    curve_rows = [row for row in finite if row["reference"] == finite[-1]["reference"]]
+    curve_rows = [row for row in finite if row["reference_score"] == finite[-1]["reference_score"]]
     if not curve_rows or (len(curve_rows) > 1 and len({row[curve.value] for row in curve_rows}) == 1):
         return {}, curve_rows, finite, rows
     best = (max if curve.is_highest else min)(curve_rows, key=lambda row: row[curve.value])

@@ -62,8 +62,8 @@ def test_any_names_of_groups_say_the_same() -> None:
     for name, groups in WAYS.items():
         fitted(risk := grouped(groups, prefix=f"{name}/"), Quiet(), TRAIN, VAL)
         histories.append(risk.history)
-    assert [row["reference"] for row in histories[0]] == [row["reference"] for row in histories[2]]
-    assert len(histories[0]) == 2 and len({row["reference"] for row in histories[1]}) == 1
+    assert [row["reference_score"] for row in histories[0]] == [row["reference_score"] for row in histories[2]]
+    assert len(histories[0]) == 2 and len({row["reference_score"] for row in histories[1]}) == 1
 
 
 ONE_KNOWN = DataLoader(

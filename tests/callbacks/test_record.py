@@ -136,7 +136,7 @@ def test_a_fit_that_is_resumed_with_another_reference_says_so_and_chooses_by_it(
     data = batches_of(X, labels), DataLoader(HOLDOUT, 16)
     _, texts = fitted_and_said(again, Still(), *data, max_epochs=5, ckpt_path=path)
     assert sum("goes on with another reference" in text for text in texts) == len(texts) == 1
-    scores = [row["reference"] for row in again.history]
+    scores = [row["reference_score"] for row in again.history]
     assert scores == [first.reference.score_] * 2 + [again.reference.score_] * 3 and len({*scores}) == 2
     assert again.summary["epoch"] >= 2 and again.summary["skill"] == again.reference.skill_
 

@@ -153,7 +153,7 @@ def test_the_reference_is_made_once_in_the_first_validation_after_a_whole_epoch(
     train, monitor = batches_of(X, NOISY, batch_size=10), quick_risk()
     run = fit(Plain(), monitor, train=train, val_check_interval=3, num_sanity_val_steps=0)
     assert [row["step"] for row in monitor.history] == [3, 6, 9, 12, 15, 18]
-    assert [row["reference"] for row in monitor.history] == [None] * 2 + [monitor.reference.score_] * 4
+    assert [row["reference_score"] for row in monitor.history] == [None] * 2 + [monitor.reference.score_] * 4
     assert [epoch[LOSS] < 1e38 and epoch[AUROC] > -1e38 for epoch in run.epochs] == [False] * 2 + [True] * 4
     assert monitor.summary["num_training"] == 90 and monitor.summary["num_gaps"] == 2 and len(fits) == 1
 

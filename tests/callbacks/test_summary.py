@@ -47,7 +47,7 @@ def validations(best: int = 3, **changes: Any) -> Rows:
     rows = [
         {"epoch": epoch, "step": 10 * epoch, "dataloader_idx": 0, "expected_loss": 0.4 + abs(epoch - best) / 10,
          "expected_accuracy": 0.9 - abs(epoch - best - 1) / 10, "num_labels": 0, "expected_loss_stderr": 0.03,
-         "reference": 0.3 if epoch > 0 else 0.2, **changes}
+         "reference_score": 0.3 if epoch > 0 else 0.2, **changes}
         for epoch in range(5)
     ]  # fmt: skip
     return [rows[0] | {"expected_loss": 0.1}, *rows[1:]]
@@ -71,7 +71,7 @@ LAST = (
 )
 BLIND: dict[str, Any] = {"is_trusted": False, "unexplained": math.nan}
 NUMBERS = dict.fromkeys(("majority", "unexplained"), math.nan) | {"skill": 0.62}
-LABELS: dict[str, Any] = {"num_labels": 70, "reference": None}
+LABELS: dict[str, Any] = {"num_labels": 70, "reference_score": None}
 SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, and what is said
     "the reference chose": (verdict(), validations(), f"{BEST}. {CHOSE} {REACH}"),
     "many labels are left": (verdict(unexplained=0.12), validations(), f"{BEST}. {CHOSE} {REACH} About 12% of the "
@@ -107,7 +107,8 @@ SAYS: dict[str, tuple[Verdict | None, Rows, str]] = {  # a verdict, a history, a
         f"{NONE}the reference sees too little of the inputs ({SKILL}){LAST}"),
     "one class": (verdict(**BLIND, majority=1.0), without(validations()),
         f"{NONE}the reference has seen labels of only one class{LAST}"),
-    "a reference that failed": (None, without(validations(), reference=None), f"{NONE}the reference is missing{LAST}"),
+    "a reference that failed": (None, without(validations(), reference_score=None),
+        f"{NONE}the reference is missing{LAST}"),
     "no finite value": (verdict(), validations(expected_loss=math.nan, expected_accuracy=math.nan)[1:],
         f"{NONE}no validation after the reference gave one."),
 }  # fmt: skip

@@ -63,7 +63,7 @@ def test_where_nothing_is_expected_of_a_loader_labels_choose_or_callbacks_take_t
     assert any("can't estimate anything for dataloader 0: No sample has finite inputs" in text for text in texts)
     assert monitor.summary["chosen_by"] == ("labels" if has_labels else "nothing")
     assert has_labels or checkpoint.best_model_path.endswith("epoch=2.ckpt")
-    assert [row["reference"] for row in monitor.history] == [None] * 3
+    assert [row["reference_score"] for row in monitor.history] == [None] * 3
 
 
 ONE_HOT = one_hot((3.999 * inputs(400, seed=5)[:, :4]).long(), 4).float().flatten(1)[:, :12]  # 97 % and 99 % recur
