@@ -174,11 +174,6 @@ def failing(error: Exception, when: Callable[[Tensor, int], bool] = lambda x, ep
     return Acting(act)
 
 
-def averaged_weights(**options: Any) -> list[Callback]:
-    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
-    return [module.EMAWeightAveraging(decay=0.5, **options)]
-
-
 @contextmanager
 def small_forests() -> Iterator[pytest.MonkeyPatch]:
     """Learners that are fitted in a tenth of a second, inside."""

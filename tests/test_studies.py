@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -137,15 +136,6 @@ def test_the_study_of_costs_counts_what_a_validation_runs(run: Any) -> None:
     _, variables = run("studies/cost/benchmark.py", "--quick")
     found = variables["results"].set_index(["what", "case"])["passes"]
     assert found["small CNN", "sensitivity"] == 2 * 600 and found["small CNN", "risk"] == 600
-
-
-@pytest.mark.long
-def test_encoders_are_timed_on_one_and_two_threads() -> None:
-    pytest.importorskip("timm")
-    command = [sys.executable, str(STUDIES / "cost" / "encoders.py"), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=STUDIES.parents[1])
-    lines = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [threads for _, threads, _ in lines] == ["1", "2", "1", "2"] and all(float(each) > 0 for *_, each in lines)
 
 
 @pytest.mark.long

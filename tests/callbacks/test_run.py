@@ -17,22 +17,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 
+import tests.helpers as helpers
 from lightning_sensitivity import RiskMonitor, SensitivityMonitor
 from lightning_sensitivity.callbacks.checks import check_run
 from lightning_sensitivity.running.isolation import same_streams
-from tests.helpers import (
-    Classifier,
-    Linear,
-    Quiet,
-    fitted,
-    inputs,
-    loader,
-    quick_risk,
-    refused,
-    said,
-    trainer,
-    unlabelled_loader,
-)
+from tests.helpers import Classifier, Linear, Quiet, fitted, loader, quick_risk, refused, trainer, unlabelled_loader
 
 MONITORS = [SensitivityMonitor, RiskMonitor]
 
@@ -129,7 +118,7 @@ def test_strategies_that_lose_what_a_fit_leaves_are_said(strategy: str) -> None:
     chosen: Any = {"enable_validation": True, "callbacks": [], "lr_scheduler_configs": [], "fast_dev_run": False}
     chosen |= {"global_step": 1}
     run = SimpleNamespace(strategy=trainer(strategy=strategy, devices=2).strategy, **chosen)
-    with said() as texts:
+    with helpers.said() as texts:
         SensitivityMonitor().setup(run, Classifier(), "fit")
     assert ["Set `strategy='ddp'`" in text for text in texts] == [True] * (strategy != "ddp")
 
@@ -163,7 +152,7 @@ def test_the_other_lightning(tmp_path: Path) -> None:
     stop = other.callbacks.EarlyStopping("val/expected_accuracy", mode="max")
     callbacks, options = [SensitivityMonitor(2.0), risk := quick_risk(), stop, keep], {"enable_checkpointing": True}
     run = fitted(callbacks, model := Model(), kind=other.Trainer, logger=logger, **options)
-    x = inputs(20, seed=3)
+    x = helpers.inputs(20, seed=3)
     predicted = risk.predict(model, [[x, x]]).network
     torch.testing.assert_close(predicted, model(1 - x).softmax(1).detach(), check_dtype=False)
     assert {"val/output_sensitivity", "val/expected_loss"} <= run.callback_metrics.keys()

@@ -19,18 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sensitivity import SensitivityMonitor
 from lightning_sensitivity.compat import num_loaders
-from tests.helpers import (
-    Classifier,
-    Quiet,
-    Stream,
-    averaged_weights,
-    brute_force,
-    csv_rows,
-    first_tensor,
-    loader,
-    quick_risk,
-    trainer,
-)
+from tests.helpers import Classifier, Quiet, Stream, brute_force, csv_rows, first_tensor, loader, quick_risk, trainer
 from tests.helpers import unlabelled_loader as unlabelled
 
 NUM_TRAIN_BATCHES = 4
@@ -140,6 +129,11 @@ def drawing(batch: Any) -> Tensor:
     return first_tensor(batch)
 
 
+def averaged_weights() -> list[cb.Callback]:
+    module = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")  # Lightning 2.6 and newer
+    return [module.EMAWeightAveraging(decay=0.5, update_starting_at_epoch=1)]
+
+
 def stream(seed: int = 0) -> DataLoader:
     return DataLoader(Stream(has_labels=True, seed=seed), 16)
 
@@ -158,7 +152,7 @@ SETUPS = {
     "manual optimization, two optimizers": Setup(2, module=Manual),
     "a forward that draws, logs, writes": Setup(2, module=Intrusive),
     "bf16-mixed": Setup(2, {"precision": "bf16-mixed"}),
-    "averaged weights, from the second epoch": Setup(2, more=lambda: averaged_weights(update_starting_at_epoch=1)),
+    "averaged weights, from the second epoch": Setup(2, more=averaged_weights),
     # It adds an epoch for the statistics of batch norm.
     "stochastic weight averaging": Setup(4, {"max_epochs": 3}, more=lambda: [cb.StochasticWeightAveraging(0.01, 1)]),
     "pruning": Setup(3, {"max_epochs": 3}, more=lambda: [cb.ModelPruning("l1_unstructured", amount=0.3)]),

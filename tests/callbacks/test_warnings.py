@@ -73,7 +73,6 @@ REPEATED: dict[str, tuple[Any, Any, bool]] = {  # training samples, validation s
     "a fifth": (X, torch.cat([X[:20], inputs(80, seed=1)]), True),
     "some of some that a sampler repeats": (X[:40].repeat(5, 1), torch.cat([X[:40], inputs(40, seed=1)]), False),
     "one-hot categories": (ONE_HOT[:200], ONE_HOT[200:400], False),
-    "categories": (*((3 * x).long().clamp(max=1).float() for x in (X, inputs(90, seed=1))), False),
 }  # fmt: skip
 
 

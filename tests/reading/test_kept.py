@@ -128,10 +128,6 @@ def test_memory_was_short_where_it_left_fewer_than_are_wanted() -> None:
     assert samples.size < 600 and samples.is_truncated
 
 
-def test_fewer_samples_than_twenty_are_of_as_many_batches() -> None:
-    assert [batch.size for batch in kept_rows([50] * 30, num_wanted=10).batches] == [1] * 10
-
-
 def test_after_its_end_it_wants_no_more_unless_nothing_has_come() -> None:
     samples = KeptSamples(20)
     samples.complete()

@@ -146,10 +146,6 @@ BY_CHANCE: dict[str, tuple[Any, dict[str, int], int]] = {
         net_of(lambda self, input_ids, attention_mask, token_type_ids, x: x, **TEXT, token_type_ids=integers,
                  x=lambda size, length: torch.rand(size, 16)),
         {"tokens": 16, "columns": 16}, 5),
-    "as many categories as tokens": (
-        net_of(lambda self, input_ids, attention_mask, codes, x: x, **TEXT,
-                 codes=lambda size, length: integers(size, 16), x=lambda size, length: torch.rand(size, 5)),
-        {"tokens": 16, "columns": 21}, 5),
 }  # fmt: skip
 
 
