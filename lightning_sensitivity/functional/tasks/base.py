@@ -239,10 +239,6 @@ class Binary(Multiclass):
             y = torch.cat([1 - y, y], 1).where(y != IGNORED, torch.nan)
         return super().label_matrix(y)
 
-    def default_metrics(self, num_columns: int) -> dict[str, AnyMetric]:
-        """Make the metrics that are expected by default, by name."""
-        return {"accuracy": Accuracy(), "auroc": AUROC(first_class=1)}
-
     def metric_inputs(self, metric: Metric, p: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Return the probabilities of class 1, ``(N,)``, and classes."""
         return p[:, 1], drawn

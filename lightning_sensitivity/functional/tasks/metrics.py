@@ -65,21 +65,14 @@ class AUROC:
     """The mean of the areas under the ROC curves of each class, or label, that is known to be yes and no; nan without.
 
     The variance is that of DeLong, DeLong and Clarke-Pearson (1988), in O(N log N).
-
-    Args:
-        first_class: The class to begin with: 1 of two, whose areas are equal.
     """
 
     higher_is_better = True
 
-    def __init__(self, first_class: int = 0) -> None:
-        self._first_class = first_class
-
     def measure(self, p: Tensor, draws: Tensor) -> Measured:
         """Measure it; arguments as for :meth:`Accuracy.measure`."""
-        p = p[:, self._first_class :]
         if draws.ndim == 2:
-            yes = draws[..., None] == torch.arange(p.shape[1]) + self._first_class
+            yes = draws[..., None] == torch.arange(p.shape[1])
             no = ~yes
         else:
             yes, no = draws == 1, draws == 0
