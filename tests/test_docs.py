@@ -179,7 +179,7 @@ def test_nothing_names_an_address_that_is_not_on_the_list() -> None:
 
 
 def test_every_message_that_names_an_entry_finds_it() -> None:
-    by_name = r"(?:link_to\(|\bwarn\(\s*|messages\[|entry ?= ?)['\"]([\w-]+)['\"]"
+    by_name = r"(?:link_to\(|\b_?warn\(\s*|messages\[|entry ?= ?)['\"]([\w-]+)['\"]"
     last = r"(?:Refused|refuse_on_error)\([^()]*(?:\([^()]*\)[^()]*)*, \"([\w-]+)\"\s*\)"
     named = {*re.findall(by_name, SOURCES), *re.findall(last, SOURCES)}
     entries = anchors(DOCS / "troubleshooting.md")
