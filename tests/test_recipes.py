@@ -308,7 +308,7 @@ ROWS: dict[str, Callable[[], dict[str, Any]]] = {
     'RiskMonitor("binary")': of_few_positives,
     "RiskMonitor()": lambda: of_rows(2, cross_entropy, PAIR),
     'RiskMonitor("regression")': lambda: of_rows(1, mse_loss, PAIR),
-    'RiskMonitor("regression", inputs=lambda b: b[0], targets=lambda b: b[1], groups=lambda b: b[-1])': (
+    'RiskMonitor("regression", inputs=lambda b: b[0], targets=lambda b: b[1], groups=lambda b: b[2])': (
         lambda: of_rows(1, mse_loss)
     ),
     'RiskMonitor("multilabel")': lambda: of_rows(3, binary_cross_entropy_with_logits, PAIR),
