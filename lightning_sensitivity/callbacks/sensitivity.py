@@ -1,7 +1,6 @@
 """The callback that logs output sensitivity, a curve to watch."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,7 +99,8 @@ class SensitivityMonitor(Monitor):
         check_bool("per_output", per_output)
         check_bool("loss_estimate", loss_estimate)
         check_int("seed", seed, 0)
-        is_pair = isinstance(tuned, Sequence) and len(tuned) == 2 and all(0 < each < math.inf for each in tuned)
+        pair = tuned if isinstance(tuned, list | tuple) else ()
+        is_pair = len(pair) == 2 and all(isinstance(each, int | float) and 0 < each < math.inf for each in pair)
         expected = "two positive numbers, of epochs and a sensitivity, or None"
         check_argument("tuned", tuned, tuned is None or is_pair, expected)
         super().__init__(BatchReader(inputs=inputs, outputs=outputs), num_samples, prefix)
